@@ -57,13 +57,14 @@ class _ChunkedLogProb(torch.autograd.Function):
             logits = _logits(hidden[rows], weight, temperature, dtype)
             lse = logits.logsumexp(-1)
             logp[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - lse
-            # H = log Z - E[logit]; the probabilities are made in place of nothing else that is needed later
+            # H = log Z - E[logit]
             probs = (logits - lse[:, None]).exp_()
             # a logit of -inf has probability 0 and adds nothing to the mean: keep 0 * -inf out of it
             entropy[rows] = lse - torch.linalg.vecdot(probs, logits.clamp_min_(torch.finfo(dtype).min))
             logsumexp[rows] = lse
         ctx.save_for_backward(hidden, weight, targets, logsumexp, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)  # an output the loss does not use arrives as None in the backward
         return logp, entropy
 
     @staticmethod
@@ -73,12 +74,13 @@ class _ChunkedLogProb(torch.autograd.Function):
         dtype = logsumexp.dtype
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
-        with_entropy = bool(grad_entropy.any())  # the usual loss has no entropy term: spare it a pass over the logits
+        if grad_logp is None:
+            grad_logp = torch.zeros_like(logsumexp)
         for i in range(0, len(hidden), ctx.chunk):
             rows = slice(i, i + ctx.chunk)
             log_probs = _logits(hidden[rows], weight, ctx.temperature, dtype).sub_(logsumexp[rows, None])
             # d logp / d logits = onehot - p        d H / d logits = -p (log p + H)
-            if with_entropy:
+            if grad_entropy is not None:
                 scale = (log_probs.clamp_min(torch.finfo(dtype).min) + entropy[rows, None]).mul_(-grad_entropy[rows, None])
                 scale.sub_(grad_logp[rows, None])
                 grad_logits = log_probs.exp_().mul_(scale)
