@@ -1,0 +1,47 @@
+"""BuPO: align a lower layer's policy first, then the whole model.
+
+"Bottom-up Policy Optimization", Tan et al., arXiv 2512.19673, version 3. Phase 1 (steps 1 ... s_inter) trains the internal
+policy of layer l on answers, rewards and advantages of the full policy; phase 2 trains the full policy as ever.
+
+    Eq. 9   IPA loss: losses.clipped_surrogate with  rho = pi_layer^l(o) / pi_layer,old^l(o)  in place of the ratio r
+    Eq. 10  the schedule
+
+There is no second surrogate here: `internals.policy_hidden(..., layer=l, norm=False)` gives the states, and from there on phase 1
+runs through the very lines of train.py that phase 2 does. What this module adds is who may move. In phase 1 the gradient
+reaches the embedding, layers 1 ... l and the unembedding; nothing above layer l is even computed. Layers above l and the
+final norm have no gradient at all (None, not zero), so AdamW passes them by: no weight decay, no moments, bit-identical.
+
+The released code (Trae1ounG/BuPO, commit d3a85c6) counts layers from 0 (its 5 is layer 6 here), computes all L layers and
+the vocabulary projection twice, and logs the last layer's entropy in phase 1; here both entropies have their own names.
+"""
+
+from internals import check_layer, decoder_body
+
+
+def target_layer(step, inter_steps, layer):
+    """Eq. 10: the layer whose policy is trained at `step` (counted from 1), or None for the full policy."""
+    return layer if layer is not None and step <= inter_steps else None
+
+
+def untouched_in_phase_one(model, layer):
+    """The parameters that phase 1 may not move: layers above `layer` and the final norm. (With `--bupo-norm` the norm moves.)"""
+    check_layer(model, layer)
+    body = decoder_body(model)
+    return [p for part in (*body.layers[layer:], body.norm) for p in part.parameters()]
+
+
+# ------------------------------------------------------------------------------------------- the paper's comparisons
+
+
+def lower_layers(model, layer):
+    """Layers 1 ... layer: the ones that the arm "freeze" keeps still while the full policy trains in the first phase."""
+    check_layer(model, layer)
+    return [p for part in decoder_body(model).layers[:layer] for p in part.parameters()]
+
+
+def layerwise_groups(model, layer, lr, scale=0.1):
+    """Optimiser groups of the arm "layer-lr": the learning rate of layers above `layer` is scaled by `scale`."""
+    upper = [p for part in decoder_body(model).layers[layer:] for p in part.parameters()]
+    known = {id(p) for p in upper}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    return [{"params": rest, "lr": lr}, {"params": upper, "lr": lr * scale}]

@@ -1,0 +1,240 @@
+"""Every layer is a policy: the residual stream of a decoder, its internal policies, and how their entropy flows.
+
+"Bottom-up Policy Optimization", Tan et al., arXiv 2512.19673, equation numbers of version 3. A pre-norm decoder adds two
+terms a layer to its residual stream (Eq. 4),
+
+    H^l = H^(l-1) + A^l + F^l,     A^l from attention(LN_in(H^(l-1))),  F^l from mlp(LN_post(H^(l-1) + A^l))
+
+and each of them, multiplied by the unembedding matrix E_u, is a policy of its own (Eq. 5-6): softmax(H^l E_u^T),
+softmax(A^l E_u^T), softmax(F^l E_u^T). The model's own policy is softmax(norm(H^L) E_u^T).
+
+Layers count 1 ... L as in the paper, H^0 is the embedding output, and every H here is taken *before* the final norm. (The last
+entry of transformers' own `hidden_states` is already normed, the inner ones are not: a common trap.)
+
+Shapes: B sequences, S positions, D hidden size, L layers, V vocabulary. Entropies in nats.
+The released code (Trae1ounG/BuPO, commit d3a85c6) counts layers from 0, edits copies of three model files and always runs
+all L layers; here nothing of transformers is copied or patched, and `layer_hidden` runs layers 1 ... l alone.
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from losses import token_logprobs_and_entropy
+from sampling import position_ids
+from tasks import BadInput
+
+# ------------------------------------------------------------------------------------------- the parts of a decoder
+
+
+def decoder_body(model):
+    """The module that holds `layers` and `norm` (Qwen2, Qwen3, Llama, Mistral, ...), or BadInput naming what is missing."""
+    body = model.base_model
+    name = type(model).__name__
+    for part in ("layers", "norm", "embed_tokens"):
+        if not hasattr(body, part):
+            raise BadInput(f"{name}: no '{part}' in its decoder; internal policies need blocks laid out as in Qwen2, Qwen3 and Llama")
+    for part in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
+        if not hasattr(body.layers[0], part):
+            raise BadInput(f"{name}: its blocks have no '{part}'; internal policies need pre-norm blocks as in Qwen2, Qwen3 and Llama")
+    return body
+
+
+def layer_count(model):
+    return len(decoder_body(model).layers)
+
+
+def check_layer(model, layer):
+    if not 1 <= layer <= layer_count(model):
+        raise BadInput(f"layer {layer}: this model has the layers 1 to {layer_count(model)}")
+
+
+def unembedding(model):
+    return model.get_output_embeddings().weight
+
+
+# --------------------------------------------------------------------------------------------------- forward passes
+
+
+@contextlib.contextmanager
+def _cut(model, layer, norm):
+    """While open, the model's forward runs layers 1 ... layer, norms if asked to, and returns hidden states as `logits`.
+
+    Modules are swapped, not copied: masks, positions, rotary embeddings, gradient checkpointing and sharding hooks stay the
+    model's own, for any architecture that walks through `layers`. All of it is undone on leaving.
+    """
+    body, head = decoder_body(model), model.get_output_embeddings()
+    layers, final_norm = body.layers, body.norm
+    try:
+        if layer < len(layers):
+            body.layers = layers[:layer]
+        if not norm:
+            body.norm = nn.Identity()
+        model.set_output_embeddings(nn.Identity())
+        yield
+    finally:
+        body.layers, body.norm = layers, final_norm
+        model.set_output_embeddings(head)
+
+
+def policy_hidden(model, input_ids, attention_mask, layer=None, norm=True):
+    """The states a policy unembeds: layer `layer`'s (default: the last), normed or not, (B, S, D), differentiable.
+
+    policy_hidden(model, ids, mask) @ unembedding(model).T are the model's own logits. The call goes through the model
+    itself, so FSDP's root and checkpointing see an ordinary forward pass; no logits are made.
+    """
+    layer = layer_count(model) if layer is None else layer
+    check_layer(model, layer)
+    with _cut(model, layer, norm):
+        return model(input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False).logits
+
+
+def layer_hidden(model, input_ids, attention_mask, layer):
+    """H^l, (B, S, D): layers 1 ... l are computed and nothing above; no final norm; differentiable."""
+    return policy_hidden(model, input_ids, attention_mask, layer, norm=False)
+
+
+def layer_logits(model, hidden, norm=False):
+    """Eq. 5-6: hidden E_u^T, (..., D) -> (..., V). norm=True applies the final norm first (the paper's ablation, worse there)."""
+    return (decoder_body(model).norm(hidden) if norm else hidden) @ unembedding(model).T
+
+
+class ResidualStream(NamedTuple):
+    """Eq. 4, all of shape (B, S, D). Layer l of the paper: hidden[l], and index l - 1 in the four others."""
+
+    hidden: list  # H^0 ... H^L, before the final norm
+    attention: list  # A^1 ... A^L
+    feed_forward: list  # F^1 ... F^L
+    attention_input: list  # LN_in(H^(l-1))
+    feed_forward_input: list  # LN_post(H^(l-1) + A^l)
+
+
+def residual_stream(model, input_ids, attention_mask):
+    """One forward pass, the whole residual stream. BadInput if the blocks are not pre-norm residual (H^l != H^(l-1) + A^l + F^l)."""
+    body = decoder_body(model)
+    stream = ResidualStream([], [], [], [], [])
+    first = lambda out: out[0] if isinstance(out, tuple) else out
+    hooks = []
+    for block in body.layers:
+        hooks += [
+            block.register_forward_pre_hook(lambda _, args, kwargs: stream.hidden.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True),
+            block.input_layernorm.register_forward_hook(lambda _, args, out: stream.attention_input.append(out)),
+            block.self_attn.register_forward_hook(lambda _, args, out: stream.attention.append(first(out))),
+            block.post_attention_layernorm.register_forward_hook(lambda _, args, out: stream.feed_forward_input.append(out)),
+            block.mlp.register_forward_hook(lambda _, args, out: stream.feed_forward.append(first(out))),
+        ]
+    try:
+        stream.hidden.append(layer_hidden(model, input_ids, attention_mask, len(body.layers)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for l, (a, f) in enumerate(zip(stream.attention, stream.feed_forward), 1):
+        before, after = stream.hidden[l - 1], stream.hidden[l]
+        error = (after - before - a - f).abs().max()
+        if len(stream.feed_forward) != len(body.layers) or error > 0.02 * after.abs().max():
+            raise BadInput(f"{type(model).__name__}: H^{l} is not H^{l - 1} + A^{l} + F^{l} (off by {error:.2g}); internal policies need pre-norm residual blocks")
+    return stream
+
+
+# -------------------------------------------------------------------------------------------------------- entropies
+
+
+class InternalEntropy(NamedTuple):
+    """Mean entropies over all response tokens, in nats, and their changes (Eq. 7-8, 11-13); 1-d tensors on the CPU."""
+
+    layer: torch.Tensor  # (L + 1,) H(H^0) ... H(H^L)
+    attention: torch.Tensor  # (L,) H(A^l)
+    feed_forward: torch.Tensor  # (L,) H(F^l)
+    attention_input: torch.Tensor  # (L,) H(LN_in(H^(l-1)))
+    feed_forward_input: torch.Tensor  # (L,) H(LN_post(H^(l-1) + A^l))
+    attention_cosine: torch.Tensor  # (L,) cos(A^l, H^(l-1))
+    feed_forward_cosine: torch.Tensor  # (L,) cos(F^l, H^(l-1) + A^l)
+    policy: torch.Tensor  # () the model's own policy, with the final norm
+
+    @property
+    def layer_change(self):
+        """H(H^l) - H(H^(l-1)), (L,). Positive: the layer explores; negative: it converges."""
+        return self.layer[1:] - self.layer[:-1]
+
+    @property
+    def attention_change(self):
+        """H(A^l) - H(LN_in(H^(l-1))), (L,): against what the block was given."""
+        return self.attention - self.attention_input
+
+    @property
+    def feed_forward_change(self):
+        """H(F^l) - H(LN_post(H^(l-1) + A^l)), (L,)."""
+        return self.feed_forward - self.feed_forward_input
+
+
+def predicting(states, response_mask):
+    """The states from which response tokens are predicted: one position to the left of each. (B, S, D) -> (N, D)."""
+    return states[:, :-1][response_mask[:, 1:].bool()]
+
+
+@torch.no_grad()
+def internal_entropy(model, input_ids, attention_mask, response_mask, batch=8, progress=None):
+    """Entropy of every internal policy, averaged over response tokens. All masks (B, S); `batch` sequences at a time."""
+    weight, total, count = unembedding(model), None, 0
+    for i in tqdm(range(0, len(input_ids), batch), desc=progress, disable=progress is None, leave=False):
+        rows = slice(i, i + batch)
+        stream = residual_stream(model, input_ids[rows], attention_mask[rows])
+        parts = ResidualStream(*([predicting(x, response_mask[rows]) for x in part] for part in stream))
+        own = predicting(decoder_body(model).norm(stream.hidden[-1]), response_mask[rows])
+        del stream
+        entropies = [torch.stack([_entropy_sum(x, weight) for x in part]) for part in parts]
+        before_ffn = [h + a for h, a in zip(parts.hidden, parts.attention)]
+        cosines = [torch.stack([nn.functional.cosine_similarity(x, y, dim=-1).double().sum() for x, y in zip(*pair)]) for pair in ((parts.attention, parts.hidden), (parts.feed_forward, before_ffn))]
+        sums = [*entropies, *cosines, _entropy_sum(own, weight)]
+        total = sums if total is None else [t + s for t, s in zip(total, sums)]
+        count += len(own)
+    if not count:
+        raise ValueError("internal entropies need at least one response token behind another token")
+    return InternalEntropy(*((t / count).cpu() for t in total))
+
+
+def _entropy_sum(states, weight):
+    _, entropy = token_logprobs_and_entropy(states, weight, torch.zeros(len(states), dtype=torch.long, device=states.device))
+    return entropy.double().sum()
+
+
+def boundary_layer(ffn_entropy_change):
+    """The last layer l (counted from 1) whose feed-forward block raises entropy, dH_ffn^l > 0; None if there is none.
+
+    BuPO aligns this layer: the last one that still explores before the model only converges.
+    """
+    positive = (torch.as_tensor(ffn_entropy_change) > 0).nonzero()
+    return int(positive[-1]) + 1 if len(positive) else None
+
+
+# ------------------------------------------------------------------------------------- comparing layers of one model
+
+
+@torch.no_grad()
+def layer_similarity(model, input_ids, attention_mask, response_mask, layer):
+    """Against every later layer k = layer + 1 ... L, over response tokens: two tensors (L - layer,).
+
+    cosine  mean cos(H^l, H^k)
+    kl      mean KL(policy_l || policy_k) in nats, the internal policies of Eq. 5, in chunks of the vocabulary matrix
+    """
+    states = [predicting(h, response_mask) for h in residual_stream(model, input_ids, attention_mask).hidden[layer:]]
+    cosine = torch.stack([nn.functional.cosine_similarity(states[0], h, dim=-1).mean() for h in states[1:]]) if len(states) > 1 else torch.zeros(0)
+    return cosine.cpu(), torch.stack([policy_kl(states[0], h, unembedding(model)) for h in states[1:]]).cpu() if len(states) > 1 else torch.zeros(0)
+
+
+@torch.no_grad()
+def policy_kl(states, others, weight, chunk_tokens=None):
+    """Mean KL(softmax(states E^T) || softmax(others E^T)) over N tokens, in nats; (N, D) twice -> ()."""
+    chunk = chunk_tokens or max(1, 2**24 // weight.shape[0])
+    total = 0.0
+    for p, q in zip(states.split(chunk), others.split(chunk)):
+        log_p, log_q = ((x @ weight.T).float().log_softmax(-1) for x in (p, q))
+        total = total + (log_p.exp() * (log_p - log_q)).sum().double()
+    return total / len(states)

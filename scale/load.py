@@ -1,0 +1,66 @@
+"""Opening a model folder: weights in float32, a tokenizer, and one clear line for everything that can be wrong with them."""
+
+import pathlib
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tasks import BadInput
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def load_config(name):
+    """The configuration of a causal language model, or BadInput."""
+    folder = pathlib.Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2 or folder.parent.is_dir()):
+        raise BadInput(f"--model {name}: no such folder; give a Hugging Face model folder or a hub name such as Qwen/Qwen3-0.6B")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise BadInput(f"--model {name}: the folder holds no config.json; give a folder written by save_pretrained")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:  # noqa: BLE001 - the library raises OSError, ValueError, KeyError, hub and JSON errors alike
+        raise BadInput(f"--model {name}: its configuration cannot be read ({_first_line(error)})") from error
+    names = getattr(config, "architectures", None) or []
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or (names and not any(n.endswith(("CausalLM", "LMHeadModel")) for n in names)):
+        raise BadInput(f"--model {name}: {', '.join(names) or config.model_type} is not a causal language model; this project trains those only")
+    return config
+
+
+def load_tokenizer(name):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # noqa: BLE001 - as above
+        raise BadInput(f"--model {name}: its tokenizer cannot be read ({_first_line(error)}); the folder needs tokenizer.json or the files it is made from") from error
+    if not tokenizer.chat_template:
+        print("note: the tokenizer has no chat template; prompts use the plain form 'Question: ... Answer:'")
+    return tokenizer
+
+
+def load_model(name, device="cpu", dtype=torch.float32):
+    """(model, tokenizer). Weights are float32 whatever the folder holds: AdamW at 1e-6 does not move bfloat16 weights."""
+    load_config(name)
+    tokenizer = load_tokenizer(name)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # noqa: BLE001 - as above, and safetensors' own for a damaged file
+        raise BadInput(f"--model {name}: its weights cannot be read ({_first_line(error)})") from error
+    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise BadInput(f"--model {name}: {len(wrong)} weights are missing or have another shape, first {wrong[0]}; they would start at random")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise BadInput(f"--model {name}: the tokenizer has {len(tokenizer)} tokens, the model {model.get_input_embeddings().weight.shape[0]}; they do not belong together")
+    assert_tied(model)
+    return model.to(device), tokenizer
+
+
+def assert_tied(model):
+    """Where the configuration ties the embeddings, input and output must be one tensor: after load, sharding and resume."""
+    if model.config.tie_word_embeddings and model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        raise AssertionError("the configuration ties input and output embeddings, but they are two tensors")
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,394 @@
+"""Prompts and verifiable rewards: a question goes in, a text comes out, and a check says 0 or 1.
+
+    countdown    built in: reach a target with the given numbers, each used once; several solutions are right
+    arithmetic   built in: sums in plain English, in four levels of difficulty
+    a file       JSONL with `question` or `prompt` and `answer`, or parquet with `prompt` and `reward_model`
+
+The same `grade` serves as reward and as evaluation. It returns two verdicts:
+    strict   the answer stands where the instructions ask for it (after ####, in \\boxed{}, or alone)
+    lenient  it may also stand at the end of a sentence: the last number (or expression) of the text counts
+Parsers alone can move a score by tens of points, so both are always reported.
+
+An answer written by a model is hostile input. Nothing here is evaluated as code: numbers are matched by one regular
+expression and compared as fractions, Countdown is a walk over a syntax tree of at most 200 characters that knows
+four operators, and a LaTeX comparison runs in a process that is killed when its time is up.
+"""
+
+import ast
+import json
+import multiprocessing
+import pathlib
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+LONGEST_TEXT = 20_000  # characters of an answer that are looked at, from its end
+LONGEST_EXPRESSION = 200
+LATEX_SECONDS = 5.0
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used: one line that names it and says what to do. The programs exit with 2."""
+
+
+class Grade(NamedTuple):
+    strict: bool
+    lenient: bool
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. `kind` says how an answer is checked: "number", "latex" or "countdown"."""
+
+    question: str
+    answer: str  # the number, the LaTeX answer, or Countdown's target
+    kind: str = "number"
+    numbers: tuple = ()  # Countdown: the numbers that must be used
+
+
+# ------------------------------------------------------------------------------------------------------- grading
+
+
+def grade(problem, text):
+    """Strict and lenient verdict on an answer; bounded in time whatever the text is."""
+    text = text[-LONGEST_TEXT:].strip()
+    if problem.kind == "countdown":
+        return _grade_countdown(problem, text)
+    explicit = _explicit_answer(text)
+    if problem.kind == "latex":
+        right = explicit is not None and latex_equal(explicit, problem.answer)
+        return Grade(right, right)
+    target = parse_number(problem.answer)
+    stated = parse_number(explicit) if explicit is not None else None
+    strict = stated is not None and stated == target
+    if stated is None:
+        stated = last_number(text)
+    return Grade(strict, stated is not None and stated == target)
+
+
+# ASCII digits only: \d would also match other scripts'. Groups of three behind commas, or a plain run of digits. A minus
+# belongs to the number unless a digit or letter stands before it: 10-4 ends in 4, x = -4 in -4.
+_NUMBER = re.compile(r"(?<![0-9A-Za-z.])(-?)[$€£]?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})(?:\s?/\s?([0-9]{1,40})(?![0-9.]))?(?![0-9])")
+_WHOLE = re.compile(r"[$€£\s]*" + _NUMBER.pattern.replace(r"(?<![0-9A-Za-z.])", "") + r"\s*(?:%|\\%|dollars?|cents?|[$€£])?[\s.]*")
+_FRAC = re.compile(r"(-?)\s*\\d?frac\{(-?[0-9]{1,40})\}\{(-?[0-9]{1,40})\}")
+
+
+def _fraction(match):
+    sign, sign_after_currency, digits, denominator = match.groups()
+    value = Fraction(digits.replace(",", ""))
+    if denominator is not None:
+        if int(denominator) == 0:
+            return None
+        value /= int(denominator)
+    return -value if sign or sign_after_currency else value
+
+
+def parse_number(text):
+    """The number a string consists of, as a Fraction: sign, commas, decimals, a currency, 3/4, \\frac{3}{4}; or None."""
+    text = text.strip().strip("$*").replace("\u2212", "-").replace("\\$", "").replace("\\!", "").replace("\\,", "").strip()
+    if match := _FRAC.fullmatch(text):
+        sign, top, bottom = match.groups()
+        return None if int(bottom) == 0 else Fraction(int(top), int(bottom)) * (-1 if sign else 1)
+    match = _WHOLE.fullmatch(text)
+    return _fraction(match) if match else None
+
+
+def last_number(text):
+    """The last number anywhere in a text, as a Fraction, or None."""
+    matches = list(_NUMBER.finditer(text.replace("\u2212", "-")))
+    return _fraction(matches[-1]) if matches else None
+
+
+def _explicit_answer(text):
+    """What stands behind the last ####, in the last \\boxed{...}, or the whole text if it is one line; else None."""
+    marked = [(text.rfind("####"), "####"), (max(text.rfind("\\boxed{"), text.rfind("\\boxed ")), "boxed")]
+    place, mark = max(marked)
+    if place < 0:
+        return text if text and "\n" not in text else None
+    if mark == "####":
+        return text[place + 4 :].strip().split("\n")[0].strip()
+    return _braced(text, place + len("\\boxed"))
+
+
+def _braced(text, start):
+    """The content of the braces that open at `start`, nested braces and all; None if they never close."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return text[start + 1 : i].strip() if i > start else None
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ countdown
+
+_EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
+_OPERATORS = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b, ast.Div: lambda a, b: a / b if b else None}
+
+
+def evaluate_expression(text):
+    """(value, numbers used) of an expression over + - * / and brackets, or None; exact, bounded, never `eval`."""
+    if len(text) > LONGEST_EXPRESSION or not _EXPRESSION.fullmatch(text) or text.count("(") > 20:
+        return None
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    numbers = []
+
+    def value(node):
+        if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 10**6:
+            numbers.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            left, right = value(node.left), value(node.right)
+            return None if left is None or right is None else _OPERATORS[type(node.op)](left, right)
+        return None  # **, //, unary signs, names, calls: not part of the game
+
+    result = value(tree)
+    return None if result is None else (result, numbers)
+
+
+def _grade_countdown(problem, text):
+    def right(expression):
+        found = evaluate_expression(expression.split("=")[0].strip())
+        return found is not None and found[0] == Fraction(problem.answer) and Counter(found[1]) == Counter(problem.numbers)
+
+    explicit = _explicit_answer(text)
+    strict = explicit is not None and right(explicit)
+    if strict:
+        return Grade(True, True)
+    candidates = [c.strip() for c in _EXPRESSION.findall(text) if any(o in c for o in "+-*/")]
+    return Grade(False, bool(candidates) and right(candidates[-1]))
+
+
+def _countdown_problem(rng, difficulty):
+    """`difficulty` numbers from 1 to 12 and a target that some expression over all of them reaches."""
+    numbers = tuple(rng.randint(1, 12) for _ in range(difficulty))
+    while True:
+        expression = random_expression(numbers, rng)
+        value = evaluate_expression(expression)
+        if value is not None and value[0].denominator == 1 and 1 <= value[0] <= 50:
+            break
+    target = int(value[0])
+    listed = ", ".join(map(str, numbers))
+    return Problem(f"Use {listed} once each with + - * / to make {target}. Reply with the expression only.", str(target), "countdown", numbers)
+
+
+def random_expression(numbers, rng):
+    """A random binary expression over all the numbers, each used once, with brackets where they are needed."""
+    terms = [(str(n), "") for n in rng.sample(numbers, len(numbers))]
+    while len(terms) > 1:
+        left, right = terms.pop(rng.randrange(len(terms))), terms.pop(rng.randrange(len(terms)))
+        operator = rng.choice("+-*/")
+        a = f"({left[0]})" if left[1] in ("+", "-") and operator in "*/" else left[0]
+        b = f"({right[0]})" if right[1] and (operator in "*/" or (operator == "-" and right[1] in "+-")) else right[0]
+        terms.append((f"{a}{operator}{b}", operator))
+    return terms[0][0]
+
+
+# ----------------------------------------------------------------------------------------------------- arithmetic
+
+ARITHMETIC = {
+    1: "sums of two one-digit numbers",
+    2: "sums and differences of numbers below 20",
+    3: "sums and differences of two-digit numbers",
+    4: "products of a one-digit and a two-digit number",
+}
+
+
+def _arithmetic_problem(rng, difficulty):
+    limit = {1: 9, 2: 19, 3: 99, 4: 99}[difficulty]
+    a, b = (rng.randint(10, limit), rng.randint(2, 9)) if difficulty == 4 else (rng.randint(0, limit), rng.randint(0, limit))
+    if difficulty == 4:
+        question, answer = f"What is {a} times {b}?", a * b
+    elif difficulty > 1 and rng.random() < 0.5:
+        a, b = max(a, b), min(a, b)
+        question, answer = f"What is {a} minus {b}?", a - b
+    else:
+        question, answer = f"What is {a} plus {b}?", a + b
+    return Problem(question, str(answer))
+
+
+# ---------------------------------------------------------------------------------------------------------- tasks
+
+BUILT_IN = {"countdown": (_countdown_problem, (3, 4, 5)), "arithmetic": (_arithmetic_problem, (1, 2, 3, 4))}
+
+
+def load_problems(task="countdown", data=None, difficulty=None, seed=0, held_out=512, size=20_000):
+    """(training problems, held-out problems), disjoint; both lists, in an order fixed by the seed.
+
+    Built-in tasks draw `size` questions and hold out a fifth of the *distinct* ones. A file's rows are shuffled, and
+    the last `held_out` of them (at most a fifth) are kept apart. Raises BadInput with one line that says what to do.
+    """
+    rng = random.Random(f"{task} {seed}")
+    if data is not None:
+        problems = read_problems(data)
+        rng.shuffle(problems)
+        if len(problems) < 2:
+            raise BadInput(f"--data {data}: one usable row; training and held-out evaluation need at least 2")
+        keep = max(1, min(held_out, len(problems) // 5))
+        return problems[:-keep], problems[-keep:]
+    make, levels = BUILT_IN[task]
+    difficulty = levels[0] if difficulty is None else difficulty
+    if difficulty not in levels:
+        raise BadInput(f"--difficulty {difficulty}: {task} has the levels {', '.join(map(str, levels))}")
+    # one question a bag of words: "3 plus 4" held out must not be trained on as "4 plus 3"
+    drawn = [make(rng, difficulty) for _ in range(size)]
+    drawn = list({(tuple(sorted(re.findall(r"\w+", p.question))), p.answer): p for p in drawn}.values())
+    rng.shuffle(drawn)
+    keep = max(1, len(drawn) // 5)
+    return drawn[keep:], drawn[:keep]
+
+
+def read_problems(path):
+    """All usable rows of a JSONL or parquet file. Rows whose answer cannot be checked are counted and reported."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise BadInput(f"--data {path}: no such file")
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+    problems, unusable, example = [], 0, None
+    for place, question, answer in rows:
+        problem = _problem_of(question, answer)
+        if problem is None:
+            unusable, example = unusable + 1, example or (place, answer)
+        else:
+            problems.append(problem)
+    if unusable:
+        why = "no number" if has_math_verify() else "no number (LaTeX answers need: pip install math-verify)"
+        print(f"{path}: {unusable} of {unusable + len(problems)} rows skipped, their answer holds {why}; the first is {example[0]}: {example[1][:60]!r}")
+    if not problems:
+        raise BadInput(f"--data {path}: no row has an answer that can be checked" if unusable else f"--data {path}: the file is empty")
+    return problems
+
+
+def _problem_of(question, answer):
+    explicit = _explicit_answer(answer) if "####" in answer or "\\boxed" in answer else answer.strip()
+    if explicit is None:
+        return None
+    if parse_number(explicit) is not None:
+        return Problem(question, explicit)
+    if has_math_verify() and explicit:
+        return Problem(question, explicit, "latex")
+    number = last_number(explicit)
+    return None if number is None or "\\" in explicit else Problem(question, str(number))
+
+
+def _jsonl_rows(path):
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"--data {path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise BadInput(f"{where}: not JSON ({error}); every line must be one JSON object") from None
+            if not isinstance(row, dict):
+                raise BadInput(f"{where}: not a JSON object with the keys question (or prompt) and answer")
+            question = row.get("question", row.get("prompt"))
+            if question is None or "answer" not in row:
+                raise BadInput(f"{where}: needs the keys question (or prompt) and answer; it has {', '.join(sorted(map(str, row))) or 'none'}")
+            if not isinstance(question, str) or not question.strip():
+                raise BadInput(f"{where}: the question is empty; remove the line or fill it in")
+            yield f"line {number}", question.strip(), str(row["answer"])
+
+
+def _parquet_rows(path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise BadInput(f"--data {path}: reading parquet needs pyarrow; pip install pyarrow, or convert the file to JSONL") from None
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--data {path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    for number, row in enumerate(rows, 1):
+        try:
+            question, answer = row["prompt"], row["reward_model"]["ground_truth"]
+            question = question if isinstance(question, str) else "\n\n".join(m["content"] for m in question if m["role"] != "system")
+        except (KeyError, TypeError):
+            raise BadInput(f"--data {path}, row {number}: needs prompt (messages) and reward_model.ground_truth; it has {', '.join(sorted(row))}") from None
+        if not question.strip():
+            raise BadInput(f"--data {path}, row {number}: the question is empty; remove the row or fill it in")
+        yield f"row {number}", question.strip(), str(answer)
+
+
+# -------------------------------------------------------------------------------------------------------- prompts
+
+
+def render_prompt(question, tokenizer):
+    """(text, token ids) of one question: through the tokenizer's chat template if it has one, else a plain template."""
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": question}]
+        # enable_thinking is Qwen3's switch; templates that do not know it ignore it
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return text, tokenizer(text, add_special_tokens=False).input_ids
+    text = f"Question: {question}\nAnswer:"
+    return text, tokenizer(text).input_ids
+
+
+# ------------------------------------------------------------------------------ LaTeX answers, an optional library
+
+
+def has_math_verify():
+    try:
+        import math_verify  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class _LatexChecker:
+    """math-verify in a process of its own: an answer that hangs it costs LATEX_SECONDS and a new process, no more."""
+
+    def __init__(self):
+        self.process, self.failures = None, 0
+
+    def equal(self, answer, truth):
+        if self.process is None or not self.process.is_alive():
+            context = multiprocessing.get_context("spawn")
+            self.pipe, far_end = context.Pipe()
+            self.process = context.Process(target=_latex_worker, args=(far_end,), daemon=True)
+            self.process.start()
+            if not self.pipe.poll(60):  # importing sympy takes seconds; that is not the answer's fault
+                raise BadInput("math-verify did not start within 60 seconds")
+            self.pipe.recv()
+        try:
+            self.pipe.send((answer, truth))
+            if self.pipe.poll(LATEX_SECONDS):
+                verdict = self.pipe.recv()
+                self.failures += verdict is None
+                return bool(verdict)
+        except (EOFError, OSError):
+            pass  # the process died on this answer: counted below like a time-out
+        self.failures += 1
+        self.process.kill()
+        self.process.join()
+        return False
+
+
+def _latex_worker(pipe):
+    import logging
+
+    from math_verify import parse, verify
+
+    logging.disable(logging.CRITICAL)
+    pipe.send("ready")
+    while True:
+        answer, truth = pipe.recv()
+        try:  # its own time-outs use signals and print; the parent's kill replaces them
+            pipe.send(verify(parse(f"${truth}$", parsing_timeout=None), parse(f"${answer}$", parsing_timeout=None), timeout_seconds=None))
+        except Exception:  # noqa: BLE001 - any failure of the library is reported to the parent as "could not tell"
+            pipe.send(None)
+
+
+LATEX = _LatexChecker()
+
+
+def latex_equal(answer, truth):
+    """math-verify's verdict, False when it fails or runs out of time (LATEX.failures counts those)."""
+    return LATEX.equal(answer[:LONGEST_EXPRESSION * 5], truth)
