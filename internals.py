@@ -180,12 +180,14 @@ def predicting(states, response_mask):
 
 
 @torch.no_grad()
-def internal_entropy(model, input_ids, attention_mask, response_mask, batch=8, progress=None):
-    """Entropy of every internal policy, averaged over response tokens. All masks (B, S); `batch` sequences at a time."""
-    weight, total, count = unembedding(model), None, 0
+def internal_entropy(model, input_ids, attention_mask, response_mask, vocab_size=None, batch=8, progress=None):
+    """Entropy of every internal policy, averaged over response tokens. All masks (B, S); `batch` sequences at a time;
+    ids from vocab_size on (a padded vocabulary) do not count."""
+    total, count = None, 0
     for i in tqdm(range(0, len(input_ids), batch), desc=progress, disable=progress is None, leave=False):
         rows = slice(i, i + batch)
         stream = residual_stream(model, input_ids[rows], attention_mask[rows])
+        weight = unembedding(model)[:vocab_size]  # after the forward pass: a sharded model has gathered it by now
         parts = ResidualStream(*([predicting(x, response_mask[rows]) for x in part] for part in stream))
         own = predicting(decoder_body(model).norm(stream.hidden[-1]), response_mask[rows])
         del stream

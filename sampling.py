@@ -11,7 +11,7 @@ positions (right-padded), V vocabulary.
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import DynamicCache, LogitsProcessor
@@ -39,11 +39,37 @@ class Rollout:
     def lengths(self):
         return self.mask.sum(1)
 
-    def sequences(self):
-        """Prompt and answer side by side: ids and attention mask, each (B, S + T)."""
+    def sequences(self, rows):
+        """Prompt and answer side by side for some rows: ids and attention mask (rows, s + t), and t.
+
+        Trimmed to the longest prompt and answer among those rows; the answers are the last t columns.
+        """
+        prompts = [r // (len(self.tokens) // len(self.prompt)) for r in rows]
+        left = self.prompt.shape[1] - int(self.prompt_mask[prompts].sum(1).max())
+        width = int(self.mask[rows].sum(1).max())
+        ids = torch.cat([self.prompt[prompts, left:], self.tokens[rows, :width]], 1)
+        return ids, torch.cat([self.prompt_mask[prompts, left:], self.mask[rows, :width]], 1), width
+
+    def select(self, prompts):
+        """The rollout of some of its prompts (a list of indices), in that order."""
         repeats = len(self.tokens) // len(self.prompt)
-        ids = torch.cat([self.prompt.repeat_interleave(repeats, 0), self.tokens], 1)
-        return ids, torch.cat([self.prompt_mask.repeat_interleave(repeats, 0), self.mask], 1)
+        rows = [p * repeats + g for p in prompts for g in range(repeats)]
+        by_prompt = ("prompt", "prompt_mask")
+        return Rollout(**{f.name: getattr(self, f.name)[prompts if f.name in by_prompt else rows] for f in fields(self)})
+
+    @staticmethod
+    def join(parts):
+        """Several rollouts with the same G as one, padded to the longest."""
+        if len(parts) == 1:
+            return parts[0]
+        joined = {}
+        for f in fields(Rollout):
+            tensors = [getattr(p, f.name) for p in parts]
+            if tensors[0].dim() == 2:
+                width, left = max(t.shape[1] for t in tensors), f.name in ("prompt", "prompt_mask")
+                tensors = [torch.nn.functional.pad(t, (width - t.shape[1], 0) if left else (0, width - t.shape[1])) for t in tensors]
+            joined[f.name] = torch.cat(tensors)
+        return Rollout(**joined)
 
     def answers(self):
         """The answers as lists of ids, end-of-sequence token included."""
@@ -115,7 +141,7 @@ class _Keys(DynamicLayer):
         self._show()
 
 
-def generate(model, prompts, answers_per_prompt=1, max_new_tokens=32, eos_ids=(), temperature=1.0, vocab_size=None, generator=None):
+def generate(model, prompts, answers_per_prompt=1, max_new_tokens=32, eos_ids=(), temperature=1.0, vocab_size=None, generator=None, uniform=None):
     """Draw `answers_per_prompt` answers to each prompt; returns a Rollout.
 
     prompts      lists of token ids, of any lengths
@@ -123,12 +149,13 @@ def generate(model, prompts, answers_per_prompt=1, max_new_tokens=32, eos_ids=()
     temperature  a number; 0 for greedy decoding; or a callable, entropy (rows,) in nats -> temperature (rows,)
     vocab_size   ids from here on (a padded vocabulary) have probability 0
     generator    a CPU torch.Generator; the draws of a row do not depend on when other rows finish
+    uniform      instead of a generator: the random numbers themselves, (max_new_tokens, B) in [0, 1)
     """
     with rollout_mode(model):
         device = model.get_input_embeddings().weight.device
         prompt, prompt_mask = pad_prompts(prompts, device)
         rows = len(prompts) * answers_per_prompt
-        uniform = torch.rand(max_new_tokens, rows, generator=generator).to(device)
+        uniform = (torch.rand(max_new_tokens, rows, generator=generator) if uniform is None else uniform).to(device)
         eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
 
         tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)

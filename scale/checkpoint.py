@@ -1,0 +1,162 @@
+"""Checkpoints that are whole or absent, and a run that continues from one exactly.
+
+checkpoint-N/ is an ordinary Hugging Face folder (config, weights, tokenizer) plus
+    optimizer.pt     AdamW's moments by weight name (torch.load(weights_only=True))
+    run.json         step, data position, BuPO layer, entropy statistics, guard: everything that is not a tensor
+    checksums.json   SHA-256 of every other file, written last
+It is written under another name, flushed to the disk and renamed, so a kill at any moment leaves either no checkpoint-N or a
+whole one. Reading checks every sum and takes the newest folder that passes. There is no random state to save: every draw is
+seeded by (seed, step).
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+
+import torch
+from torch.distributed.tensor import distribute_tensor
+
+from scale.shard import whole
+from tasks import BadInput
+
+
+def write_file(path, text):
+    """Write a small file so that a reader finds the old text or the new one, never half of it."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def save(run, step):
+    """Write checkpoint-`step` and remove all but the newest --keep. Every process must call it; process 0 writes."""
+    weights, moments = gather(run)
+    if not run.world.main:
+        return
+    folder = run.out / f"checkpoint-{step}"
+    aside = run.out / f".checkpoint-{step}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        save_model(run, aside, weights)
+        torch.save(moments, aside / "optimizer.pt")
+        (aside / "run.json").write_text(json.dumps({"step": step, "fingerprint": fingerprint(run.policy.config, run.tokenizer), **run.state()}))
+        files = sorted(p for p in aside.iterdir() if p.is_file())
+        for path in files:
+            _flush(path)
+        (aside / "checksums.json").write_text(json.dumps({p.name: _sha256(p) for p in files}, indent=1))
+        _flush(aside / "checksums.json")
+        if folder.exists():  # of an earlier life of this run, which had got further than where it was resumed
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+        _flush(run.out)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise BadInput(f"--out {run.out}: checkpoint {step} cannot be written ({error.strerror or error}); what was saved before is intact. Free space or name another folder, then --resume") from error
+    for old in folders(run.out)[run.options.keep :]:
+        shutil.rmtree(old)
+
+
+def save_model(run, folder, weights):
+    """An ordinary Hugging Face folder of the policy's weights."""
+    run.policy.save_pretrained(folder, state_dict=weights)
+    if not run.tokenizer_files:
+        run.tokenizer.save_pretrained(folder)
+        made = {"model", "config", "generation_config"}
+        run.tokenizer_files = {p.name: p.read_bytes() for p in folder.iterdir() if p.stem.split(".")[0] not in made}
+    for name, content in run.tokenizer_files.items():
+        (folder / name).write_bytes(content)
+
+
+def gather(run):
+    """(weights by name, AdamW state by weight name) as whole tensors in main memory."""
+    weights = {name: whole(p.detach()).cpu() for name, p in run.policy.state_dict().items()}
+    moments = {}
+    for name, p in run.policy.named_parameters():
+        if p in run.optimizer.state:
+            moments[name] = {key: whole(value).cpu() for key, value in run.optimizer.state[p].items()}
+    return weights, moments
+
+
+def folders(out):
+    """checkpoint-N folders, newest first."""
+    found = [(int(m.group(1)), p) for p in out.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [p for _, p in sorted(found, reverse=True)]
+
+
+def newest_whole(out, say):
+    """The newest checkpoint whose files all carry their sums, or None; says which was passed over and why."""
+    for folder in folders(out):
+        fault = _fault(folder)
+        if fault is None:
+            say(f"resuming from {folder}, the newest whole checkpoint")
+            return folder
+        say(f"warning: {folder} is passed over: {fault}")
+    return None
+
+
+def _fault(folder):
+    try:
+        sums = json.loads((folder / "checksums.json").read_text())
+        for name, expected in sums.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _sha256(folder / name) != expected:
+                return f"{name} is damaged (its checksum differs)"
+    except (OSError, ValueError) as error:
+        return f"checksums.json cannot be read ({error})"
+    return None if "run.json" in sums and "optimizer.pt" in sums else "it lists no run.json or optimizer.pt"
+
+
+def restore(run, folder):
+    """Put back the optimiser and everything else that is not the weights; returns the step the checkpoint was written at."""
+    state = json.loads((folder / "run.json").read_text())
+    run.restore(state)
+    run.optimizer = run.make_optimizer()
+    moments = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
+    for name, p in run.policy.named_parameters():
+        if name in moments:
+            run.optimizer.state[p] = {key: _placed_like(value, p) if value.dim() else value.clone() for key, value in moments[name].items()}
+    return state["step"]
+
+
+def _placed_like(value, parameter):
+    if hasattr(parameter, "placements"):
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value.to(parameter.device, copy=True)
+
+
+def fingerprint(config, tokenizer):
+    """What must agree between a checkpoint and the model and tokenizer a user names beside --resume."""
+    shape = {k: getattr(config, k, None) for k in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size", "tie_word_embeddings")}
+    return {"model": shape, "tokenizer": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()}
+
+
+def keep_lines(path, last_step):
+    """Drop the lines of a JSONL file that are later than `last_step` or not whole: a resumed run writes them again."""
+    if path.exists():
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line)
+            except ValueError:
+                pass  # the half line that a kill left at the end
+        write_file(path, "".join(line + "\n" for line in kept))
+
+
+def _flush(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

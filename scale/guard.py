@@ -1,0 +1,54 @@
+"""What keeps one bad number from ruining a run: refusing it, counting it, saying so; and stopping politely when asked to."""
+
+import math
+import signal
+
+ALARM_FACTOR = 4.0  # how far from its running mean a watched number may be before a line says so
+WATCHED = {"grad_norm": "gradient norm", "entropy": "entropy", "response_length": "answer length"}
+
+
+class Guard:
+    """Non-finite losses and gradients never reach the optimiser; jumps are reported; bad steps in a row end the run."""
+
+    def __init__(self, say):
+        self.say, self.bad_in_a_row, self.means = say, 0, {}
+
+    def accepts(self, loss, grad_norm):
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return True
+        self.say(f"warning: update skipped, loss {loss} and gradient norm {grad_norm}; the weights stay as they were")
+        return False
+
+    def bad_step(self, reason):
+        self.bad_in_a_row += 1
+        self.say(f"warning: bad step ({reason}), {self.bad_in_a_row} in a row")
+
+    def good_step(self, metrics):
+        """Compare the step with the running means of the steps before it."""
+        self.bad_in_a_row = 0
+        for key, name in WATCHED.items():
+            value, mean = metrics[key], self.means.get(key)
+            if mean is not None and metrics["step"] > 10 and mean > 1e-3 and not mean / ALARM_FACTOR < value < mean * ALARM_FACTOR:
+                self.say(f"alarm: {name} {value:.3g} at step {metrics['step']}, {value / mean:.1f} times its running mean {mean:.3g}; look at samples.jsonl, consider a lower --lr")
+            self.means[key] = value if mean is None else 0.9 * mean + 0.1 * value
+
+    def state(self):
+        return {"bad_in_a_row": self.bad_in_a_row, "means": self.means}
+
+    def restore(self, state):
+        self.bad_in_a_row, self.means = state["bad_in_a_row"], dict(state["means"])
+
+
+class StopRequest:
+    """SIGINT and SIGTERM ask the run to finish its step, save and leave; a second SIGINT interrupts at once."""
+
+    def __init__(self, say):
+        self.say, self.asked = say, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.say(f"{signal.Signals(number).name}: finishing this step, then saving and leaving (again to leave at once)")

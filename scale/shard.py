@@ -1,0 +1,163 @@
+"""One model over several processes: `torchrun --nproc-per-node N train.py ...`, PyTorch's own FSDP2, from outside the model.
+
+Every rank holds 1 / N of every weight, gradient and moment; a decoder layer is gathered when it runs and freed after.
+Prompts are split over the ranks; whatever the loss is divided by, and the entropy statistics, are counted over all of them.
+Answers are drawn from a replica in the compute dtype that is refreshed once a rollout, so no weight is gathered at a
+decoding step and ranks may stop at different lengths without waiting for each other.
+"""
+
+import copy
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM
+
+from internals import decoder_body
+from scale.load import assert_tied, load_config, load_model
+from tasks import BadInput
+
+
+class World:
+    """The processes of this run; a run without torchrun is a world of one, in which every method is the identity."""
+
+    def __init__(self, device="cpu"):
+        self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.device, self.mesh = torch.device(device), None
+        if "WORLD_SIZE" in os.environ:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend)
+            self.mesh = init_device_mesh(self.device.type, (self.size,))
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    @property
+    def sharded(self):
+        return self.mesh is not None
+
+    def _reduce(self, x, op):
+        x = torch.as_tensor(x, device=self.device).clone()
+        if self.size > 1:
+            dist.all_reduce(x, op)
+        return x
+
+    def sum(self, x):
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x):
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def any(self, flag):
+        return bool(self.max(torch.tensor(int(flag))))
+
+    def gather(self, values):
+        """(n_r,) on every rank -> the concatenation over ranks, on all of them."""
+        return torch.cat([part.to(self.device) for part in self.gather_objects(values.cpu())]) if self.size > 1 else values
+
+    def gather_objects(self, thing):
+        if self.size == 1:
+            return [thing]
+        things = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def mine(self, items):
+        """This rank's share of a list: every size-th item, so that equal slices of the shares make equal slices of the whole."""
+        return items[self.rank :: self.size]
+
+    def close(self):
+        if self.sharded:
+            dist.destroy_process_group()
+
+
+def shard_model(name, world, offload=False):
+    """Load a model so that no rank but 0 ever holds it whole, and rank 0 in main memory only; returns it sharded.
+
+    The model is built without memory, sharded, then filled one weight at a time from rank 0.
+    """
+    config = load_config(name)
+    source = dict(load_model(name)[0].named_parameters()) if world.main else {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    body = decoder_body(model)
+    body.rotary_emb = type(body.rotary_emb)(config=config)  # its buffers are computed, not stored: build them for real
+
+    low = torch.bfloat16 if world.device.type == "cuda" else None
+    settings = dict(mesh=world.mesh, mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
+                    offload_policy=CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy())
+    for layer in body.layers:
+        fully_shard(layer, **settings)
+    # The root keeps its weights (embedding, norm, unembedding) gathered until its backward pass: the loss multiplies by
+    # the unembedding matrix after the root's own forward has ended.
+    fully_shard(model, reshard_after_forward=False, **settings)
+
+    model.to_empty(device="cpu" if offload else world.device)
+    body.rotary_emb = type(body.rotary_emb)(config=config).to(world.device)  # to_empty has emptied its buffers too
+    if config.tie_word_embeddings:  # to_empty gives each module its own tensor: one of them must go
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    if config.bos_token_id is not None or config.eos_token_id is not None:
+        model.generation_config = source_generation_config(name, model)
+    for key, parameter in model.named_parameters():
+        whole = source[key].detach() if world.main else torch.empty(parameter.shape)
+        part = distribute_tensor(whole.to(parameter.device), parameter.device_mesh if not offload else world.cpu_mesh(), parameter.placements)
+        parameter.to_local().data.copy_(part.to_local())
+    assert_tied(model)
+    return model
+
+
+def source_generation_config(name, model):
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:  # a folder without generation_config.json: the model's own defaults stand
+        return model.generation_config
+
+
+def whole(tensor):
+    """A sharded tensor as an ordinary one (every rank must call it); an ordinary one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def make_actor(policy, world):
+    """The model that answers are drawn from: the policy itself, or a replica in the compute dtype where it is sharded or on CUDA."""
+    if not world.sharded and world.device.type != "cuda":
+        return policy
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    with torch.device("meta"):
+        actor = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config), dtype=dtype)
+    actor.to_empty(device=world.device)
+    body = decoder_body(actor)
+    body.rotary_emb = type(body.rotary_emb)(config=actor.config).to(world.device)
+    actor.tie_weights()
+    assert_tied(actor)
+    actor.generation_config = policy.generation_config
+    return actor.requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh_actor(actor, policy):
+    """Copy the policy's weights into its replica, one weight gathered at a time; nothing to do where they are one model."""
+    if actor is policy:
+        return
+    for target, source in zip(actor.parameters(), policy.parameters()):
+        target.copy_(whole(source))
+
+
+def check_world(options, world):
+    """The numbers that must fit the number of processes."""
+    if options.offload and not world.sharded:
+        raise BadInput("--offload: keeping weights in main memory is FSDP's work; start with torchrun --nproc-per-node N train.py ... (N = 1 is fine)")
+    if options.prompts_per_step % (world.size * options.updates_per_rollout):
+        raise BadInput(
+            f"--prompts-per-step {options.prompts_per_step}: must be a multiple of processes x updates per rollout = "
+            f"{world.size} x {options.updates_per_rollout}" + (" (more ranks than prompts)" if options.prompts_per_step < world.size else "")
+        )
