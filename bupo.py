@@ -15,12 +15,20 @@ The released code (Trae1ounG/BuPO, commit d3a85c6) counts layers from 0 (its 5 i
 the vocabulary projection twice, and logs the last layer's entropy in phase 1; here both entropies have their own names.
 """
 
-from internals import check_layer, decoder_body
+import torch
+
+from internals import boundary_layer, check_layer, decoder_body
 
 
 def target_layer(step, inter_steps, layer):
     """Eq. 10: the layer whose policy is trained at `step` (counted from 1), or None for the full policy."""
     return layer if layer is not None and step <= inter_steps else None
+
+
+def boundary_or_fallback(ffn_entropy_change):
+    """(layer, True) for the boundary layer; where no change is positive, (the layer whose entropy falls least, False)."""
+    layer = boundary_layer(ffn_entropy_change)
+    return (layer, True) if layer else (int(torch.as_tensor(ffn_entropy_change).argmax()) + 1, False)
 
 
 def untouched_in_phase_one(model, layer):

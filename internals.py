@@ -220,15 +220,26 @@ def boundary_layer(ffn_entropy_change):
 
 
 @torch.no_grad()
-def layer_similarity(model, input_ids, attention_mask, response_mask, layer):
+def layer_similarity(model, input_ids, attention_mask, response_mask, layer, vocab_size=None):
     """Against every later layer k = layer + 1 ... L, over response tokens: two tensors (L - layer,).
 
     cosine  mean cos(H^l, H^k)
     kl      mean KL(policy_l || policy_k) in nats, the internal policies of Eq. 5, in chunks of the vocabulary matrix
     """
     states = [predicting(h, response_mask) for h in residual_stream(model, input_ids, attention_mask).hidden[layer:]]
-    cosine = torch.stack([nn.functional.cosine_similarity(states[0], h, dim=-1).mean() for h in states[1:]]) if len(states) > 1 else torch.zeros(0)
-    return cosine.cpu(), torch.stack([policy_kl(states[0], h, unembedding(model)) for h in states[1:]]).cpu() if len(states) > 1 else torch.zeros(0)
+    if len(states) == 1:
+        return torch.zeros(0), torch.zeros(0)
+    weight = unembedding(model)[:vocab_size]
+    cosine = torch.stack([nn.functional.cosine_similarity(states[0], h, dim=-1).mean() for h in states[1:]])
+    return cosine.cpu(), torch.stack([policy_kl(states[0], h, weight) for h in states[1:]]).cpu()
+
+
+@torch.no_grad()
+def perplexity(model, input_ids, attention_mask, response_mask, vocab_size=None):
+    """exp of the mean negative log-probability of the response tokens under the model's own policy."""
+    states = predicting(policy_hidden(model, input_ids, attention_mask), response_mask)
+    logp, _ = token_logprobs_and_entropy(states, unembedding(model)[:vocab_size], input_ids[:, 1:][response_mask[:, 1:].bool()])
+    return float((-logp.mean()).exp())
 
 
 @torch.no_grad()

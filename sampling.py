@@ -18,8 +18,8 @@ from transformers import DynamicCache, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 
 
-class NonFiniteLogits(ArithmeticError):
-    """The model returned NaN or infinite logits: its weights are broken, no distribution can be drawn from."""
+class NonFinite(ArithmeticError):
+    """A NaN or an infinity where a number must be, in logits for example: no distribution can be drawn from them."""
 
 
 @dataclass
@@ -49,6 +49,27 @@ class Rollout:
         width = int(self.mask[rows].sum(1).max())
         ids = torch.cat([self.prompt[prompts, left:], self.tokens[rows, :width]], 1)
         return ids, torch.cat([self.prompt_mask[prompts, left:], self.mask[rows, :width]], 1), width
+
+    def micro_batches(self, rows, sequences=0, tokens=0):
+        """Cut rows into lists of at most `sequences` rows, or of at most `tokens` tokens, padding included; 0: no limit."""
+        rows = list(rows)
+        if not tokens:
+            size = sequences or len(rows)
+            return [rows[i : i + size] for i in range(0, len(rows), size)]
+        lengths, prompt, parts = self.lengths.tolist(), self.prompt.shape[1], [[]]
+        for row in sorted(rows, key=lengths.__getitem__):  # neighbours of like length: little padding
+            if parts[-1] and (len(parts[-1]) + 1) * (prompt + lengths[row]) > tokens:
+                parts.append([])
+            parts[-1].append(row)
+        return parts
+
+    def with_response_mask(self, most):
+        """At most `most` answers spread over the batch: ids, attention mask and response mask, each (rows, s + t)."""
+        rows = list(range(0, len(self.tokens), max(1, len(self.tokens) // most)))[:most]
+        ids, attention, width = self.sequences(rows)
+        response = torch.zeros_like(attention)
+        response[:, -width:] = self.mask[rows, :width]
+        return ids, attention, response
 
     def select(self, prompts):
         """The rollout of some of its prompts (a list of indices), in that order."""
@@ -178,7 +199,7 @@ def generate(model, prompts, answers_per_prompt=1, max_new_tokens=32, eos_ids=()
         for t in range(max_new_tokens):
             token, drawn = draw(logits[:, :vocab_size].float(), temperature, uniform[t, alive])
             if not bool(drawn[1].isfinite().all()):
-                raise NonFiniteLogits(f"the model's logits are NaN or infinite at answer position {t}")
+                raise NonFinite(f"the model's logits are NaN or infinite at answer position {t}")
             tokens[alive, t] = token
             for kept, value in zip((heat, logp, entropy), drawn):
                 kept[alive, t] = value

@@ -169,7 +169,7 @@ def _countdown_problem(rng, difficulty):
     """`difficulty` numbers from 1 to 12 and a target that some expression over all of them reaches."""
     numbers = tuple(rng.randint(1, 12) for _ in range(difficulty))
     while True:
-        expression = random_expression(numbers, rng)
+        expression = random_expression(numbers, rng, "+-*")  # division is allowed in answers, never needed
         value = evaluate_expression(expression)
         if value is not None and value[0].denominator == 1 and 1 <= value[0] <= 50:
             break
@@ -178,12 +178,12 @@ def _countdown_problem(rng, difficulty):
     return Problem(f"Use {listed} once each with + - * / to make {target}. Reply with the expression only.", str(target), "countdown", numbers)
 
 
-def random_expression(numbers, rng):
+def random_expression(numbers, rng, operators="+-*/"):
     """A random binary expression over all the numbers, each used once, with brackets where they are needed."""
     terms = [(str(n), "") for n in rng.sample(numbers, len(numbers))]
     while len(terms) > 1:
         left, right = terms.pop(rng.randrange(len(terms))), terms.pop(rng.randrange(len(terms)))
-        operator = rng.choice("+-*/")
+        operator = rng.choice(operators)
         a = f"({left[0]})" if left[1] in ("+", "-") and operator in "*/" else left[0]
         b = f"({right[0]})" if right[1] and (operator in "*/" or (operator == "-" and right[1] in "+-")) else right[0]
         terms.append((f"{a}{operator}{b}", operator))

@@ -10,32 +10,23 @@ answers under the old policy, update the policy a few times, log. HAPO differs f
 A run is a function of its options and its seed: every random draw is seeded by (seed, step), nothing else is random.
 """
 
-import argparse
 import dataclasses
-import functools
-import hashlib
-import json
-import math
-import pathlib
-import random
-import shutil
-import sys
 import time
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 import bupo
 import hapo
 import internals
 import losses
-from evaluate import default_cap, sample_answers, summarise
-from sampling import NonFiniteLogits, Rollout, eos_ids_of, generate
-from scale import checkpoint, memory, shard
-from scale.guard import Guard, StopRequest
-from scale.load import load_config, load_model, load_tokenizer
-from tasks import BUILT_IN, BadInput, grade, load_problems, read_problems, render_prompt
+from sampling import NonFinite, Rollout, generate
+from scale import checkpoint, memory, options, report, shard
+from scale.guard import StopRequest
+from scale.load import load_config
+from scale.run import draw_items, finish, give_up, open_run
+from scale.seeds import seed_of
+from tasks import BUILT_IN, grade
 
 
 def opt(default, help, **more):
@@ -150,11 +141,13 @@ def train_step(step, run):
     # Sample answers from the current policy and grade them.
     shard.refresh_actor(run.actor, policy)
     batch = collect(step, run)
+    if world.any(not bool(batch.rewards.isfinite().all())):
+        raise NonFinite("a reward is NaN or infinite")
     clock.append(time.perf_counter())
 
     # BuPO: in phase 1 the policy that is trained is layer l's, and nothing above layer l runs.
     if o.bupo_layer and run.layer is None:
-        run.layer = choose_layer(run, batch)
+        run.layer = choose_layer(batch, run)
         run.optimizer = run.make_optimizer()  # nothing has been updated yet; the comparison arms need the layer
     layer = bupo.target_layer(step, o.bupo_steps, run.layer) if o.bupo_arm == "align" else None
 
@@ -167,7 +160,8 @@ def train_step(step, run):
     # Advantages: one number a response, or HAPO's one a token.
     batch.advantages = losses.grpo_advantages(batch.rewards, o.answers_per_prompt)[:, None] * batch.mask
     if o.algo == "hapo":
-        run.stats = hapo.entropy_stats(world.gather(batch.entropy[batch.mask])[None], torch.ones(1), o.rho)
+        entropies = world.gather(batch.entropy[batch.rollout.mask])  # statistics are the whole batch's, over all processes
+        run.stats = hapo.entropy_stats(entropies, torch.ones_like(entropies), o.rho)
         batch.h = hapo.modulation(batch.entropy, run.stats, batch.mask, o.released)
         if o.token_group_average:
             batch.advantages = hapo.token_group_advantages(batch.rewards, batch.mask, o.answers_per_prompt, o.released)
@@ -177,11 +171,11 @@ def train_step(step, run):
 
     # Update the policy on equal parts of the batch; every part is made of whole groups.
     set_learning_rate(run, step)
-    before = weight_sample(policy)
+    before = report.weight_sample(policy)
     rows = torch.arange(len(batch.rewards)).view(o.updates_per_rollout, -1)
-    updates = [update(run, batch, part.tolist(), layer, first=i == 0) for i, part in enumerate(rows)]
+    updates = [update(run, batch, part.tolist(), layer) for part in rows]
     clock.append(time.perf_counter())
-    return batch, step_metrics(step, run, batch, layer, entropy, updates, before, clock)
+    return batch, report.step_metrics(step, run, batch, layer, entropy, updates, before, clock)
 
 
 def collect(step, run):
@@ -206,7 +200,7 @@ def sample_round(step, attempt, run):
     # the same random numbers whatever the number of processes: each takes the columns of its own answers
     uniform = torch.rand(o.max_new_tokens, o.prompts_per_step, G, generator=torch.Generator().manual_seed(seed_of(o.seed, step, attempt)))
     uniform = uniform[:, world.rank :: world.size].flatten(1)
-    rollout = generate(run.actor, [ids for _, ids in items], G, o.max_new_tokens, run.eos_ids, temperature_rule(step, run), len(run.tokenizer), uniform=uniform)
+    rollout = world.together(NonFinite, generate, run.actor, [ids for _, ids in items], G, o.max_new_tokens, run.eos_ids, temperature_rule(step, run), len(run.tokenizer), uniform=uniform)
 
     texts = run.tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
     grades = [grade(items[i // G][0], text) for i, text in enumerate(texts)]
@@ -269,31 +263,9 @@ def token_scores(model, rollout, rows, layer, run):
 def score(model, batch, layer, run):
     """token_scores of the whole batch, without gradient."""
     logp, entropy = torch.zeros(2, *batch.rollout.mask.shape, device=run.world.device)
-    for rows, _ in micro_batches(batch, range(len(batch.rewards)), run):
+    for rows, _ in run.world.even(batch.rollout.micro_batches(range(len(batch.rewards)), run.options.micro_batch, run.options.micro_tokens)):
         logp[rows], entropy[rows] = token_scores(model, batch.rollout, rows, layer, run)
     return logp, entropy
-
-
-def micro_batches(batch, rows, run):
-    """Cut rows into lists that fit --micro-batch sequences or --micro-tokens tokens (padding included), as (rows, counts).
-
-    Every process gets equally many, because a sharded model's forward pass needs all of them: the last lists of a
-    process that has fewer are repetitions with counts = False, whose loss is multiplied by 0.
-    """
-    o, rows = run.options, list(rows)
-    if o.micro_tokens:
-        lengths = batch.rollout.lengths.tolist()
-        rows.sort(key=lengths.__getitem__)  # neighbours of like length: little padding
-        prompt, parts = batch.rollout.prompt.shape[1], [[]]
-        for row in rows:
-            if parts[-1] and (len(parts[-1]) + 1) * (prompt + lengths[row]) > o.micro_tokens:
-                parts.append([])
-            parts[-1].append(row)
-    else:
-        size = o.micro_batch or len(rows)
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    most = int(run.world.max(len(parts)))
-    return [(part, True) for part in parts] + [(parts[-1], False)] * (most - len(parts))
 
 
 def policy_loss(logp, batch, rows, o):
@@ -312,41 +284,39 @@ def policy_loss(logp, batch, rows, o):
     loss = losses.clipped_surrogate(ratio, advantages, low, high, o.dual_clip or None)
     with torch.no_grad():
         valid, below, above = batch.mask[rows], ratio < 1 - low, ratio > 1 + high
-        report = {
+        seen = {
             "clip_low": (valid & below & (advantages < 0)).sum(), "clip_high": (valid & above & (advantages > 0)).sum(),
             "outside": (valid & (below | above)).sum(), "kl_old": losses.kl_k3(logp, batch.old_logp[rows])[valid].sum(),
-            "ratio_max": ratio[valid].max() if valid.any() else ratio.new_tensor(0.0),
         }
-    return loss, report
+    return loss, {key: float(value) for key, value in seen.items()}, float(torch.where(valid, ratio.detach(), 0.0).max())
 
 
 def update(run, batch, rows, layer):
-    """One optimiser step on some rows; sums over the whole update, never a last micro-batch's share."""
+    """One optimiser step on some rows; returns sums over the whole update and all processes."""
     o, world, policy = run.options, run.world, run.policy
     mask = batch.mask[rows]
-    # the whole update's normalisers, over all processes, fixed before it is cut into micro-batches
+    # the whole update's normalisers, fixed before it is cut into micro-batches
     tokens, responses = int(world.sum(mask.sum())), int(world.sum(len(rows)))
-    total = {"loss": 0.0, "tokens": tokens, "grad_norm": 0.0, "applied": 0}
-    if not world.any(batch.advantages[rows][mask].count_nonzero()) and batch.ref_logp is None:
-        return total | {"dead": 1}  # every group all right or all wrong: no gradient, and no weight decay in its name
-    for part, counts in micro_batches(batch, rows, run):
+    if not world.any(batch.advantages[rows][mask].any()) and batch.ref_logp is None:
+        return {"dead": 1, "tokens": 0, "loss": 0.0, "grad_norm": 0.0}  # all groups dead: no gradient, and no weight decay in its name
+    sums, ratio_max = {"loss": 0.0}, 0.0
+    for part, counts in world.even(batch.rollout.micro_batches(rows, o.micro_batch, o.micro_tokens)):
         logp, _ = token_scores(policy, batch.rollout, part, layer, run)
-        per_token, report = policy_loss(logp, batch, part, o)
+        per_token, seen, highest = policy_loss(logp, batch, part, o)
         if batch.ref_logp is not None:
             per_token = per_token + o.kl * losses.kl_k3(logp, batch.ref_logp[part])
         loss = mean_loss(per_token, batch.mask[part], tokens, responses, o) * counts
-        (loss * world.size).backward()  # sharded gradients are averaged over processes: this makes it a sum
-        total["loss"] += loss.item()
-        for key, value in report.items():
-            total[key] = max(total.get(key, 0.0), value.item()) if key == "ratio_max" else total.get(key, 0.0) + value.item() * counts
-    total = {k: (world.max if k == "ratio_max" else world.sum)(torch.tensor(v, dtype=torch.float64)).item() if k not in ("tokens", "applied") else v for k, v in total.items()}
-    moving = [p for p in policy.parameters() if p.grad is not None]
-    total["grad_norm"] = shard.whole(torch.nn.utils.clip_grad_norm_(moving, o.grad_clip)).item()
-    if run.guard.accepts(total["loss"], total["grad_norm"]):
+        (loss * world.size).backward()  # sharded gradients are averaged over processes; this makes the average a sum
+        for key, value in (seen | {"loss": loss.item()}).items():
+            sums[key] = sums.get(key, 0.0) + value * counts
+        ratio_max = max(ratio_max, highest)
+    sums = dict(zip(sums, world.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
+    grad_norm = shard.whole(torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], o.grad_clip)).item()
+    accepted = run.guard.accepts(sums["loss"], grad_norm)
+    if accepted:
         run.optimizer.step()
-        total["applied"] = 1
     run.optimizer.zero_grad(set_to_none=True)
-    return total
+    return sums | {"tokens": tokens, "ratio_max": float(world.max(ratio_max)), "grad_norm": grad_norm, "applied" if accepted else "skipped": 1}
 
 
 def mean_loss(per_token, mask, tokens, responses, o):
@@ -369,103 +339,21 @@ def compare(batch, o):
         batch.advantages = losses.edge_advantages(advantages, mean_entropy, o.answers_per_prompt)[:, None] * batch.mask
 
 
-def response_masks(batch, most):
-    """At most `most` answers spread over the batch: ids, attention mask and response mask, each (rows, s + t)."""
-    rows = list(range(0, len(batch.rewards), max(1, len(batch.rewards) // most)))
-    ids, attention, width = batch.rollout.sequences(rows)
-    response = torch.zeros_like(attention)
-    response[:, -width:] = batch.rollout.mask[rows, :width]
-    return ids, attention, response
-
-
-def choose_layer(run, batch):
-    """--bupo-layer: the number given, or the boundary layer, measured on the first answers (64 of them at most)."""
-    o, world = run.options, run.world
+def choose_layer(batch, run):
+    """--bupo-layer: the number given, or the boundary layer, measured on 64 of the first answers."""
+    o = run.options
     if o.bupo_layer != "auto":
         return int(o.bupo_layer)
-    change = internals.internal_entropy(run.policy, *response_masks(batch, 64), len(run.tokenizer)).feed_forward_change
-    change = world.sum(change) / world.size
-    layer = internals.boundary_layer(change)
-    if layer is None:
-        layer = int(change.argmax()) + 1
-        run.say(f"warning: --bupo-layer auto: no layer's feed-forward block raises entropy; falling back to layer {layer}, whose change is the largest ({change[layer - 1]:+.3f} nats)")
-    else:
-        run.say(f"boundary layer: {layer} of {len(change)}, the last whose feed-forward block raises entropy ({change[layer - 1]:+.3f} nats); its policy is trained for {o.bupo_steps} steps")
+    entropy = internals.internal_entropy(run.policy, *batch.rollout.with_response_mask(64), len(run.tokenizer))
+    change = run.world.sum(entropy.feed_forward_change) / run.world.size
+    layer, found = bupo.boundary_or_fallback(change)
+    run.say(f"boundary layer: {layer} of {len(change)}, the last whose feed-forward block raises entropy ({change[layer - 1]:+.3f} nats); its policy is trained for {o.bupo_steps} steps" if found else
+            f"warning: --bupo-layer auto: no layer's feed-forward block raises entropy; falling back to layer {layer}, where it falls least ({change[layer - 1]:+.3f} nats)")
     return layer
 
 
-# ------------------------------------------------------------------------------------------------- around the step
-
-
-@dataclass
-class Run:
-    """What lives from step to step. `drawn`, `layer`, `stats` and the guard's numbers are saved with every checkpoint."""
-
-    options: Options
-    world: shard.World
-    policy: torch.nn.Module
-    actor: torch.nn.Module  # draws the answers: the policy itself on a CPU, else its replica in the compute dtype
-    reference: torch.nn.Module  # the initial model, only with --kl
-    tokenizer: object
-    eos_ids: list
-    items: list  # (problem, prompt ids) to train on
-    held_out: list  # problems
-    out: pathlib.Path
-    guard: Guard
-    optimizer: torch.optim.Optimizer = None
-    tokenizer_files: dict = dataclasses.field(default_factory=dict)  # as every checkpoint holds them
-    drawn: int = 0  # prompts drawn so far: the position in the data
-    layer: int = None  # BuPO's layer
-    stats: hapo.EntropyStats = None  # of the last batch, for the sampler of the next
-    diagnosed: tuple = None  # the fixed answers of --diagnose-every
-    last_batch: Batch = None
-
-    def say(self, text):
-        if self.world.main:
-            print(text, flush=True)
-
-    def make_optimizer(self):
-        """AdamW in float32. BuPO needs nothing special: a weight without a gradient is passed by, decay and moments included."""
-        o = self.options
-        if self.layer is not None and o.bupo_arm == "layer-lr":
-            groups = bupo.layerwise_groups(self.policy, self.layer, o.lr)
-        else:
-            groups = [{"params": list(self.policy.parameters()), "lr": o.lr}]
-        for group in groups:
-            group["peak_lr"] = group["lr"]
-        return torch.optim.AdamW(groups, lr=o.lr, weight_decay=o.weight_decay)
-
-    def state(self):
-        return {"drawn": self.drawn, "layer": self.layer, "stats": self.stats and [float(x) for x in self.stats], "guard": self.guard.state()}
-
-    def restore(self, state):
-        self.drawn, self.layer = state["drawn"], state["layer"]
-        self.stats = state["stats"] and hapo.EntropyStats(*(torch.tensor(x, device=self.world.device) for x in state["stats"]))
-        self.guard.restore(state["guard"])
-
-
-def seed_of(*parts):
-    """A random seed that is a function of its arguments, the same on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
-
-
-def draw_items(run):
-    """The next P prompts: a new permutation of the data every epoch, a function of the seed and of how many were drawn."""
-    items = []
-    for i in range(run.drawn, run.drawn + run.options.prompts_per_step):
-        epoch, place = divmod(i, len(run.items))
-        items.append(run.items[_permutation(len(run.items), run.options.seed, epoch)[place]])
-    run.drawn += len(items)
-    return items
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(size, seed, epoch):
-    return random.Random(seed_of(seed, "epoch", epoch)).sample(range(size), size)
-
-
 def set_learning_rate(run, step):
-    """Linear warm-up over the first steps; and what the arm "freeze" may move in its first phase."""
+    """Linear warm-up; and what the arm "freeze" may not move in its first phase."""
     o = run.options
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * min(1.0, step / max(1, o.warmup_steps))
@@ -474,393 +362,45 @@ def set_learning_rate(run, step):
             p.requires_grad_(step > o.bupo_steps)
 
 
-@torch.no_grad()
-def weight_sample(policy):
-    """About a thousand entries of every weight, to see what share of the weights a step really changes."""
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in policy.parameters()]
-    return torch.cat([p.flatten()[:: max(1, p.numel() // 1000)].cpu() for p in local])
-
-
-def step_metrics(step, run, batch, layer, trained_entropy, updates, before, clock):
-    """The line of metrics.jsonl. Token shares are over every token of every update, sums over all processes."""
-    o, world = run.options, run.world
-    counts = {k: world.sum(v).item() for k, v in batch.counts.items()}
-    tokens = max(1, sum(u["tokens"] for u in updates if "outside" in u))
-    total = lambda key: sum(u.get(key, 0.0) for u in updates)
-    over = lambda values: (world.sum((values * batch.rollout.mask).sum()) / world.sum(batch.rollout.mask.sum())).item()
-    applied = [u for u in updates if u["applied"]]
-    seconds = [b - a for a, b in zip(clock, clock[1:])]
-    changed = (weight_sample(run.policy) != before).double()
-    metrics = {
-        "step": step, "phase": "full" if layer is None else "internal",
-        "loss": total("loss") / len(updates), "reward": counts["right"] / counts["answers"], "entropy": over(batch.entropy),
-        "grad_norm": sum(u["grad_norm"] for u in updates) / len(updates),
-        "response_length": counts["tokens"] / counts["answers"], "clipped_ratio": 1 - counts["finished"] / counts["answers"],
-        "clip_low": total("clip_low") / tokens, "clip_high": total("clip_high") / tokens, "ratio_max": max(u.get("ratio_max", 0.0) for u in updates), "kl_old": total("kl_old") / tokens,
-        "outside_before_update": updates[0].get("outside", 0.0) / max(1, updates[0]["tokens"]),
-        "dead_groups": counts["all_right"] + counts["all_wrong"], "all_right": counts["all_right"], "all_wrong": counts["all_wrong"], "groups": counts["groups"],
-        "strict": counts["strict"] / counts["answers"], "lenient": counts["lenient"] / counts["answers"],
-        "finished_length": counts["finished_tokens"] / max(1, counts["finished"]), "finished_accuracy": counts["finished_right"] / max(1, counts["finished"]),
-        "temperature": over(batch.rollout.temperature), "lr": run.optimizer.param_groups[0]["lr"],
-        "updates": len(applied), "skipped_updates": sum(1 for u in updates if not u["applied"] and "dead" not in u), "dead_updates": sum(1 for u in updates if "dead" in u),
-        "weights_changed": (world.sum(changed.sum()) / world.sum(len(changed))).item(),
-        "tokens_per_second": counts["tokens"] / seconds[0], "seconds_generate": seconds[0], "seconds_score": seconds[1], "seconds_update": seconds[2],
-    }
-    if layer is None:
-        metrics["logp"] = over(batch.old_logp)
-    else:  # phase 1: both policies, each under its own name
-        metrics |= {"layer": layer, "logp": over(batch.rollout.logp), "internal_entropy": over(trained_entropy), "internal_logp": over(batch.old_logp)}
-    if "not_filled" in counts:
-        metrics["not_filled"] = counts["not_filled"]
-    return metrics
-
-
-def console_line(m, o):
-    part = f"step {m['step']:>{len(str(o.steps))}}/{o.steps}" + (f" layer {m['layer']}" if m["phase"] == "internal" else "")
-    held = f"  held-out {m['eval_accuracy']:.3f} (greedy {m['eval_greedy']:.3f})" if "eval_accuracy" in m else ""
-    return (f"{part}  reward {m['reward']:.3f}  loss {m['loss']:+.4f}  grad {m['grad_norm']:.2f}  entropy {m['entropy']:.3f}  length {m['response_length']:.1f}  "
-            f"dead {m['dead_groups']}/{m['groups']} ({m['all_right']} right, {m['all_wrong']} wrong)  "
-            f"{m['seconds_generate'] + m['seconds_score'] + m['seconds_update']:.2f} s = {m['seconds_generate']:.2f} generate + {m['seconds_score']:.2f} score + {m['seconds_update']:.2f} update, {m['tokens_per_second']:.0f} tok/s{held}")
-
-
-def held_out_metrics(run, step):
-    """Accuracy on held-out questions: sampled at T = 1 and greedy; the questions are repeated if they are fewer than asked for."""
-    o, world = run.options, run.world
-    shard.refresh_actor(run.actor, run.policy)
-    asked = [run.held_out[i % len(run.held_out)] for i in range(o.eval_prompts)]
-    sampled = evaluate_over(world, run, asked, 1.0, seed_of(o.seed, "held out"), f"evaluating step {step}, sampled")
-    greedy = evaluate_over(world, run, run.held_out[: o.eval_prompts], 0.0, 0, f"evaluating step {step}, greedy")
-    return {"eval_accuracy": getattr(sampled, o.reward), "eval_greedy": getattr(greedy, o.reward), "eval_strict": sampled.strict, "eval_lenient": sampled.lenient,
-            "eval_error": getattr(sampled, o.reward + "_error"), "eval_finished": sampled.finished, "eval_length": sampled.length}
-
-
-def evaluate_over(world, run, problems, temperature, seed, name):
-    answers = sample_answers(run.actor, run.tokenizer, world.mine(problems), 1, run.options.max_new_tokens, run.eos_ids, temperature, seed + world.rank, progress=name if world.main else None)
-    return summarise([row for part in world.gather_objects(answers) for row in part])
-
-
-def samples_of(step, run, batch, rows=(0, 1)):
-    """A few answers of the step, readable: text, verdict, and entropy and temperature of every token."""
-    for row in rows:
-        n = int(batch.rollout.lengths[row])
-        yield {
-            "step": step, "question": batch.problems[row // run.options.answers_per_prompt].question, "truth": batch.problems[row // run.options.answers_per_prompt].answer,
-            "answer": batch.texts[row], "reward": float(batch.rewards[row]), "finished": bool(batch.rollout.finished[row]),
-            "tokens": [run.tokenizer.decode([t]) for t in batch.rollout.tokens[row, :n].tolist()],
-            "entropy": [round(x, 4) for x in batch.entropy[row, :n].tolist()], "temperature": [round(x, 4) for x in batch.rollout.temperature[row, :n].tolist()],
-        }
-
-
-# ------------------------------------------------------------------------------------------------------- the whole run
+# --------------------------------------------------------------------------------------------------------- the run
 
 
 def train(o):
     """Set a run up (or pick it up where it stopped), take its steps, leave its files."""
-    world = shard.World(o.device)
-    run, step = start(o, world)
+    run, step = open_run(o, shard.World(o.device))
     stop = StopRequest(run.say)
     if step == 0:
-        first_look(run)
-    while step < o.steps and not stop.asked:
+        report.first_look(run)
+    while step < o.steps and not run.world.any(stop.asked):
         step += 1
-        batch = None
         try:
-            batch, metrics = train_step(step, run)
-            bad = f"{metrics['skipped_updates']} of {o.updates_per_rollout} updates were not finite" if metrics["skipped_updates"] else ""
-        except NonFiniteLogits as error:
+            run.last_batch, metrics = train_step(step, run)
+            bad = f"{metrics['skipped_updates']} of {o.updates_per_rollout} updates were not finite" if metrics["skipped_updates"] else None
+            if not bad and (step % o.eval_every == 0 or step == o.steps):
+                metrics |= report.held_out(run, step)
+            if not bad and run.layer and o.diagnose_every and step % o.diagnose_every == 0:
+                metrics |= report.diagnose(run)
+        except NonFinite as error:
             metrics, bad = {"step": step, "skipped": str(error)}, str(error)
-        if not bad:
-            if step % o.eval_every == 0 or step == o.steps:
-                metrics |= held_out_metrics(run, step)
-            if o.diagnose_every and (step % o.diagnose_every == 0 or step == 1) and run.layer:
-                metrics |= diagnose(run, batch)
-            run.guard.good_step(metrics)
-            run.say(console_line(metrics, o))
-        else:
-            run.guard.bad_step(bad)
-        record(run, "metrics.jsonl", [metrics])
-        if batch is not None:
-            record(run, "samples.jsonl", samples_of(step, run, batch))
-            run.last_batch = batch
+        report.record(step, metrics, bad, run)
         if bad and run.guard.bad_in_a_row >= o.max_bad_steps:
             give_up(run, step)
-        if not bad and (step % o.save_every == 0 or step == o.steps or stop.asked):
+        if not bad and (step % o.save_every == 0 or step == o.steps or run.world.any(stop.asked)):
             checkpoint.save(run, step)
-    if stop.asked and step < o.steps:
-        run.say(f"stopped after step {step}; go on with: python train.py --resume --out {o.out}")
-    else:
+    if step == o.steps:
         finish(run)
-    world.close()
-
-
-def start(o, world):
-    """(run, step it stands at): a new run, or the newest whole checkpoint of an old one."""
-    shard.check_world(o, world)
-    say = print if world.main else lambda *args, **kwargs: None
-    out = pathlib.Path(o.out)
-    found = checkpoint.newest_whole(out, say) if o.resume else None
-    if o.resume and found is None:
-        say(f"no whole checkpoint in {out}: starting from the beginning")
-    source = str(found or o.model)
-    config = load_config(source)
-    if o.resume and found:
-        check_fingerprint(o, found)
-
-    if world.sharded:
-        policy, tokenizer = shard.shard_model(source, world, o.offload), load_tokenizer(source)
     else:
-        policy, tokenizer = load_model(source, world.device)
-    reference = None
-    if o.kl:
-        reference = shard.shard_model(o.model, world, o.offload) if world.sharded else load_model(o.model, world.device)[0]
-        reference.requires_grad_(False)
-    if o.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.train()
-    no_dropout(policy)
-    if o.bupo_layer:
-        internals.decoder_body(policy)
-        if o.bupo_layer != "auto":
-            internals.check_layer(policy, int(o.bupo_layer))
-
-    items, held_out = load_data(o, tokenizer, config, say)
-    guard = Guard(say)
-    run = Run(o, world, policy, shard.make_actor(policy, world), reference, tokenizer, eos_ids_of(policy, tokenizer), items, held_out, out, guard)
-    run.optimizer = run.make_optimizer()
-    if not run.eos_ids:
-        say("note: neither the model nor the tokenizer names an end-of-sequence token; answers end at --max-new-tokens only")
-    step = checkpoint.restore(run, found) if found else 0
-    if world.main:
-        prepare_folder(o, out, step)
-    describe(run, config, say)
-    return run, step
-
-
-def load_data(o, tokenizer, config, say):
-    """([(problem, prompt ids)] to train on, held-out problems); prompts that leave no room for an answer are dropped and counted."""
-    train_set, held_out = load_problems(o.task, o.data or None, o.difficulty or None, held_out=o.eval_prompts)
-    if o.eval_data:
-        train_set, held_out = (read_problems(o.data) if o.data else train_set), read_problems(o.eval_data)
-    items = [(p, render_prompt(p.question, tokenizer)[1]) for p in tqdm(train_set, desc="rendering prompts", leave=False, disable=len(train_set) < 2000)]
-    room = (getattr(config, "max_position_embeddings", None) or math.inf) - o.max_new_tokens
-    fitting = [item for item in items if 0 < len(item[1]) <= room]
-    if len(fitting) < len(items):
-        say(f"warning: {len(items) - len(fitting)} of {len(items)} prompts are longer than the model's context less --max-new-tokens ({room} tokens) and are left out")
-    if not fitting:
-        raise BadInput(f"--max-new-tokens {o.max_new_tokens}: no prompt fits the model's context of {config.max_position_embeddings} tokens beside it; the shortest has {min(len(i[1]) for i in items)}")
-    return fitting, [p for p in held_out if len(render_prompt(p.question, tokenizer)[1]) <= room] or [p for p, _ in fitting[:1]]
-
-
-def no_dropout(policy):
-    """Old and new log-probabilities must come from one function: dropout would make every ratio a random number."""
-    for module in policy.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-
-
-def prepare_folder(o, out, step):
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_file(out / "config.json", json.dumps(dataclasses.asdict(o), indent=1) + "\n")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        checkpoint.keep_lines(out / name, step if step or (o.resume and checkpoint.folders(out)) else -1)
-
-
-def describe(run, config, say):
-    o = run.options
-    prompt = max(len(ids) for _, ids in run.items[:1000])
-    cuda = run.world.device.type == "cuda"
-    capacity = torch.cuda.get_device_properties(run.world.device).total_memory if cuda else None
-    need = memory.estimate(config, o, prompt, run.world.size, cuda)
-    if capacity and need.peak > capacity:
-        raise BadInput(f"this run needs {need.peak / memory.GIB:.1f} GiB and the device has {capacity / memory.GIB:.1f}; change {memory.what_to_change(need, o)}")
-    layers = internals.layer_count(run.policy) if hasattr(run.policy.base_model, "layers") else "?"
-    say(f"{o.algo} on {o.data or o.task}: {len(run.items)} questions to train on, {len(run.held_out)} held out; {o.model}, {need.parameters / 1e6:.2f} M parameters, {layers} layers")
-    say(f"a step: {o.prompts_per_step} prompts x {o.answers_per_prompt} answers = {o.answers_per_step}, {o.updates_per_rollout} updates of {o.answers_per_update} answers, "
-        f"in passes of {f'{o.micro_tokens} tokens' if o.micro_tokens else f'{o.micro_batch or o.answers_per_update // run.world.size} answers'}; {run.world.size} process(es)")
-    say(f"weights and moments {str(next(run.policy.parameters()).dtype)[6:]}, compute {'bfloat16 autocast' if cuda else 'float32'} on {run.world.device}; peak memory about {need.peak / memory.GIB:.2f} GiB a process (--estimate shows its parts)")
-    say(f"the first prompt ({len(run.items[0][1])} tokens):\n{run.tokenizer.decode(run.items[0][1])}\n")
-
-
-def first_look(run):
-    """Before training: held-out accuracy, the pass rate on training prompts, and what they let one expect."""
-    o = run.options
-    metrics = {"step": 0, **held_out_metrics(run, 0)}
-    probe = [p for p, _ in run.items[:64]]
-    rate = getattr(evaluate_over(run.world, run, probe, o.temperature, seed_of(o.seed, "probe"), "pass rate of 64 prompts"), o.reward)
-    live = 1 - rate**o.answers_per_prompt - (1 - rate) ** o.answers_per_prompt
-    metrics |= {"pass_rate": rate, "expected_live_groups": live}
-    run.say(f"before training: held-out {metrics['eval_accuracy']:.3f} sampled, {metrics['eval_greedy']:.3f} greedy (strict {metrics['eval_strict']:.3f}, lenient {metrics['eval_lenient']:.3f}); "
-            f"pass rate of {len(probe)} training prompts {rate:.3f}, so about {live:.0%} of the groups will have both right and wrong answers")
-    if not 0.05 <= rate <= 0.95:
-        run.say(f"warning: the model is {'almost never' if rate < 0.05 else 'almost always'} right on this task; groups that are all {'wrong' if rate < 0.05 else 'right'} teach nothing (expected live groups {live:.1%}). Try {'an easier task, a stronger model' if rate < 0.05 else 'a harder task'} or more --answers-per-prompt")
-    if metrics["eval_finished"] < 0.8:
-        run.say(f"warning: {1 - metrics['eval_finished']:.0%} of the answers reach --max-new-tokens {o.max_new_tokens} and are cut; a cut answer is rarely right")
-    run.say("a loss near 0 is right: advantages are centred and the ratio starts at 1. What shows learning is a gradient norm above 0, few dead groups, and a rising held-out accuracy.")
-    record(run, "metrics.jsonl", [metrics])
-    checkpoint.save(run, 0)
-
-
-def diagnose(run, batch):
-    """BuPO's diagnostics on a fixed set of answers, those of the first step they are asked for."""
-    if run.diagnosed is None:
-        run.diagnosed = response_masks(batch, 32)
-    ids, attention, response = run.diagnosed
-    cosine, kl = internals.layer_similarity(run.policy, ids, attention, response, run.layer)
-    entropy = internals.internal_entropy(run.policy, ids, attention, response, len(run.tokenizer))
-    logp, mask = batch.rollout.logp, batch.rollout.mask
-    return {"diagnose_cosine": cosine.tolist(), "diagnose_kl": kl.tolist(), "diagnose_layer_change": entropy.layer_change.tolist(),
-            "diagnose_perplexity": math.exp(-(logp * mask).sum().item() / mask.sum().item())}
-
-
-def record(run, name, rows):
-    if run.world.main:
-        with open(run.out / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def give_up(run, step):
-    """Too many bad steps in a row: leave the last answers on disk and stop with the last good checkpoint."""
-    where = run.out / f"bad-step-{step}.jsonl"
-    if run.last_batch is not None:
-        worst = torch.argsort(run.last_batch.rollout.logp.sum(1))[:32].tolist()
-        record(run, where.name, samples_of(step, run, run.last_batch, worst))
-    raise BadInput(f"{run.guard.bad_in_a_row} bad steps in a row (NaN or infinity), stopped at step {step}; the last good checkpoint is {checkpoint.folders(run.out)[0]}, "
-                   f"the last answers are in {where}. Lower --lr {run.options.lr:g} or --grad-clip {run.options.grad_clip:g} and start again from that checkpoint with --model")
-
-
-def finish(run):
-    weights, _ = checkpoint.gather(run)
-    if run.world.main:
-        checkpoint.save_model(run, run.out / "final", weights)
-        run.say(f"done: {run.out / 'final'} holds the model, metrics.jsonl and samples.jsonl what happened")
-        try:
-            from scripts.curves import plot
-        except ImportError:
-            run.say("no curves.png: pip install matplotlib, then python scripts/curves.py " + str(run.out))
-        else:
-            run.say(f"curves: {plot([run.out])}")
-
-
-# ------------------------------------------------------------------------------------------------------- the options
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(f"{message} (see --help)")
-
-
-def parse(argv):
-    """Options from the command line, from a resumed run's config.json where one is there, and from each other."""
-    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    for f in dataclasses.fields(Options):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + ("" if f.default in ("", 0) and not isinstance(f.default, bool) else f" (default {f.default})")
-        if isinstance(f.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(flag, type=type(f.default), choices=f.metadata.get("choices"), help=text)
-    given = vars(parser.parse_args(argv))
-    o = Options(**given)
-    o = dataclasses.replace(o, out=o.out or f"runs/{o.algo}-{pathlib.Path(o.data).stem if o.data else o.task}")
-    if o.estimate:
-        return complete(o)
-    held = pathlib.Path(o.out) / "config.json"
-    if held.exists() and o.resume:
-        return complete(resumed_options(held, given, o))
-    if held.exists() and not o.overwrite:
-        raise BadInput(f"--out {o.out}: already holds a run; --resume continues it, --overwrite deletes it, or name another folder")
-    return complete(o)
-
-
-MAY_CHANGE = {"steps", "device", "micro_batch", "micro_tokens", "gradient_checkpointing", "offload", "eval_every", "save_every", "keep", "max_bad_steps", "resume", "overwrite", "out", "diagnose_every", "model"}
-
-
-def resumed_options(held, given, o):
-    """A resumed run's own options; those given again must agree, except where changing them changes no result."""
-    try:
-        stored = json.loads(held.read_text())
-    except ValueError as error:
-        raise BadInput(f"{held}: not a run's config.json ({error})") from None
-    for key, value in given.items():
-        if key not in MAY_CHANGE and stored.get(key) != value:
-            raise BadInput(f"--{key.replace('_', '-')} {value}: the run in {o.out} was started with {stored.get(key)}; leave the option out, or start a new run in another --out")
-    known = {f.name for f in dataclasses.fields(Options)}
-    return Options(**{k: v for k, v in stored.items() if k in known} | {k: v for k, v in given.items() if k in MAY_CHANGE} | {"resume": True, "overwrite": False})
-
-
-def check_fingerprint(o, found):
-    """--model beside --resume, or a folder copied together from two runs: model and tokenizer must be the checkpoint's."""
-    if not pathlib.Path(o.model).exists():
-        return  # the run's model has been moved away since: the checkpoint holds everything that is needed
-    stored = json.loads((found / "run.json").read_text())["fingerprint"]
-    current = checkpoint.fingerprint(load_config(o.model), load_tokenizer(o.model))
-    for part in ("model", "tokenizer"):
-        if stored[part] != current[part]:
-            raise BadInput(f"--resume: {found} was made with another {part} than --model {o.model}; name the model the run was started with, or another --out")
-
-
-def complete(o):
-    """Fill in the defaults that depend on other options, and refuse what cannot work: one line each."""
-    o = dataclasses.replace(
-        o,
-        device=o.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        max_new_tokens=o.max_new_tokens or default_cap(o.task, o.data),
-        clip_high=o.clip_high or (0.2 if o.algo == "grpo" else 0.28),
-        tau=o.tau or (0.1 if o.temperature_form == "zscore" else 0.05),
-        loss_mean=o.loss_mean or ("sequence" if o.algo == "grpo" else "token"),
-    )
-    at_least = dict(steps=1, prompts_per_step=1, updates_per_rollout=1, max_new_tokens=1, max_rounds=1, eval_prompts=1, eval_every=1, save_every=1, keep=1, max_bad_steps=1, micro_batch=0, micro_tokens=0, warmup_steps=0, diagnose_every=0, bupo_steps=1, overlong_buffer=0, seed=0)
-    within = dict(rho=(0, 1), tau=(0, 0.9), clip_low=(0, 1), clip_high=(0, 10), temperature=(0.05, 10), lr=(0, 1), weight_decay=(0, 10), grad_clip=(1e-8, 1e8), kl=(0, 100))
-    flag = lambda name: f"--{name.replace('_', '-')} {getattr(o, name)}"
-    for name, low in at_least.items():
-        if getattr(o, name) < low:
-            raise BadInput(f"{flag(name)}: must be at least {low}")
-    for name, (low, high) in within.items():
-        if not low <= getattr(o, name) <= high:
-            raise BadInput(f"{flag(name)}: must lie between {low:g} and {high:g}")
-    if o.answers_per_prompt < 2:
-        raise BadInput(f"{flag('answers_per_prompt')}: {o.algo} compares the answers to one prompt, so it needs at least 2")
-    if o.prompts_per_step % o.updates_per_rollout:
-        raise BadInput(f"{flag('prompts_per_step')}: must be a multiple of --updates-per-rollout {o.updates_per_rollout}, so that every update holds whole groups")
-    if o.micro_batch and o.answers_per_update % o.micro_batch:
-        raise BadInput(f"{flag('micro_batch')}: must divide the {o.answers_per_update} answers of an update ({o.prompts_per_step} x {o.answers_per_prompt} / {o.updates_per_rollout})")
-    if o.micro_batch and o.micro_tokens:
-        raise BadInput(f"{flag('micro_tokens')}: give --micro-batch or --micro-tokens, not both")
-    if o.dual_clip and o.dual_clip <= 1:
-        raise BadInput(f"{flag('dual_clip')}: must be larger than 1, or 0 for none")
-    if o.overlong_buffer > o.max_new_tokens:
-        raise BadInput(f"{flag('overlong_buffer')}: longer than --max-new-tokens {o.max_new_tokens}")
-    if o.eval_data and not o.data:
-        raise BadInput(f"{flag('eval_data')}: goes with --data; built-in tasks hold out problems of their own")
-    if o.bupo_layer and o.bupo_layer != "auto" and not o.bupo_layer.isdecimal():
-        raise BadInput(f"{flag('bupo_layer')}: must be auto or a layer from 1 to the model's last")
-    if o.bupo_layer and o.bupo_steps >= o.steps:
-        raise BadInput(f"{flag('bupo_steps')}: the first phase must be shorter than the run (--steps {o.steps})")
-    if o.diagnose_every and not o.bupo_layer:
-        raise BadInput(f"{flag('diagnose_every')}: needs --bupo-layer, the layer to compare the others with")
-    if o.device.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(f"{flag('device')}: no CUDA device is visible; use --device cpu")
-    return o
+        run.say(f"stopped after step {step}; go on with: python train.py --resume --out {o.out}")
+    run.world.close()
 
 
 def main(argv=None):
-    o = parse(argv)
+    o = options.parse(Options, argv, __doc__)
     if o.estimate:
-        config = load_config(o.model)
-        print(memory.table(memory.estimate(config, o), o, 256, 1, True))
-        return
-    if o.overwrite and (pathlib.Path(o.out) / "config.json").exists():
-        shutil.rmtree(o.out)
-    train(o)
+        print(memory.table(memory.estimate(load_config(o.model), o), o))
+    else:
+        train(o)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"train.py: {error.strerror or error}: {error.filename or ''}; what was saved before is intact, --resume continues from it", file=sys.stderr)
-        sys.exit(2)
+    options.run_main(main)

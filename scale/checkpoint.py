@@ -12,7 +12,6 @@ seeded by (seed, step).
 import hashlib
 import json
 import os
-import pathlib
 import re
 import shutil
 

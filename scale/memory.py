@@ -78,7 +78,7 @@ def estimate(config, o, prompt_tokens=256, world_size=1, cuda=True):
     return Estimate(parameters, weights, gradients, moments, replica, activations, logits, kv_cache, sampling, int(peak))
 
 
-def table(e, o, prompt_tokens, world_size, cuda, capacity=None):
+def table(e, o, prompt_tokens=256, world_size=1, cuda=True, capacity=None):
     """The estimate as lines for people."""
     where = f"{world_size} x {'CUDA' if cuda else 'CPU'}" + (", offload" if o.offload else "")
     lines = [f"memory a process needs ({e.parameters / 1e6:.1f} M parameters, {where}, prompts of {prompt_tokens} tokens, answers of up to {o.max_new_tokens}):"]

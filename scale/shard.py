@@ -69,6 +69,23 @@ class World:
         dist.all_gather_object(things, thing)
         return things
 
+    def even(self, parts):
+        """The micro-batches of this process as (rows, counts). A sharded forward pass needs every process: one that has
+        fewer repeats its last, with counts False, and multiplies what comes of it by 0."""
+        most = int(self.max(len(parts)))
+        return [(part, True) for part in parts] + [(parts[-1], False)] * (most - len(parts))
+
+    def together(self, error, function, *args, **kwargs):
+        """function(...); if it raises `error` in one process, it is raised in all, so that none waits for the others."""
+        result = failure = None
+        try:
+            result = function(*args, **kwargs)
+        except error as caught:
+            failure = caught
+        if self.any(failure is not None):
+            raise failure or error("in another process")
+        return result
+
     def mine(self, items):
         """This rank's share of a list: every size-th item, so that equal slices of the shares make equal slices of the whole."""
         return items[self.rank :: self.size]

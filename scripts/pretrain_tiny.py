@@ -44,7 +44,7 @@ def make_tokenizer(problems):
 def solutions(problem):
     """Every right expression over three numbers of the shapes a.b.c, (a.b).c and a.(b.c), one spelling each."""
     found = set()
-    for (a, b, c), (p, q) in product(set(permutations(problem.numbers)), product("+-*/", repeat=2)):
+    for (a, b, c), (p, q) in product(set(permutations(problem.numbers)), product("+-*", repeat=2)):
         for text in (f"{a}{p}{b}{q}{c}", f"({a}{p}{b}){q}{c}", f"{a}{p}({b}{q}{c})"):
             value = evaluate_expression(text)
             if value is not None and value[0] == int(problem.answer):
@@ -57,7 +57,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="assets/tiny-qwen3")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--right", type=float, default=0.5, help="share of demonstrations that reach the target")
     parser.add_argument("--layers", type=int, default=5)
@@ -89,7 +89,7 @@ def main():
         rows = []
         for i in rng.choices(range(len(train)), k=args.batch):
             demonstration = rng.choice(right[i]) if rng.random() < args.right else None
-            demonstration = demonstration or random_expression(train[i].numbers, rng)
+            demonstration = demonstration or random_expression(train[i].numbers, rng, "+-*")
             answer = tokenizer(demonstration, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
             rows.append((prompts[i] + answer, [-100] * len(prompts[i]) + answer))
         width = max(len(ids) for ids, _ in rows)
