@@ -9,10 +9,8 @@ pass@k  1 - C(n - c, k) / C(n, k): the chance that k answers drawn without repla
 The reward of training is graded by the same function, so the two can be compared.
 """
 
-import argparse
 import json
 import pathlib
-import sys
 from typing import NamedTuple
 
 import torch
@@ -20,7 +18,8 @@ from tqdm import tqdm
 
 from sampling import eos_ids_of, generate
 from scale.load import load_model
-from tasks import BUILT_IN, BadInput, grade, load_problems, read_problems, render_prompt
+from scale.options import OneLineParser, run_main
+from tasks import BUILT_IN, BadInput, default_cap, grade, load_problems, read_problems, render_prompt
 
 
 class Accuracy(NamedTuple):
@@ -82,7 +81,7 @@ def pass_at_k(n, c, k):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="a Hugging Face folder or name")
     parser.add_argument("--task", choices=sorted(BUILT_IN), default="countdown", help="built-in task; its held-out problems are used")
     parser.add_argument("--difficulty", type=int, default=None)
@@ -129,13 +128,5 @@ def main(argv=None):
     return result
 
 
-def default_cap(task, data):
-    return 512 if data else {"countdown": 16, "arithmetic": 32}[task]
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

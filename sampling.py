@@ -35,6 +35,16 @@ class Rollout:
     entropy: torch.Tensor  # (B, T) entropy of that step's raw logits in nats (NaN where no temperature rule asked for it)
     finished: torch.Tensor  # (B,) bool, false where the length cap cut the answer
 
+    @staticmethod
+    def of_answers(prompts, answers, device="cpu"):
+        """Finished answers (lists of ids, one to each prompt) as a rollout; temperature 0, log-probabilities unknown."""
+        prompt, prompt_mask = pad_prompts(prompts, device)
+        width = max(map(len, answers))
+        tokens = torch.tensor([a + [0] * (width - len(a)) for a in answers], device=device)
+        mask = torch.tensor([[True] * len(a) + [False] * (width - len(a)) for a in answers], device=device)
+        blank = torch.zeros(tokens.shape, device=device)
+        return Rollout(prompt, prompt_mask, tokens, mask, blank, blank + torch.nan, blank + torch.nan, torch.ones(len(answers), dtype=torch.bool, device=device))
+
     @property
     def lengths(self):
         return self.mask.sum(1)

@@ -244,6 +244,11 @@ def load_problems(task="countdown", data=None, difficulty=None, seed=0, held_out
     return drawn[keep:], drawn[:keep]
 
 
+def default_cap(task, data):
+    """Tokens an answer may have where nobody says: enough for the task's instructions, no more."""
+    return 512 if data else {"countdown": 16, "arithmetic": 32}[task]
+
+
 def read_problems(path):
     """All usable rows of a JSONL or parquet file. Rows whose answer cannot be checked are counted and reported."""
     path = pathlib.Path(path)

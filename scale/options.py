@@ -8,8 +8,7 @@ import sys
 
 import torch
 
-from evaluate import default_cap
-from tasks import BadInput
+from tasks import BadInput, default_cap
 
 
 def run_main(main):

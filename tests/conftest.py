@@ -3,9 +3,12 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+TINY = ROOT / "assets" / "tiny-qwen3"
+torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +18,7 @@ def seeded():
 
 @pytest.fixture
 def unchanged():
-    """unchanged(f, *tensors): call f and hold it to the rule that no function alters its inputs."""
+    """unchanged(f, *args): call f and hold it to the rule that no function alters its inputs."""
 
     def check(function, *args, **kwargs):
         before = [a.detach().clone() if torch.is_tensor(a) else a for a in args]
@@ -26,3 +29,39 @@ def unchanged():
         return result
 
     return check
+
+
+ARCHITECTURES = ["Qwen2", "Qwen3", "Llama"]
+
+
+def random_model(architecture="Qwen3", tied=True, layers=3, vocab=50, hidden=32, scale=3.0):
+    """A small random decoder; `scale` sharpens the unembedding so that its distributions are far from uniform."""
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=3, pad_token_id=None,
+    )
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(scale)
+    return model
+
+
+@pytest.fixture(params=[(a, t) for a in ARCHITECTURES for t in (True, False)], ids=lambda x: f"{x[0]}-{'tied' if x[1] else 'untied'}")
+def any_model(request):
+    return random_model(*request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A two-layer Qwen3 with random weights and the shipped tokenizer: train.py's path at a tenth of the price."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    torch.manual_seed(2)
+    model = random_model(layers=3, vocab=384, hidden=32, scale=1.0)
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

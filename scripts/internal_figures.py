@@ -1,0 +1,55 @@
+"""The two figures of internals.py, from its internals.json: python scripts/internal_figures.py DIR
+
+entropy_flow.png     H(H^l) through the layers, with the entropies of what attention and feed-forward add
+entropy_change.png   dH of attention, feed-forward and layer; a dashed line marks the boundary layer
+"""
+
+import json
+import pathlib
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+STYLES = ("-", "--", ":")
+
+
+def draw(record, out):
+    """record: {model name: the lists of internals.json}; writes both PNGs into `out` and returns their paths."""
+    paths = [pathlib.Path(out) / "entropy_flow.png", pathlib.Path(out) / "entropy_change.png"]
+
+    figure, panel = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for style, (name, e) in zip(STYLES, record.items()):
+        layers = range(1, len(e["layer"]))
+        panel.plot(range(len(e["layer"])), e["layer"], style, color="black", marker=".", label=f"{name}: layer policy H(H^l)")
+        panel.plot(layers, e["attention"], "o" if style == "-" else "^", color="tab:blue", markersize=4, label=f"{name}: attention H(A^l)")
+        panel.plot(layers, e["feed_forward"], "s" if style == "-" else "v", color="tab:orange", markersize=4, label=f"{name}: feed-forward H(F^l)")
+    finish(figure, panel, "entropy in nats, mean over response tokens", paths[0])
+
+    figure, panel = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for style, (name, e) in zip(STYLES, record.items()):
+        layers = range(1, len(e["layer"]))
+        for key, color, label in (("attention_change", "tab:blue", "attention"), ("feed_forward_change", "tab:orange", "feed-forward"), ("layer_change", "black", "layer")):
+            panel.plot(layers, e[key], style, color=color, marker=".", label=f"{name}: {label}")
+        if e["boundary_layer"]:
+            panel.axvline(e["boundary_layer"], color="tab:red", linestyle="--" if style == "-" else ":", label=f"{name}: boundary layer {e['boundary_layer']}")
+    panel.axhline(0, color="grey", linewidth=0.8)
+    finish(figure, panel, "entropy change in nats", paths[1])
+    return paths
+
+
+def finish(figure, panel, label, path):
+    panel.set_xlabel("layer")
+    panel.set_ylabel(label)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    print(*draw(json.loads((pathlib.Path(sys.argv[1]) / "internals.json").read_text()), sys.argv[1]))

@@ -1,0 +1,208 @@
+"""The baselines' maths: numbers worked by hand, then properties, then independent references."""
+
+import math
+
+import pytest
+import torch
+
+import losses
+
+F64 = torch.float64
+
+
+# -------------------------------------------------------------------------------- log-probability and entropy
+
+
+def plain(hidden, weight, targets, temperature=1.0):
+    """The textbook way: all logits, log_softmax, gather."""
+    log_probs = (hidden @ weight.T / temperature).log_softmax(-1)
+    return log_probs.gather(-1, targets[..., None]).squeeze(-1), -(log_probs.exp() * log_probs).sum(-1)
+
+
+def test_logprob_and_entropy_by_hand():
+    # logits (0, ln 3): probabilities 1/4 and 3/4; H = 1/4 ln 4 + 3/4 ln 4/3
+    weight = torch.tensor([[0.0], [math.log(3)]], dtype=F64)
+    logp, entropy = losses.token_logprobs_and_entropy(torch.ones(1, 1, dtype=F64), weight, torch.tensor([1]))
+    assert logp.item() == pytest.approx(math.log(0.75), abs=1e-12)
+    assert entropy.item() == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3), abs=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100, None])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_equals_plain_with_gradients(chunk, temperature, unchanged):
+    hidden, weight = torch.randn(2, 5, 8, dtype=F64, requires_grad=True), torch.randn(11, 8, dtype=F64, requires_grad=True)
+    targets, a, b = torch.randint(0, 11, (2, 5)), torch.randn(2, 5, dtype=F64), torch.randn(2, 5, dtype=F64)
+    ours = unchanged(losses.token_logprobs_and_entropy, hidden, weight, targets, temperature, chunk)
+    theirs = plain(hidden, weight, targets, temperature)
+    for x, y in zip(ours, theirs):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    # upstream gradients in both outputs, then in one alone
+    for objective in (lambda l, e: (a * l + b * e).sum(), lambda l, e: (a * l).sum(), lambda l, e: (b * e).sum()):
+        grads = [torch.autograd.grad(objective(*f), (hidden, weight), retain_graph=True) for f in (losses.token_logprobs_and_entropy(hidden, weight, targets, temperature, chunk), theirs)]
+        for x, y in zip(*grads):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+def test_gradcheck():
+    hidden, weight = torch.randn(4, 3, dtype=F64, requires_grad=True), torch.randn(5, 3, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda h, w: losses.token_logprobs_and_entropy(h, w, torch.tensor([0, 4, 2, 1]), 0.8, 3), (hidden, weight))
+
+
+def test_a_cut_vocabulary_has_probability_zero():
+    hidden, weight = torch.randn(3, 4, dtype=F64), torch.randn(10, 4, dtype=F64)
+    weight[7:] = 100.0  # padding rows with wild weights
+    logp, entropy = losses.token_logprobs_and_entropy(hidden, weight[:7], torch.tensor([0, 6, 3]))
+    masked = hidden @ weight.T
+    masked[:, 7:] = -torch.inf
+    torch.testing.assert_close(logp, masked.log_softmax(-1)[range(3), [0, 6, 3]])
+    assert (entropy <= math.log(7) + 1e-9).all()
+
+
+def test_bfloat16_autocast_keeps_float32_results():
+    hidden, weight, targets = torch.randn(6, 16), torch.randn(20, 16, requires_grad=True), torch.randint(0, 20, (6,))
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, entropy = losses.token_logprobs_and_entropy(hidden, weight, targets, chunk_tokens=2)
+    assert logp.dtype == entropy.dtype == torch.float32
+    logp.sum().backward()
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(logp, plain(hidden, weight, targets)[0], atol=0.1, rtol=0.02)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="targets"):
+        losses.token_logprobs_and_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long))
+
+
+# --------------------------------------------------------------------------------------------------- advantages
+
+
+def test_grpo_by_hand(unchanged):
+    # group (1, 0, 0): mean 1/3, sample variance ((2/3)^2 + 2 (1/3)^2) / 2 = 1/3, std 0.57735
+    # A = (2/3, -1/3, -1/3) / 0.57735 = (1.1547, -0.57735, -0.57735); the second group is all right: 0
+    advantages = unchanged(losses.grpo_advantages, torch.tensor([1.0, 0, 0, 1, 1, 1], dtype=F64), 3)
+    expected = [2 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3), 0, 0, 0]
+    torch.testing.assert_close(advantages, torch.tensor(expected, dtype=F64), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e6])
+def test_equal_rewards_are_exactly_zero(reward):
+    assert (losses.grpo_advantages(torch.full((14,), reward), 7) == 0).all()
+
+
+def test_group_of_one_and_broken_groups():
+    assert (losses.grpo_advantages(torch.tensor([3.0, -1.0]), 1) == 0).all()
+    with pytest.raises(ValueError, match="5 responses.*group size 2"):
+        losses.grpo_advantages(torch.zeros(5), 2)
+
+
+# ---------------------------------------------------------------------------------------------------- surrogate
+
+
+def test_surrogate_by_hand(unchanged):
+    # eps 0.2 / 0.28.   r     A      r A    clip(r) A   -min
+    #                  1.5    1     1.5       1.28     -1.28   clipped above
+    #                  1.5   -1    -1.5      -1.28      1.5    not clipped: the loss must be able to push down
+    #                  0.5    1     0.5       0.8      -0.5    not clipped
+    #                  0.5   -1    -0.5      -0.8       0.8    clipped below
+    #                  1.1    2     2.2       2.2      -2.2    inside
+    #                  3.0   -1    -3.0      -1.28      3.0, dual clip at 2: 2.0
+    ratio, advantages = torch.tensor([[1.5, 1.5, 0.5], [0.5, 1.1, 3.0]], dtype=F64), torch.tensor([[1.0, -1, 1], [-1, 2, -1]], dtype=F64)
+    loss = unchanged(losses.clipped_surrogate, ratio, advantages, 0.2, 0.28)
+    torch.testing.assert_close(loss, torch.tensor([[-1.28, 1.5, -0.5], [0.8, -2.2, 3.0]], dtype=F64))
+    dual = losses.clipped_surrogate(ratio, advantages, 0.2, 0.28, dual_clip=2.0)
+    torch.testing.assert_close(dual, torch.tensor([[-1.28, 1.5, -0.5], [0.8, -2.2, 2.0]], dtype=F64))
+
+
+def test_surrogate_gradient_vanishes_where_clipped_and_has_the_right_sign():
+    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 3.0]], dtype=F64, requires_grad=True)
+    advantages = torch.tensor([[1.0, -1, 1, -1, -1]], dtype=F64)
+    losses.clipped_surrogate(ratio, advantages, 0.2, 0.28, dual_clip=2.0).sum().backward()
+    assert ratio.grad.tolist() == [[0.0, 1.0, -1.0, 0.0, 0.0]]
+
+
+def test_per_token_bounds_agree_with_a_nested_loop():
+    ratio, advantages = torch.rand(3, 4, dtype=F64) * 2, torch.randn(3, 4, dtype=F64)
+    low, high = torch.rand(3, 4, dtype=F64) / 2, torch.rand(3, 4, dtype=F64) / 2
+    loss = losses.clipped_surrogate(ratio, advantages, low, high)
+    for b in range(3):
+        for t in range(4):
+            r, a = ratio[b, t].item(), advantages[b, t].item()
+            clipped = min(max(r, 1 - low[b, t].item()), 1 + high[b, t].item())
+            assert loss[b, t].item() == pytest.approx(-min(r * a, clipped * a), abs=1e-12)
+
+
+def test_dual_clip_must_exceed_one():
+    with pytest.raises(ValueError, match="dual_clip"):
+        losses.clipped_surrogate(torch.ones(1), torch.ones(1), 0.2, 0.2, dual_clip=1.0)
+
+
+def test_k3():
+    # d = ln 2: 2 - ln 2 - 1; d = 0: 0; and never negative
+    assert losses.kl_k3(torch.tensor(0.0), torch.tensor(math.log(2.0))).item() == pytest.approx(1 - math.log(2), abs=1e-6)
+    assert losses.kl_k3(torch.tensor(0.5), torch.tensor(0.5)).item() == 0
+    assert (losses.kl_k3(torch.randn(100), torch.randn(100)) >= 0).all()
+
+
+# -------------------------------------------------------------------------------------------------- three means
+
+VALUES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 9.0, 9.0]], dtype=F64)
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
+
+
+def test_means_by_hand(unchanged):
+    # token mean (1 + 2 + 3 + 4) / 4; sequence mean (2 + 4) / 2; fixed length 5: (6 / 5 + 4 / 5) / 2
+    assert unchanged(losses.masked_mean, VALUES, MASK).item() == 2.5
+    assert unchanged(losses.sequence_mean, VALUES, MASK).item() == 3.0
+    assert unchanged(losses.fixed_length_mean, VALUES, MASK, 5).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("mean, normalizer", [(losses.masked_mean, 4), (losses.sequence_mean, 2), (lambda v, m, n: losses.fixed_length_mean(v, m, 5, n), 2)])
+def test_micro_batches_add_up(mean, normalizer):
+    whole = mean(VALUES, MASK, normalizer)
+    parts = sum(mean(VALUES[b : b + 1], MASK[b : b + 1], normalizer) for b in range(2))
+    assert parts.item() == pytest.approx(whole.item(), abs=1e-15)
+
+
+def test_padding_never_leaks():
+    values = VALUES.clone()
+    values[1, 1:] = torch.nan
+    values.requires_grad_()
+    loss = losses.masked_mean(values, MASK)
+    loss.backward()
+    assert loss.item() == 2.5 and values.grad.tolist() == [[0.25] * 3, [0.25, 0, 0]]
+    assert losses.masked_mean(VALUES, torch.zeros_like(MASK)).item() == 0
+    assert losses.sequence_mean(VALUES, torch.zeros_like(MASK)).item() == 0
+
+
+# ---------------------------------------------------------------------------------------- rewards and other arms
+
+
+def test_overlong_by_hand():
+    # cap 100, buffer 20: nothing up to 80, half at 90, -1 at 100
+    penalty = losses.overlong_penalty(torch.tensor([10, 80, 90, 100]), 100, 20)
+    assert penalty.tolist() == [0, 0, -0.5, -1]
+    with pytest.raises(ValueError, match="buffer"):
+        losses.overlong_penalty(torch.tensor([1]), 10, 11)
+
+
+def test_forking_tokens_keep_the_top_share(unchanged):
+    entropy = torch.tensor([[0.1, 0.9, 0.2, 7.0], [0.8, 0.3, 7.0, 7.0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    kept = unchanged(losses.forking_token_mask, entropy, mask, 0.4)  # 5 valid tokens: 2 stay
+    assert kept.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+
+
+def test_archer_has_two_classes():
+    bounds = losses.archer_bounds(torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]]), torch.ones(1, 5), quantile=0.5, clip_high_entropy=0.5, clip_low_entropy=0.2)
+    assert bounds.tolist() == [pytest.approx([0.2, 0.2, 0.2, 0.5, 0.5])]
+
+
+def test_entropy_advantage_cannot_turn_a_sign():
+    advantages = torch.tensor([1.0, -1.0, 0.0])
+    result = losses.entropy_advantage(advantages, torch.tensor([0.5, 100.0, 5.0]), alpha=0.4, kappa=2.0)
+    assert result.tolist() == pytest.approx([1.2, -0.5, 0.0])
+
+
+def test_edge_divides_by_relative_entropy():
+    # entropies 1 and 3, mean 2: relative 0.5 and 1.5
+    assert losses.edge_advantages(torch.tensor([1.0, -1.0]), torch.tensor([1.0, 3.0]), 2).tolist() == pytest.approx([2.0, -1 / 1.5])
