@@ -265,6 +265,7 @@ def score(model, batch, layer, run):
     logp, entropy = torch.zeros(2, *batch.rollout.mask.shape, device=run.world.device)
     for rows, _ in run.world.even(batch.rollout.micro_batches(range(len(batch.rewards)), run.options.micro_batch, run.options.micro_tokens)):
         logp[rows], entropy[rows] = token_scores(model, batch.rollout, rows, layer, run)
+    shard.reshard(model)
     return logp, entropy
 
 
@@ -345,6 +346,7 @@ def choose_layer(batch, run):
     if o.bupo_layer != "auto":
         return int(o.bupo_layer)
     entropy = internals.internal_entropy(run.policy, *batch.rollout.with_response_mask(64), len(run.tokenizer))
+    shard.reshard(run.policy)
     change = run.world.sum(entropy.feed_forward_change) / run.world.size
     layer, found = bupo.boundary_or_fallback(change)
     run.say(f"boundary layer: {layer} of {len(change)}, the last whose feed-forward block raises entropy ({change[layer - 1]:+.3f} nats); its policy is trained for {o.bupo_steps} steps" if found else

@@ -73,7 +73,8 @@ def save_model(run, folder, weights):
 
 def gather(run):
     """(weights by name, AdamW state by weight name) as whole tensors in main memory."""
-    weights = {name: whole(p.detach()).cpu() for name, p in run.policy.state_dict().items()}
+    tied = {name for name, _ in run.policy.named_parameters(remove_duplicate=False)} - {name for name, _ in run.policy.named_parameters()}
+    weights = {name: whole(p.detach()).cpu() for name, p in run.policy.state_dict().items() if name not in tied}
     moments = {}
     for name, p in run.policy.named_parameters():
         if p in run.optimizer.state:

@@ -114,8 +114,10 @@ def diagnose(run):
     vocab = len(run.tokenizer)
     cosine, kl = internals.layer_similarity(run.policy, ids, attention, response, run.layer, vocab)
     entropy = internals.internal_entropy(run.policy, ids, attention, response, vocab)
+    perplexity = internals.perplexity(run.policy, ids, attention, response, vocab)
+    shard.reshard(run.policy)
     return {"diagnose_cosine": cosine.tolist(), "diagnose_kl": kl.tolist(), "diagnose_layer_change": entropy.layer_change.tolist(),
-            "diagnose_policy_entropy": entropy.policy.item(), "diagnose_perplexity": internals.perplexity(run.policy, ids, attention, response, vocab)}
+            "diagnose_policy_entropy": entropy.policy.item(), "diagnose_perplexity": perplexity}
 
 
 def record(step, metrics, bad, run):

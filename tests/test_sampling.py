@@ -1,0 +1,233 @@
+"""The decoder: fake models whose answers are known, then real architectures against their own full forward pass."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import random_model
+
+from losses import token_logprobs_and_entropy
+from sampling import AdaptiveTemperature, NonFinite, Rollout, draw, entropy_of, eos_ids_of, generate, invert_cdf, position_ids
+
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
+
+
+def full_logits(model, ids):
+    """The logits after every prefix of one unpadded sequence, from a single forward pass without cache."""
+    with torch.no_grad():
+        return model.eval()(torch.tensor([ids])).logits[0].float()
+
+
+# ------------------------------------------------------------------------------------------------------- drawing
+
+
+def test_draw_by_hand():
+    # probabilities 1/4, 1/2, 1/4: u below 0.25 gives 0, below 0.75 gives 1, the rest 2
+    logits = torch.tensor([[1.0, 2.0, 1.0]]).log().repeat(5, 1)
+    token, (heat, logp, entropy) = draw(logits, 1.0, torch.tensor([0.0, 0.24, 0.26, 0.74, 0.99]))
+    assert token.tolist() == [0, 0, 1, 1, 2]
+    assert logp.exp().tolist() == pytest.approx([0.25, 0.25, 0.5, 0.5, 0.25])
+    assert (heat == 1).all() and entropy.isnan().all()
+
+
+def test_draw_at_a_temperature_is_softmax_of_scaled_logits():
+    logits, uniform = torch.randn(4, 7), torch.rand(4)
+    token, (heat, logp, _) = draw(logits, 0.5, uniform)
+    torch.testing.assert_close(logp, (logits / 0.5).log_softmax(-1).gather(-1, token[:, None]).squeeze(-1))
+    adaptive = draw(logits, lambda h: torch.full_like(h, 0.5), uniform)
+    assert torch.equal(adaptive[0], token)
+    torch.testing.assert_close(adaptive[1][2], torch.distributions.Categorical(logits=logits).entropy())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 97, 1000])
+def test_inverse_cdf_against_a_loop(size):
+    probs, uniform = torch.rand(200, size).double().softmax(-1), torch.rand(200).double()
+    probs[:, size // 2] = 0 if size > 2 else probs[:, size // 2]
+    probs = probs / probs.sum(-1, keepdim=True)
+    for row, u, token in zip(probs.tolist(), uniform.tolist(), invert_cdf(probs, uniform).tolist()):
+        below = sum(row[:token])
+        assert below <= u + 1e-12 and u < below + row[token] + 1e-12 and row[token] > 0
+
+
+def test_a_token_of_probability_zero_is_never_drawn_even_at_the_edge():
+    probs = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0, 0.0]])
+    edge = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float32).clamp_max(1 - 2**-24)
+    assert invert_cdf(probs, edge).item() == 3 and invert_cdf(probs, torch.zeros(1)).item() == 1
+
+
+def test_frequencies_are_those_of_the_softmax():
+    logits = torch.randn(1, 30) * 2
+    tokens = draw(logits.expand(200_000, -1), 1.0, torch.rand(200_000))[0]
+    share = torch.bincount(tokens, minlength=30) / 200_000
+    assert (share - logits.softmax(-1)[0]).abs().max() < 0.005
+
+
+def test_entropy_of_masked_logits():
+    assert entropy_of(torch.tensor([[0.0, 0.0, -torch.inf]])).item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ decoding
+
+
+def test_matches_the_full_forward_pass(any_model):
+    """Every token's log-probability and entropy, for prompts of unequal length, equal those of an uncached, unpadded pass."""
+    rollout = generate(any_model, PROMPTS, 3, 6, eos_ids=[3], temperature=lambda h: 0.9 + 0.1 * h.tanh(), generator=torch.Generator().manual_seed(0))
+    for b, answer in enumerate(rollout.answers()):
+        prompt = PROMPTS[b // 3]
+        logits = full_logits(any_model, prompt + answer)[len(prompt) - 1 : -1]
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        n = len(answer)
+        torch.testing.assert_close(rollout.entropy[b, :n], entropy, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(rollout.temperature[b, :n], 0.9 + 0.1 * entropy.tanh(), atol=1e-4, rtol=1e-4)
+        logp = (logits / rollout.temperature[b, :n, None]).log_softmax(-1)[range(n), answer]
+        torch.testing.assert_close(rollout.logp[b, :n], logp, atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_matches_generate(any_model):
+    rollout = generate(any_model, PROMPTS, 1, 8, eos_ids=[3], temperature=0)
+    for prompt, answer in zip(PROMPTS, rollout.answers()):
+        theirs = any_model.eval().generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8, eos_token_id=3, pad_token_id=0)[0, len(prompt) :].tolist()
+        assert answer == theirs
+
+
+class Chain(torch.nn.Module):
+    """A model whose next token is a function of the last one: chains of tokens, known beforehand."""
+
+    NEXT = {1: 7, 7: 8, 8: 9, 9: 2, 5: 2, 6: 10, 10: 11, 11: 4}
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.calls = random_model(layers=1, vocab=12), []
+        self.config, self.get_input_embeddings = self.inner.config, self.inner.get_input_embeddings
+
+    def forward(self, ids, **kwargs):
+        out = self.inner(ids, **kwargs)
+        self.calls.append((ids[:, -1].tolist(), kwargs["position_ids"][:, -1].tolist()))
+        out.logits = torch.full_like(out.logits, -1e9)
+        for row, token in enumerate(ids[:, -1].tolist()):
+            out.logits[row, -1, self.NEXT[token]] = 0.0
+        return out
+
+
+def test_rows_leave_when_they_end_and_every_eos_counts():
+    model = Chain()
+    rollout = generate(model, [[1], [5], [3, 3, 6]], 1, 8, eos_ids=[2, 4])
+    assert rollout.answers() == [[7, 8, 9, 2], [2], [10, 11, 4]]
+    assert rollout.finished.all() and rollout.lengths.tolist() == [4, 1, 3]
+    assert rollout.mask[1].tolist() == [True, False, False, False]  # the end-of-sequence token is inside the mask
+    # what the model was fed: last tokens and their positions; row 1 leaves after one token, row 2 after three
+    assert model.calls == [([1, 5, 6], [0, 0, 2]), ([7, 10], [1, 3]), ([8, 11], [2, 4]), ([9], [3])]
+
+
+def test_dropping_rows_changes_no_other_row(any_model):
+    """With and without an end id that some rows meet: the rows that never meet it draw the same tokens."""
+    draws = torch.rand(10, 12, generator=torch.Generator().manual_seed(1))
+    free = generate(any_model, PROMPTS, 4, 10, eos_ids=[], uniform=draws)
+    stop = int(free.tokens[0, 2])
+    dropped = generate(any_model, PROMPTS, 4, 10, eos_ids=[stop], uniform=draws)
+    for whole, cut in zip(free.answers(), dropped.answers()):
+        end = whole.index(stop) + 1 if stop in whole else len(whole)
+        assert cut == whole[:end]
+    assert dropped.finished.any() and not free.finished.any()
+
+
+def test_length_cap_is_not_an_end(any_model):
+    rollout = generate(any_model, [[5]], 2, 3, eos_ids=[])
+    assert rollout.tokens.shape == (2, 3) and rollout.mask.all() and not rollout.finished.any()
+
+
+def test_pad_equal_to_eos_is_trained_on():
+    """Masks come from lengths: token 0 is drawn as an ordinary token, id 3 is both pad and end and still counts."""
+    rollout = Rollout.of_answers([[1]], [[0, 5, 3]])
+    assert rollout.mask.tolist() == [[True, True, True]] and rollout.answers() == [[0, 5, 3]]
+
+
+def test_padded_vocabulary_is_never_drawn():
+    model = random_model(vocab=50)
+    with torch.no_grad():
+        model.lm_head.weight[40:] *= 100  # padding rows with the largest logits
+    rollout = generate(model, PROMPTS, 8, 10, vocab_size=40)
+    assert rollout.tokens.max() < 40
+    ids, mask, width = rollout.sequences(list(range(24)))
+    hidden = model.model(ids, attention_mask=mask, position_ids=position_ids(mask)).last_hidden_state[:, -width - 1 : -1]
+    logp, _ = token_logprobs_and_entropy(hidden, model.lm_head.weight[:40], rollout.tokens)
+    torch.testing.assert_close(logp[rollout.mask], rollout.logp[rollout.mask], atol=1e-4, rtol=1e-4)
+
+
+def test_generation_config_does_not_leak():
+    model = random_model()
+    want = generate(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0))
+    model.generation_config = transformers.GenerationConfig(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1)
+    assert torch.equal(generate(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0)).tokens, want.tokens)
+
+
+def test_training_mode_and_checkpointing_do_not_change_answers():
+    """model.generate in train() mode with checkpointing drops the cache; ours must not, and must put the modes back."""
+    model = random_model(vocab=384)
+    model.eval()
+    want = generate(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    model.model.norm.eval()
+    got = generate(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logp, want.logp)
+    assert model.training and not model.model.norm.training and model.is_gradient_checkpointing and torch.is_grad_enabled()
+
+
+def test_non_finite_logits_are_refused():
+    model = random_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(NonFinite, match="position 0"):
+        generate(model, PROMPTS, 1, 4)
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(random_model(), [[1], []], 1, 4)
+
+
+# ------------------------------------------------------------------------------------------------------- rollouts
+
+
+def test_select_and_join_keep_rows_together():
+    a, b = generate(random_model(), PROMPTS, 2, 5, [3]), generate(random_model(), [[1, 2, 3, 4, 5, 6]], 2, 7, [3])
+    joined = Rollout.join([a, b])
+    assert joined.answers() == a.answers() + b.answers()
+    picked = joined.select([3, 1])
+    assert picked.answers() == b.answers() + a.answers()[2:4]
+    ids, mask, width = picked.sequences([2])
+    assert ids[0, mask[0]].tolist() == PROMPTS[1] + a.answers()[2] and width == len(a.answers()[2])
+
+
+def test_micro_batches_cover_every_row_once():
+    rollout = Rollout.of_answers([[1, 1]] * 6, [[5] * n for n in (1, 9, 2, 8, 3, 7)])
+    assert rollout.micro_batches(range(6), sequences=4) == [[0, 1, 2, 3], [4, 5]]
+    parts = rollout.micro_batches(range(6), tokens=20)
+    assert sorted(sum(parts, [])) == list(range(6))
+    assert all(len(p) * (2 + max((1, 9, 2, 8, 3, 7)[r] for r in p)) <= 20 or len(p) == 1 for p in parts)
+    assert rollout.micro_batches([1], tokens=3) == [[1]]  # one answer longer than the limit still goes through
+
+
+# ------------------------------------------------------------------------------------------ transformers' generate
+
+
+def test_logits_processor_samples_the_same_distribution():
+    rule = lambda entropy: 1 + 0.3 * entropy.tanh()
+    logits = torch.randn(5, 20)
+    scaled = AdaptiveTemperature(rule)(None, logits)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(scaled, logits / rule(entropy)[:, None])
+    model = random_model().eval()
+    out = model.generate(torch.tensor([[5, 6]]), do_sample=True, top_k=0, max_new_tokens=4, logits_processor=[AdaptiveTemperature(rule)], pad_token_id=0)
+    assert out.shape[1] <= 6
+
+
+def test_eos_ids_come_from_everywhere():
+    model = random_model()
+    model.generation_config.eos_token_id, model.config.eos_token_id = [3, 9], 4
+
+    class Tokenizer:
+        eos_token_id = 11
+
+    assert eos_ids_of(model, Tokenizer()) == [3, 4, 9, 11]
+    model.generation_config.eos_token_id = model.config.eos_token_id = Tokenizer.eos_token_id = None
+    assert eos_ids_of(model, Tokenizer()) == []

@@ -1,0 +1,178 @@
+"""Prompts and rewards: what counts as an answer, what does not, and what hostile text costs."""
+
+import json
+import time
+from fractions import Fraction
+
+import pytest
+
+import tasks
+from tasks import BadInput, Grade, Problem, evaluate_expression, grade, last_number, load_problems, parse_number, read_problems, render_prompt
+
+EIGHT = Problem("q", "8")
+GAME = Problem("q", "16", "countdown", (3, 5, 2))
+
+
+@pytest.mark.parametrize("text, value", [
+    ("72", 72), ("-3", -3), ("1,234", 1234), ("1,234,567.50", Fraction(2469135, 2)), ("$5.50", Fraction(11, 2)), ("-$5", -5), ("$-5", -5), ("72.00", 72), (".5", Fraction(1, 2)),
+    ("3/4", Fraction(3, 4)), (r"\frac{3}{4}", Fraction(3, 4)), (r"-\dfrac{1}{2}", Fraction(-1, 2)), ("50%", 50), ("18.", 18), ("\u22127", -7), ("72 dollars", 72), ("**18**", 18), ("$18$", 18),
+    ("", None), ("abc", None), ("NaN", None), ("inf", None), ("1e5", None), ("\u0663", None), ("\uff13", None), ("1/0", None), (r"\frac{1}{0}", None), ("3 4", None), ("0x10", None), ("1" * 41, None),
+])
+def test_parse_number(text, value):
+    assert parse_number(text) == value
+
+
+@pytest.mark.parametrize("text, value", [
+    ("so 3 - 1 = 2 apples", 2), ("10-4", 4), ("x = -4", -4), ("costs $1,234.", 1234), ("5,6 and 7", 7), ("1/2 or 3/4", Fraction(3, 4)), ("no number", None), ("v2.0 then 12.50 dollars", Fraction(25, 2)),
+])
+def test_last_number(text, value):
+    assert last_number(text) == value
+
+
+@pytest.mark.parametrize("text, verdict", [
+    ("8", (True, True)), ("#### 8", (True, True)), ("5 + 3 = 8\n#### 8", (True, True)), ("It is \\boxed{8}.", (True, True)), ("\\boxed{8.0}", (True, True)), ("####8", (True, True)),
+    ("The answer is 8.", (False, True)), ("5 + 3 = 8", (False, True)), ("First 8,\nthen 9", (False, False)), ("#### 7\nor maybe 8", (False, False)), ("#### 7\n#### 8", (True, True)),
+    ("\\boxed{7} and \\boxed{8}", (True, True)), ("#### 8 apples", (False, True)), ("#### $8.00\nmore text 9", (True, True)), ("", (False, False)), ("\\boxed{8", (False, True)), ("eight", (False, False)),
+])
+def test_strict_and_lenient(text, verdict):
+    assert grade(EIGHT, text) == Grade(*verdict)
+
+
+def test_expression_by_hand():
+    assert evaluate_expression("(3+5)*2") == (16, [3, 5, 2])
+    assert evaluate_expression("7/2 - 1") == (Fraction(5, 2), [7, 2, 1])
+
+
+@pytest.mark.parametrize("text", ["2**3", "2//3", "-3+5", "1/0", "1/(2-2)", "a+1", "f(1)", "1.5+1", "__import__('os')", "(1)(2)", "()", "1 2", "\u0663+1", "1+", "0x1+1", "1_0+1", "True+1", "lambda:1", "9" * 201, "(" * 30 + "1" + ")" * 30])
+def test_not_an_expression(text):
+    assert evaluate_expression(text) is None
+
+
+@pytest.mark.parametrize("text, verdict", [
+    ("(3+5)*2", (True, True)), ("2*(5+3)", (True, True)), ("(3+5)*2 = 16", (True, True)), ("\\boxed{(3+5)*2}", (True, True)), ("Sure: (3+5)*2", (False, True)), ("I add:\n(3+5)*2\n", (False, True)),
+    ("16", (False, False)), ("8*2", (False, False)), ("3+5+2", (False, False)), ("(3+5)*2*1", (False, False)), ("(3+5)*2\nno, 3*5+2", (False, False)), ("", (False, False)),
+])
+def test_countdown(text, verdict):
+    assert grade(GAME, text) == Grade(*verdict)
+
+
+@pytest.mark.parametrize("text", ["9**9**9", "(" * 10_000, "(" * 10_000 + ")" * 10_000, "-" * 10_000 + "1", "1" * 100_000, "1," * 50_000, "\\boxed{" * 5_000, "#### " * 10_000, "NaN", "\u0663\u0663", "import os; os.system('true')", "1/" * 5_000 + "1", "$" * 50_000, " " * 50_000, "((((1)+1)+1)" * 500])
+def test_hostile_answers_cost_little_and_evaluate_nothing(text):
+    started = time.perf_counter()
+    for problem in (EIGHT, GAME):
+        assert grade(problem, text).strict is False
+    assert time.perf_counter() - started < 1.0
+
+
+@pytest.mark.parametrize("task", ["countdown", "arithmetic"])
+def test_built_in_problems_are_disjoint_repeatable_and_solvable(task):
+    train, held_out = load_problems(task)
+    assert load_problems(task) == (train, held_out) and len(held_out) >= 10
+    bags = lambda problems: {(tuple(sorted(p.question.replace("?", "").split())), p.answer) for p in problems}
+    assert not bags(train) & bags(held_out)
+    if task == "countdown":
+        assert len(held_out) >= 512
+        import itertools
+
+        for p in train[:20]:
+            found = any(evaluate_expression(f.format(*n, *o)) == (int(p.answer), list(n)) for n in itertools.permutations(p.numbers) for o in itertools.product("+-*", repeat=2) for f in ("({0}{3}{1}){4}{2}", "{0}{3}({1}{4}{2})"))
+            assert found, p
+    else:
+        assert all(grade(p, f"The answer is {p.answer}.").lenient for p in train)
+
+
+def test_difficulty_is_checked():
+    with pytest.raises(BadInput, match="--difficulty 9: countdown has the levels 3, 4, 5"):
+        load_problems("countdown", difficulty=9)
+
+
+def test_arithmetic_answers():
+    for level in (1, 2, 3, 4):
+        for p in load_problems("arithmetic", difficulty=level)[1][:50]:
+            _, _, a, sign, b = p.question.rstrip("?").split()
+            assert int(p.answer) == {"plus": int(a) + int(b), "minus": int(a) - int(b), "times": int(a) * int(b)}[sign]
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_jsonl(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"question": "How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 1,007"}, "", {"prompt": "And?", "answer": "so \\boxed{-2.5}"}, {"question": "x", "answer": 12})
+    assert [(p.question, p.answer, p.kind) for p in read_problems(path)] == [("How many?", "1,007", "number"), ("And?", "-2.5", "number"), ("x", "12", "number")]
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([], "the file is empty"),
+    (['{"question": "a", "answer": "1"}', "{oops"], "line 2: not JSON"),
+    (["[1]"], "line 1: not a JSON object"),
+    ([{"q": "a"}], "line 1: needs the keys question .or prompt. and answer; it has q"),
+    ([{"question": "  ", "answer": "1"}], "line 1: the question is empty"),
+    ([{"question": "a", "answer": "no number"}], "no row has an answer"),
+])
+def test_bad_files_name_file_and_line(tmp_path, rows, message, monkeypatch):
+    monkeypatch.setattr(tasks, "has_math_verify", lambda: False)
+    path = write(tmp_path / "bad.jsonl", *rows)
+    with pytest.raises(BadInput, match=message) as error:
+        read_problems(path)
+    assert "bad.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file():
+    with pytest.raises(BadInput, match="--data nowhere.jsonl: no such file"):
+        read_problems("nowhere.jsonl")
+
+
+def test_unusable_rows_are_counted_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tasks, "has_math_verify", lambda: False)
+    path = write(tmp_path / "a.jsonl", {"question": "a", "answer": "\\frac{\\pi}{2}"}, {"question": "b", "answer": "4"})
+    assert [p.answer for p in read_problems(path)] == ["4"]
+    assert "1 of 2 rows skipped" in capsys.readouterr().out
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = [{"prompt": [{"role": "user", "content": "How many?"}], "reward_model": {"ground_truth": "7", "style": "rule"}}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read_problems(tmp_path / "a.parquet") == [Problem("How many?", "7")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"x": 1}]), tmp_path / "b.parquet")
+    with pytest.raises(BadInput, match="row 1: needs prompt"):
+        read_problems(tmp_path / "b.parquet")
+    (tmp_path / "c.parquet").write_text("not parquet")
+    with pytest.raises(BadInput, match="not a readable parquet file"):
+        read_problems(tmp_path / "c.parquet")
+
+
+def test_latex_in_a_killable_process():
+    pytest.importorskip("math_verify")
+    assert tasks.latex_equal("\\frac{1}{2}", "0.5") and not tasks.latex_equal("x+1", "x+2")
+    assert grade(Problem("q", "p - q", "latex"), "so it is \\boxed{-q+p}").strict
+
+
+# -------------------------------------------------------------------------------------------------------- prompts
+
+
+class FakeTokenizer:
+    chat_template = None
+
+    def __call__(self, text, add_special_tokens=True):
+        return type("Encoding", (), {"input_ids": ([0] if add_special_tokens else []) + [ord(c) for c in text]})
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking):
+        assert tokenize is False and add_generation_prompt and enable_thinking is False
+        return f"<user>{messages[0]['content']}<assistant>"
+
+
+def test_chat_template_where_there_is_one():
+    tokenizer = FakeTokenizer()
+    text, ids = render_prompt("Why?", tokenizer)
+    assert text == "Question: Why?\nAnswer:" and ids[0] == 0 and len(ids) == len(text) + 1
+    tokenizer.chat_template = "yes"
+    text, ids = render_prompt("Why?", tokenizer)
+    assert text == "<user>Why?<assistant>" and len(ids) == len(text)  # the template brings its own special tokens
