@@ -221,7 +221,7 @@ BUILT_IN = {"countdown": (_countdown_problem, (3, 4, 5)), "arithmetic": (_arithm
 def load_problems(task="countdown", data=None, difficulty=None, seed=0, held_out=512, size=20_000):
     """(training problems, held-out problems), disjoint; both lists, in an order fixed by the seed.
 
-    Built-in tasks draw `size` questions and hold out a fifth of the *distinct* ones. A file's rows are shuffled, and
+    Built-in tasks draw `size` questions and hold out a fifth of the different ones (word order apart). A file's rows are shuffled, and
     the last `held_out` of them (at most a fifth) are kept apart. Raises BadInput with one line that says what to do.
     """
     rng = random.Random(f"{task} {seed}")
@@ -236,12 +236,14 @@ def load_problems(task="countdown", data=None, difficulty=None, seed=0, held_out
     difficulty = levels[0] if difficulty is None else difficulty
     if difficulty not in levels:
         raise BadInput(f"--difficulty {difficulty}: {task} has the levels {', '.join(map(str, levels))}")
-    # one question a bag of words: "3 plus 4" held out must not be trained on as "4 plus 3"
-    drawn = [make(rng, difficulty) for _ in range(size)]
-    drawn = list({(tuple(sorted(re.findall(r"\w+", p.question))), p.answer): p for p in drawn}.values())
-    rng.shuffle(drawn)
-    keep = max(1, len(drawn) // 5)
-    return drawn[keep:], drawn[:keep]
+    # held out are bags of words, not questions: "3 plus 4" held out must not be trained on as "4 plus 3"
+    bag = lambda p: (tuple(sorted(re.findall(r"\w+", p.question))), p.answer)
+    drawn = list(dict.fromkeys(make(rng, difficulty) for _ in range(size)))
+    bags = list(dict.fromkeys(map(bag, drawn)))
+    rng.shuffle(bags)
+    apart = set(bags[: max(1, len(bags) // 5)])
+    held_out = {bag(p): p for p in drawn if bag(p) in apart}
+    return [p for p in drawn if bag(p) not in apart], list(held_out.values())
 
 
 def default_cap(task, data):

@@ -108,7 +108,8 @@ def open_run(o, world):
         reference = shard.shard_model(o.model, world, o.offload) if world.sharded else load_model(o.model, world.device)[0]
         reference.requires_grad_(False)
     if o.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)  # its name from transformers 5.20 on
+        enable({"use_reentrant": False})
     policy.train()
     no_dropout(policy)
     if o.bupo_layer:

@@ -9,6 +9,7 @@ on two cores. The folder is then read by AutoModelForCausalLM and AutoTokenizer 
 """
 
 import argparse
+import functools
 import pathlib
 import random
 import sys
@@ -41,13 +42,14 @@ def make_tokenizer(problems):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE)
 
 
-def solutions(problem):
+@functools.cache
+def solutions(numbers, target):
     """Every right expression over three numbers of the shapes a.b.c, (a.b).c and a.(b.c), one spelling each."""
     found = set()
-    for (a, b, c), (p, q) in product(set(permutations(problem.numbers)), product("+-*", repeat=2)):
+    for (a, b, c), (p, q) in product(set(permutations(numbers)), product("+-*", repeat=2)):
         for text in (f"{a}{p}{b}{q}{c}", f"({a}{p}{b}){q}{c}", f"{a}{p}({b}{q}{c})"):
             value = evaluate_expression(text)
-            if value is not None and value[0] == int(problem.answer):
+            if value is not None and value[0] == target:
                 found.add(text)
                 break  # brackets only where they matter
     return sorted(found)
@@ -56,7 +58,7 @@ def solutions(problem):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="assets/tiny-qwen3")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--right", type=float, default=0.5, help="share of demonstrations that reach the target")
@@ -81,15 +83,14 @@ def main():
     print(f"prompt of {len(ids)} tokens:\n{text}")
 
     prompts = [render_prompt(p.question, tokenizer)[1] for p in train]
-    right = [solutions(p) or [None] for p in tqdm(train, desc="solving")]
+    right = [solutions(tuple(sorted(p.numbers)), int(p.answer)) for p in tqdm(train, desc="solving")]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
     bar = tqdm(range(args.steps), desc="pretraining")
     for step in bar:
         rows = []
         for i in rng.choices(range(len(train)), k=args.batch):
-            demonstration = rng.choice(right[i]) if rng.random() < args.right else None
-            demonstration = demonstration or random_expression(train[i].numbers, rng, "+-*")
+            demonstration = rng.choice(right[i]) if rng.random() < args.right else random_expression(train[i].numbers, rng, "+-*")
             answer = tokenizer(demonstration, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
             rows.append((prompts[i] + answer, [-100] * len(prompts[i]) + answer))
         width = max(len(ids) for ids, _ in rows)

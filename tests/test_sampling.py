@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import random_model
+from conftest import checkpoint_layers, random_model
 
 from losses import token_logprobs_and_entropy
 from sampling import AdaptiveTemperature, NonFinite, Rollout, draw, entropy_of, eos_ids_of, generate, invert_cdf, position_ids
@@ -167,12 +167,12 @@ def test_training_mode_and_checkpointing_do_not_change_answers():
     model = random_model(vocab=384)
     model.eval()
     want = generate(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model)
     model.train()
     model.model.norm.eval()
     got = generate(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logp, want.logp)
-    assert model.training and not model.model.norm.training and model.is_gradient_checkpointing and torch.is_grad_enabled()
+    assert model.training and not model.model.norm.training and model.model.layers[0].gradient_checkpointing and torch.is_grad_enabled()
 
 
 def test_non_finite_logits_are_refused():

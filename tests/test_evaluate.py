@@ -1,0 +1,42 @@
+"""pass@k against counting, standard errors by hand, and the command line."""
+
+import itertools
+import json
+
+import pytest
+from conftest import TINY
+
+import evaluate
+from evaluate import pass_at_k, summarise
+from tasks import BadInput, Grade
+
+
+@pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (5, 0), (5, 2), (6, 5), (7, 3)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, c):
+    right = [i < c for i in range(n)]
+    for k in range(1, n + 1):
+        subsets = list(itertools.combinations(right, k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+def test_pass_at_k_of_many():
+    assert pass_at_k(256, 1, 256) == 1 and pass_at_k(256, 1, 1) == pytest.approx(1 / 256) and pass_at_k(256, 128, 200) == 1
+    with pytest.raises(ValueError):
+        pass_at_k(4, 5, 1)
+
+
+def test_summary_by_hand():
+    # question 1: 2 of 2 lenient, 1 strict; question 2: none. Means 1, 0: mean 0.5, error sqrt(1/2) / sqrt(2) = 0.5
+    answers = [[("a", Grade(True, True), 3, True), ("b", Grade(False, True), 5, True)], [("c", Grade(False, False), 4, False), ("d", Grade(False, False), 4, True)]]
+    result = summarise(answers)
+    assert result.lenient == 0.5 and result.strict == 0.25 and result.lenient_error == pytest.approx(0.5) and result.finished == 0.75 and result.length == 4
+
+
+def test_command_line(tmp_path):
+    args = ["--model", str(TINY), "--samples", "4", "--limit", "8", "--device", "cpu"]
+    result = evaluate.main([*args, "--out", str(tmp_path / "r.json")])
+    assert result == evaluate.main(args) == json.loads((tmp_path / "r.json").read_text())
+    assert 0 <= result["strict"] <= result["lenient"] <= result["pass@2_lenient"] <= result["pass@4_lenient"] <= 1
+    for bad, message in ((["--samples", "300"], "--samples 300"), (["--temperature", "0"], "greedy decoding"), (["--limit", "0"], "--limit 0")):
+        with pytest.raises(BadInput, match=message):
+            evaluate.main([*args, *bad])

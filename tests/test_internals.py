@@ -1,0 +1,229 @@
+"""Internal policies: the residual identity, agreement with transformers, and a model whose entropies are known."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import TINY, checkpoint_layers, random_model
+
+import internals
+from internals import boundary_layer, internal_entropy, layer_hidden, layer_logits, layer_similarity, policy_hidden, residual_stream, unembedding
+from sampling import position_ids
+from tasks import BadInput
+
+IDS = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+LEFT, RIGHT = torch.ones(3, 9, dtype=torch.long), torch.ones(3, 9, dtype=torch.long)
+LEFT[0, :4], RIGHT[1, 6:] = 0, 0
+PADDINGS = {"none": torch.ones(3, 9, dtype=torch.long), "left": LEFT, "right": RIGHT}
+
+
+def reference(model, mask):
+    """transformers' own pass: inner hidden states un-normed, the last one normed."""
+    with torch.no_grad():
+        return model.eval()(IDS, attention_mask=mask, position_ids=position_ids(mask), output_hidden_states=True)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_residual_stream_adds_up_and_equals_transformers(any_model, padding):
+    mask = PADDINGS[padding]
+    real, out = mask.bool(), reference(any_model, mask)
+    with torch.no_grad():
+        stream = residual_stream(any_model, IDS, mask)
+    assert len(stream.hidden) == 4 and all(len(part) == 3 for part in stream[1:])
+    for l in range(1, 4):  # H^l = H^(l-1) + A^l + F^l
+        torch.testing.assert_close(stream.hidden[l], stream.hidden[l - 1] + stream.attention[l - 1] + stream.feed_forward[l - 1], atol=1e-5, rtol=1e-5)
+        block = any_model.model.layers[l - 1]
+        torch.testing.assert_close(stream.attention_input[l - 1], block.input_layernorm(stream.hidden[l - 1]))
+        torch.testing.assert_close(stream.feed_forward_input[l - 1], block.post_attention_layernorm(stream.hidden[l - 1] + stream.attention[l - 1]))
+    for ours, theirs in zip(stream.hidden[:-1], out.hidden_states):
+        torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
+    last = any_model.model.norm(stream.hidden[-1])
+    torch.testing.assert_close(last[real], out.hidden_states[-1][real], atol=1e-5, rtol=1e-5)
+    assert (stream.hidden[-1] - out.hidden_states[-1])[real].abs().max() > 0.1  # the trap: theirs is normed, ours is not
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_layer_L_with_the_norm_is_the_models_own_policy(any_model, padding):
+    mask = PADDINGS[padding]
+    out = reference(any_model, mask)
+    with torch.no_grad():
+        logits = layer_logits(any_model, layer_hidden(any_model, IDS, mask, 3), norm=True)
+        own = layer_logits(any_model, policy_hidden(any_model, IDS, mask))
+    torch.testing.assert_close(logits[mask.bool()], out.logits[mask.bool()], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(own[mask.bool()], out.logits[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_layer_hidden_equals_the_full_pass(any_model, padding, checkpointed):
+    mask = PADDINGS[padding]
+    theirs = reference(any_model, mask).hidden_states
+    if checkpointed:
+        checkpoint_layers(any_model)
+    any_model.train()
+    for l in (1, 2):
+        ours = layer_hidden(any_model, IDS, mask, l)
+        torch.testing.assert_close(ours[mask.bool()], theirs[l][mask.bool()], atol=1e-5, rtol=1e-5)
+        assert ours.requires_grad
+    assert len(any_model.model.layers) == 3 and any_model.get_output_embeddings().weight.shape[0] == 50  # all put back
+
+
+def test_checkpointed_gradients_are_the_same():
+    grads = []
+    for checkpointed in (False, True):
+        model = random_model()
+        if checkpointed:
+            checkpoint_layers(model)
+        model.train()
+        layer_hidden(model, IDS, LEFT, 2).square().mean().backward()
+        grads.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+def test_nothing_above_the_layer_runs():
+    model, ran = random_model(layers=4), []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, args, out, name=name: ran.append(name))
+    layer_hidden(model, IDS, LEFT, 2)
+    layers = {int(n.split(".")[2]) for n in ran if n.startswith("model.layers.")}
+    assert layers == {0, 1} and "model.norm" not in ran and "lm_head" not in ran
+
+
+def test_modules_are_put_back_after_an_error():
+    model = random_model()
+    before = dict(model.named_modules())
+    with pytest.raises(Exception):
+        layer_hidden(model, torch.full((1, 3), 10_000), torch.ones(1, 3), 2)
+    assert dict(model.named_modules()) == before
+
+
+def test_left_padded_equals_unpadded():
+    model = random_model().eval()
+    with torch.no_grad():
+        padded = policy_hidden(model, IDS, LEFT)[0, 4:]
+        alone = policy_hidden(model, IDS[:1, 4:], torch.ones(1, 5, dtype=torch.long))[0]
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- entropy
+
+
+def test_entropies_against_plain_softmax(any_model):
+    response = LEFT.clone()
+    response[:, :6] = 0
+    with torch.no_grad():
+        ours, stream = internal_entropy(any_model, IDS, LEFT, response, batch=2), residual_stream(any_model, IDS, LEFT)
+
+        def mean_entropy(states):  # the state one to the left predicts a response token
+            p = (states[:, 5:8] @ unembedding(any_model).T).double().softmax(-1)
+            return -(p * p.log()).sum(-1).mean()
+
+        for l in range(3):
+            for mine, part in ((ours.layer[l + 1], stream.hidden[l + 1]), (ours.attention[l], stream.attention[l]), (ours.feed_forward[l], stream.feed_forward[l]),
+                               (ours.attention_input[l], stream.attention_input[l]), (ours.feed_forward_input[l], stream.feed_forward_input[l])):
+                assert mine.item() == pytest.approx(mean_entropy(part).item(), abs=1e-4)
+            cosine = torch.nn.functional.cosine_similarity(stream.feed_forward[l], stream.hidden[l] + stream.attention[l], dim=-1)[:, 5:8].mean()
+            assert ours.feed_forward_cosine[l].item() == pytest.approx(cosine.item(), abs=1e-5)
+        assert ours.policy.item() == pytest.approx(mean_entropy(any_model.model.norm(stream.hidden[-1])).item(), abs=1e-4)
+    torch.testing.assert_close(ours.layer_change, ours.layer[1:] - ours.layer[:-1])
+    torch.testing.assert_close(ours.feed_forward_change, ours.feed_forward - ours.feed_forward_input)
+
+
+def test_blocks_that_add_nothing():
+    """Zero attention and feed-forward output: every layer policy is the embedding's, and A and F unembed to the uniform distribution."""
+    model = random_model(vocab=50)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    entropy = internal_entropy(model, IDS, LEFT, LEFT)
+    assert torch.allclose(entropy.layer_change, torch.zeros(3, dtype=torch.float64), atol=1e-9)
+    for part in (entropy.attention, entropy.feed_forward):
+        torch.testing.assert_close(part, torch.full((3,), math.log(50), dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    assert (entropy.feed_forward_change > 0).all() and boundary_layer(entropy.feed_forward_change) == 3
+    torch.testing.assert_close(entropy.attention_input, entropy.feed_forward_input)
+
+
+@pytest.mark.parametrize("change, layer", [([-1, -2, -3], None), ([1, 2, 3], 3), ([-1, -1, 0.1], 3), ([1, -1, -1], 1), ([1, -1, 1, 0], 3), ([], None)])
+def test_boundary_layer(change, layer):
+    assert boundary_layer(torch.tensor(change, dtype=torch.float64)) == layer
+    assert boundary_layer(change) == layer
+
+
+def test_no_response_token_is_an_error():
+    with pytest.raises(ValueError, match="at least one response token"):
+        internal_entropy(random_model(), IDS, LEFT, torch.zeros_like(LEFT))
+
+
+# ----------------------------------------------------------------------------------------------------- comparing
+
+
+def test_similarity_of_layers():
+    model = random_model()
+    cosine, kl = layer_similarity(model, IDS, LEFT, LEFT, 1)
+    with torch.no_grad():
+        stream = residual_stream(model, IDS, LEFT)
+    valid = LEFT[:, 1:].bool()
+    h1, h3 = stream.hidden[1][:, :-1][valid], stream.hidden[3][:, :-1][valid]
+    p, q = ((h @ unembedding(model).T).log_softmax(-1) for h in (h1, h3))
+    assert cosine.shape == kl.shape == (2,)
+    assert cosine[1].item() == pytest.approx(torch.nn.functional.cosine_similarity(h1, h3, dim=-1).mean().item(), abs=1e-6)
+    assert kl[1].item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert internals.policy_kl(h1, h1, unembedding(model), chunk_tokens=2).item() == pytest.approx(0, abs=1e-7)
+    assert len(layer_similarity(model, IDS, LEFT, LEFT, 3)[0]) == 0
+
+
+def test_perplexity_is_that_of_the_labels():
+    model = random_model().eval()
+    labels = torch.where(LEFT.bool(), IDS, -100)
+    labels[0, 4] = -100  # predicted from padding: has no real predecessor
+    response = (labels != -100).long()
+    with torch.no_grad():
+        loss = model(IDS, attention_mask=LEFT, position_ids=position_ids(LEFT), labels=labels).loss
+    assert internals.perplexity(model, IDS, LEFT, response) == pytest.approx(math.exp(loss.item()), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_layers_outside_the_model():
+    for layer in (0, 4, -1):
+        with pytest.raises(BadInput, match=f"layer {layer}: this model has the layers 1 to 3"):
+            layer_hidden(random_model(), IDS, LEFT, layer)
+
+
+def test_architectures_without_such_blocks():
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50))
+    with pytest.raises(BadInput, match="GPT2LMHeadModel: no 'layers'"):
+        residual_stream(gpt2, IDS, LEFT)
+    neox = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=32, vocab_size=50))
+    with pytest.raises(BadInput, match="GPTNeoXForCausalLM"):
+        residual_stream(neox, IDS, LEFT)
+
+
+def test_blocks_that_are_not_pre_norm_residual():
+    granite = transformers.GraniteForCausalLM(transformers.GraniteConfig(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, hidden_size=16, intermediate_size=32, vocab_size=50, residual_multiplier=0.3))
+    with torch.no_grad():
+        for p in granite.parameters():
+            p.mul_(5)
+    with pytest.raises(BadInput, match=r"H\^1 is not H\^0 \+ A\^1 \+ F\^1"):
+        residual_stream(granite, IDS, LEFT)
+
+
+def test_command_line(tmp_path, capsys):
+    internals.main(["--model", str(TINY), "--samples", "4", "--max-new-tokens", "8", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "internals.json").read_text())[str(TINY)]
+    layers = len(record["feed_forward_change"])
+    assert record["answers"] == 4 and len(record["layer"]) == layers + 1
+    assert record["boundary_layer"] == boundary_layer(record["feed_forward_change"])
+    assert f"boundary layer: {record['boundary_layer']} of {layers}" in capsys.readouterr().out
+    (tmp_path / "answers.jsonl").write_text('{"question": "Use 1, 2, 3 once each with + - * / to make 6. Reply with the expression only.", "answer": "1+2+3"}\n')
+    internals.main(["--model", str(TINY), "--answers", str(tmp_path / "answers.jsonl"), "--compare", str(TINY), "--out", str(tmp_path / "b")])
+    assert json.loads((tmp_path / "b" / "internals.json").read_text())[str(TINY)]["tokens"] == 6
+    with pytest.raises(BadInput, match="--answers .*nowhere: no such file"):
+        internals.main(["--model", str(TINY), "--answers", "nowhere", "--out", str(tmp_path)])

@@ -1,0 +1,393 @@
+"""The loop: what must not change the result, what must continue exactly, and one line for every mistake."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from safetensors.torch import load_file
+
+import train
+from sampling import NonFinite
+from scale import checkpoint, options
+from tasks import BadInput
+
+FAST = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--updates-per-rollout", "2", "--max-new-tokens", "8", "--eval-prompts", "4", "--lr", "1e-3", "--warmup-steps", "1", "--device", "cpu"]
+TIMES = ("seconds_generate", "seconds_score", "seconds_update", "tokens_per_second")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scripts.curves", None)  # an ImportError, as on a machine without matplotlib
+
+
+@pytest.fixture(scope="session", autouse=True)
+def questions(tmp_path_factory):
+    """A small file of questions that the shipped model answers with an expression; its last number is sometimes the answer."""
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    rows = [{"question": f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}. Reply with the expression only.", "answer": str(a)} for a in range(1, 7) for b in range(7, 12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    FAST[-1:] = ["cpu", "--data", str(path)]
+
+
+def run(folder, out, *more, steps=2):
+    train.main([*FAST, "--model", str(folder), "--out", str(out), "--steps", str(steps), *map(str, more)])
+    return weights(out), metrics(out)
+
+
+def weights(out):
+    return load_file(pathlib.Path(out) / "final" / "model.safetensors")
+
+
+def metrics(out):
+    rows = [json.loads(line) for line in open(pathlib.Path(out) / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------------------------------------- a run's files
+
+
+def test_a_run_and_its_files(tiny_folder, tmp_path, capsys):
+    run(tiny_folder, tmp_path / "run", "--eval-every", 1, "--data", "")
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [r["step"] for r in rows] == [0, 1, 2]
+    assert {"eval_accuracy", "eval_greedy", "pass_rate", "expected_live_groups"} <= rows[0].keys()
+    promised = {"step", "phase", "loss", "reward", "entropy", "grad_norm", "response_length", "clipped_ratio", "clip_low", "clip_high", "ratio_max", "dead_groups", "all_right", "all_wrong", *TIMES}
+    assert promised <= rows[1].keys() and "eval_accuracy" in rows[1]
+    samples = [json.loads(line) for line in open(tmp_path / "run" / "samples.jsonl")]
+    for s in samples:
+        assert len(s["tokens"]) == len(s["entropy"]) == len(s["temperature"]) and s["question"] and s["reward"] in (0, 1)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["clip_high"] == 0.28 and config["max_new_tokens"] == 8
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for folder in ("final", "checkpoint-2"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder)
+        AutoTokenizer.from_pretrained(tmp_path / "run" / folder)
+    printed = capsys.readouterr().out
+    assert "a loss near 0 is right" in printed and "warning: the model is almost never right" in printed and "step 2/2" in printed
+
+
+def test_the_same_seed_gives_the_same_metrics(tmp_path):
+    a, b, c = run(TINY, tmp_path / "a"), run(TINY, tmp_path / "b"), run(TINY, tmp_path / "c", "--seed", 1)
+    assert same(a[0], b[0]) and a[1] == b[1]
+    assert not same(a[0], c[0])
+
+
+# --------------------------------------------------------------------------------------------------- reductions
+
+
+def test_hapo_with_all_four_off_is_dapo_to_the_last_bit(tmp_path):
+    off = ["--no-adaptive-temperature", "--no-token-group-average", "--no-advantage-redistribution", "--no-adaptive-clip"]
+    dapo, hapo, on = (run(TINY, tmp_path / name, *args) for name, args in (("dapo", ["--algo", "dapo"]), ("hapo", ["--algo", "hapo", *off]), ("on", ["--algo", "hapo"])))
+    assert same(dapo[0], hapo[0]) and dapo[1] == hapo[1]
+    assert not same(dapo[0], on[0])
+
+
+@pytest.mark.parametrize("switch", ["adaptive-temperature", "token-group-average", "advantage-redistribution", "adaptive-clip"])
+def test_each_part_alone_changes_the_result(tmp_path, switch):
+    others = {"adaptive-temperature", "token-group-average", "advantage-redistribution", "adaptive-clip"} - {switch}
+    # updates after the first see ratios other than 1, where clipping can matter: a large step makes sure they do
+    args = ["--lr", "0.02", "--updates-per-rollout", "4"]
+    dapo = run(TINY, tmp_path / "dapo", "--algo", "dapo", *args)
+    alone = run(TINY, tmp_path / "alone", *args, *[f"--no-{o}" for o in others])
+    assert not same(dapo[0], alone[0])
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """Record the gradient of every update instead of applying it."""
+    seen = []
+
+    def step(self, closure=None):
+        seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return seen
+
+
+@pytest.mark.parametrize("algo", ["hapo", "grpo"])
+def test_micro_batches_change_no_gradient(tmp_path, gradients, algo):
+    settings = ([], ["--micro-batch", "1"], ["--micro-batch", "2"], ["--micro-batch", "8"], ["--micro-tokens", "60"], ["--gradient-checkpointing"])
+    for i, extra in enumerate(settings):
+        run(TINY, tmp_path / str(i), "--algo", algo, *extra, steps=1)
+    assert len(gradients) == 2 * len(settings)
+    for i in range(1, len(settings)):
+        for update in (0, 1):
+            for a, b in zip(gradients[update], gradients[2 * i + update]):
+                torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_nothing_is_outside_the_clip_range_before_the_first_update(tmp_path):
+    _, rows = run(TINY, tmp_path / "run", steps=3)
+    assert all(row["outside_before_update"] == 0 for row in rows[1:])
+
+
+def test_algorithms_and_options_run(tmp_path):
+    for i, extra in enumerate((["--released"], ["--temperature-form", "zscore"], ["--dynamic-sampling"], ["--overlong-buffer", "4"], ["--kl", "0.1"], ["--dual-clip", "10"], ["--loss-mean", "fixed"],
+                               ["--comparison", "forking"], ["--comparison", "archer"], ["--comparison", "entropy-advantage"], ["--comparison", "edge"])):
+        final, rows = run(TINY, tmp_path / str(i), *extra, steps=1)
+        assert rows[1]["updates"] + rows[1]["dead_updates"] == 2 and rows[1]["grad_norm"] >= 0
+        assert all(v.isfinite().all() for v in final.values())
+
+
+def test_dynamic_sampling_ends_when_every_group_is_dead(tiny_folder, tmp_path):
+    before = load_file(tiny_folder / "model.safetensors")
+    final, rows = run(tiny_folder, tmp_path / "run", "--dynamic-sampling", "--max-rounds", "2")
+    assert rows[1]["not_filled"] == 4 and rows[1]["groups"] == 8 and rows[1]["dead_updates"] == 2 and rows[1]["updates"] == 0
+    assert same({k: before[k] for k in final}, final)  # no live group: nothing moves, not even by weight decay
+
+
+# --------------------------------------------------------------------------------------------------------- BuPO
+
+
+def test_bupo_phases_in_training(tmp_path):
+    _, rows = run(TINY, tmp_path / "run", "--bupo-layer", "2", "--bupo-steps", "2", "--diagnose-every", "1", steps=3)
+    assert [r.get("phase") for r in rows[1:]] == ["internal", "internal", "full"]
+    assert rows[1]["layer"] == 2 and {"internal_entropy", "internal_logp", "entropy", "logp"} <= rows[1].keys() and "internal_entropy" not in rows[3]
+    assert rows[1]["outside_before_update"] == 0 and len(rows[1]["diagnose_kl"]) == len(rows[1]["diagnose_cosine"]) > 0
+    start, one = load_file(TINY / "model.safetensors"), load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    for name in one:
+        upper = name == "model.norm.weight" or (name.startswith("model.layers.") and int(name.split(".")[2]) >= 2)
+        assert torch.equal(one[name], start[name]) == upper, name
+    three = load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")
+    assert not any(torch.equal(one[name], three[name]) for name in one)
+
+
+def test_bupo_auto_and_arms(tmp_path, capsys):
+    run(TINY, tmp_path / "auto", "--bupo-layer", "auto", "--bupo-steps", "1")
+    assert "boundary layer: " in capsys.readouterr().out
+    run(TINY, tmp_path / "freeze", "--algo", "grpo", "--bupo-layer", "2", "--bupo-steps", "1", "--bupo-arm", "freeze")
+    start, first = load_file(TINY / "model.safetensors"), load_file(tmp_path / "freeze" / "checkpoint-1" / "model.safetensors")
+    for name in first:
+        frozen = name.startswith("model.layers.") and int(name.split(".")[2]) < 2
+        assert torch.equal(first[name], start[name]) == frozen, name
+    assert not same({k: v for k, v in first.items() if ".layers.0." in k}, {k: v for k, v in weights(tmp_path / "freeze").items() if ".layers.0." in k})
+    _, rows = run(TINY, tmp_path / "lr", "--bupo-layer", "2", "--bupo-steps", "1", "--bupo-arm", "layer-lr")
+    assert rows[1]["phase"] == "full"
+
+
+# ------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("extra", [["--algo", "grpo"], ["--algo", "hapo"], ["--algo", "hapo", "--bupo-layer", "auto", "--bupo-steps", "3"]], ids=["grpo", "hapo", "bupo"])
+def test_four_steps_are_two_and_resume_and_two(tmp_path, extra):
+    whole, rows = run(TINY, tmp_path / "whole", *extra, "--eval-every", 2, steps=4)
+    if "--bupo-steps" in extra:  # the phase switch lies behind the resume
+        run(TINY, tmp_path / "parts", *extra, "--eval-every", 2, steps=4)
+        for n in (3, 4):
+            shutil.rmtree(tmp_path / "parts" / f"checkpoint-{n}", ignore_errors=True)
+        run(TINY, tmp_path / "parts", *extra, "--eval-every", 2, "--overwrite", "--keep", 9, steps=4)
+        for n in (3, 4):
+            shutil.rmtree(tmp_path / "parts" / f"checkpoint-{n}")
+    else:
+        run(TINY, tmp_path / "parts", *extra, "--eval-every", 2, steps=2)
+    train.main(["--out", str(tmp_path / "parts"), "--resume", "--steps", "4"])
+    assert same(whole, weights(tmp_path / "parts")) and rows == metrics(tmp_path / "parts")
+    samples = [[json.loads(line) for line in open(tmp_path / name / "samples.jsonl")] for name in ("whole", "parts")]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no sums"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
+    whole, _ = run(TINY, tmp_path / "run", steps=3)
+    newest = tmp_path / "run" / "checkpoint-3"
+    victim = newest / {"truncated": "optimizer.pt", "flipped": "model.safetensors", "missing": "run.json", "no sums": "checksums.json"}[damage]
+    content = bytearray(victim.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif damage == "truncated":
+        victim.write_bytes(content[: len(content) // 2])
+    else:
+        victim.unlink()
+    capsys.readouterr()
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
+    printed = capsys.readouterr().out
+    assert f"{newest} is passed over" in printed and victim.name in printed and "checkpoint-2, the newest whole checkpoint" in printed
+    assert same(whole, weights(tmp_path / "run")) and [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_a_half_written_line_and_an_unfinished_checkpoint_disappear(tmp_path):
+    _, rows = run(TINY, tmp_path / "run", steps=2)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss"')
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / ".checkpoint-3.tmp")
+    train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "3"])
+    assert metrics(tmp_path / "run")[:3] == rows and [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+    assert not (tmp_path / "run" / ".checkpoint-3.tmp").exists()
+
+
+def test_resume_refuses_other_options_models_and_tokenizers(tmp_path, tiny_folder):
+    run(TINY, tmp_path / "run", steps=1)
+    with pytest.raises(BadInput, match="--lr 0.5: the run .* was started with 0.001"):
+        train.main(["--out", str(tmp_path / "run"), "--resume", "--lr", "0.5"])
+    with pytest.raises(BadInput, match="another model than --model"):
+        train.main(["--out", str(tmp_path / "run"), "--resume", "--model", str(tiny_folder)])
+    other = shutil.copytree(TINY, tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"<|im_start|>"', '"<|start|>"'))
+    with pytest.raises(BadInput, match="another tokenizer than --model"):
+        train.main(["--out", str(tmp_path / "run"), "--resume", "--model", str(other)])
+    with pytest.raises(BadInput, match="already holds a run; --resume continues it, --overwrite deletes it"):
+        run(TINY, tmp_path / "run")
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, capsys):
+    run(TINY, tmp_path / "run", "--resume", steps=1)
+    assert "no whole checkpoint" in capsys.readouterr().out and (tmp_path / "run" / "final").is_dir()
+
+
+# --------------------------------------------------------------------------------------------------------- guards
+
+
+def poison(monkeypatch, at, times=1):
+    """From the at-th update on, `times` losses are NaN."""
+    count, original = [0], train.mean_loss
+
+    def mean_loss(*args):
+        count[0] += 1
+        return original(*args) * (float("nan") if at <= count[0] < at + times else 1.0)
+
+    monkeypatch.setattr(train, "mean_loss", mean_loss)
+
+
+def test_a_nan_never_reaches_the_optimiser(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, at=3, times=2)  # both updates of step 2
+    final, rows = run(TINY, tmp_path / "run", steps=3)
+    assert [r.get("skipped_updates") for r in rows[1:]] == [0, 2, 0]
+    assert all(v.isfinite().all() for v in final.values()) and "update skipped" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "checkpoint-2").exists()  # a bad step is not what a run should be resumed from
+
+
+def test_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
+    poison(monkeypatch, at=3, times=10**6)
+    with pytest.raises(BadInput, match="3 bad steps in a row .* last good checkpoint is .*checkpoint-1") as error:
+        run(TINY, tmp_path / "run", "--max-bad-steps", 3, steps=9)
+    assert "\n" not in str(error.value) and (tmp_path / "run" / "bad-step-4.jsonl").stat().st_size > 0
+    assert checkpoint.newest_whole(tmp_path / "run", lambda text: None).name == "checkpoint-1"
+
+
+def test_broken_weights_end_the_run(tmp_path, monkeypatch):
+    original = train.update
+
+    def update(run, *args):
+        result = original(run, *args)
+        with torch.no_grad():
+            run.policy.model.norm.weight[0] = torch.nan
+        return result
+
+    monkeypatch.setattr(train, "update", update)
+    with pytest.raises(BadInput, match="bad steps in a row"):
+        run(TINY, tmp_path / "run", "--max-bad-steps", 2, steps=9)
+
+
+def test_a_nan_reward_is_refused(tmp_path, monkeypatch):
+    original = train.sample_round
+
+    def sample_round(*args):
+        batch = original(*args)
+        batch.rewards[0] = torch.nan
+        return batch
+
+    monkeypatch.setattr(train, "sample_round", sample_round)
+    with pytest.raises(BadInput, match="bad steps in a row"):
+        run(TINY, tmp_path / "run", "--max-bad-steps", 2, steps=9)
+    assert "a reward is NaN" in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch):
+    original, calls = torch.save, [0]
+
+    def save(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(28, "No space left on device")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(BadInput, match="checkpoint 2 cannot be written .No space left on device."):
+        run(TINY, tmp_path / "run", steps=4)
+    assert checkpoint.newest_whole(tmp_path / "run", print).name == "checkpoint-1"
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
+
+
+def test_guard_alarms():
+    from scale.guard import Guard
+
+    said = []
+    guard = Guard(said.append)
+    for step in range(1, 30):
+        guard.good_step({"step": step, "grad_norm": 1.0, "entropy": 0.5, "response_length": 20 if step < 29 else 200})
+    assert len(said) == 1 and "answer length 200 at step 29, 10.0 times" in said[0]
+    assert not guard.accepts(float("inf"), 1.0) and not guard.accepts(0.0, float("nan")) and guard.accepts(0.0, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- bad options
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--answers-per-prompt", "1"], "--answers-per-prompt 1: hapo compares the answers"),
+    (["--prompts-per-step", "5"], "--prompts-per-step 5: must be a multiple of --updates-per-rollout 2"),
+    (["--micro-batch", "3"], "--micro-batch 3: must divide the 8 answers of an update"),
+    (["--micro-batch", "2", "--micro-tokens", "100"], "not both"),
+    (["--rho", "1.5"], "--rho 1.5: must lie between 0 and 1"), (["--tau", "-1"], "--tau -1.0"), (["--clip-low", "1.2"], "--clip-low 1.2"), (["--temperature", "0"], "--temperature 0.0"),
+    (["--steps", "0"], "--steps 0: must be at least 1"), (["--lr", "nan"], "--lr nan"), (["--dual-clip", "0.5"], "--dual-clip 0.5"),
+    (["--frobnicate"], "unrecognized arguments: --frobnicate"), (["--algo", "ppo"], "invalid choice: 'ppo'"), (["--steps", "many"], "invalid int value"),
+    (["--model", "/nowhere"], "--model /nowhere: no such folder"), (["--data", "/nowhere.jsonl"], "--data /nowhere.jsonl: no such file"),
+    (["--bupo-layer", "99", "--bupo-steps", "1"], "layer 99: this model has the layers 1 to"), (["--bupo-layer", "x"], "--bupo-layer x: must be auto or a layer"),
+    (["--bupo-layer", "1", "--bupo-steps", "2"], "--bupo-steps 2: the first phase must be shorter than the run"),
+    (["--max-new-tokens", "100000"], "--max-new-tokens 100000: no prompt fits"), (["--offload"], "--offload: .* torchrun"), (["--diagnose-every", "1"], "--diagnose-every 1: needs --bupo-layer"),
+    (["--data", "", "--difficulty", "7"], "--difficulty 7: countdown has the levels"), (["--overlong-buffer", "9"], "--overlong-buffer 9: longer than"), (["--data", "", "--eval-data", "x"], "--eval-data x: goes with --data"),
+])
+def test_bad_options_are_one_line(tiny_folder, tmp_path, args, message):
+    with pytest.raises(BadInput, match=message) as error:
+        run(tiny_folder, tmp_path / "run", *args)
+    assert "\n" not in str(error.value)
+
+
+def test_models_that_cannot_be_used(tmp_path, tiny_folder):
+    import transformers
+
+    transformers.BertModel(transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=30)).save_pretrained(tmp_path / "bert")
+    cases = {"bert": "is not a causal language model", "empty": "holds no config.json", "no-tokenizer": "its tokenizer cannot be read", "cut": "its weights cannot be read", "short": "weights are missing"}
+    (tmp_path / "empty").mkdir()
+    for name in ("no-tokenizer", "cut", "short"):
+        shutil.copytree(tiny_folder, tmp_path / name)
+    for file in (tmp_path / "no-tokenizer").glob("tokenizer*"):
+        file.unlink()
+    content = (tmp_path / "cut" / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(content[: len(content) // 2])
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4, "layer_types": None}))
+    for name, message in cases.items():
+        with pytest.raises(BadInput, match=message) as error:
+            run(tmp_path / name, tmp_path / "run")
+        assert "\n" not in str(error.value)
+
+
+def test_the_program_exits_with_two_and_no_traceback(tmp_path):
+    result = subprocess.run([sys.executable, "train.py", "--answers-per-prompt", "1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("train.py: --answers-per-prompt 1")
+
+
+def test_every_option_has_a_flag_and_a_help_text():
+    for field in dataclasses.fields(train.Options):
+        assert field.metadata["help"]
+    assert options.parse(train.Options, ["--no-adaptive-clip", "--estimate"], "").adaptive_clip is False
+
+
+def test_estimate_needs_no_weights(capsys, tmp_path):
+    shutil.copy(TINY / "config.json", tmp_path)
+    train.main(["--model", str(tmp_path), "--estimate"])
+    assert "peak" in capsys.readouterr().out
