@@ -370,25 +370,25 @@ def set_learning_rate(run, step):
 def train(o):
     """Set a run up (or pick it up where it stopped), take its steps, leave its files."""
     run, step = open_run(o, shard.World(o.device))
-    stop = StopRequest(run.say)
-    if step == 0:
-        report.first_look(run)
-    while step < o.steps and not run.world.any(stop.asked):
-        step += 1
-        try:
-            run.last_batch, metrics = train_step(step, run)
-            bad = f"{metrics['skipped_updates']} of {o.updates_per_rollout} updates were not finite" if metrics["skipped_updates"] else None
-            if not bad and (step % o.eval_every == 0 or step == o.steps):
-                metrics |= report.held_out(run, step)
-            if not bad and run.layer and o.diagnose_every and step % o.diagnose_every == 0:
-                metrics |= report.diagnose(run)
-        except NonFinite as error:
-            metrics, bad = {"step": step, "skipped": str(error)}, str(error)
-        report.record(step, metrics, bad, run)
-        if bad and run.guard.bad_in_a_row >= o.max_bad_steps:
-            give_up(run, step)
-        if not bad and (step % o.save_every == 0 or step == o.steps or run.world.any(stop.asked)):
-            checkpoint.save(run, step)
+    with StopRequest(run.say) as stop:
+        if step == 0:
+            report.first_look(run)
+        while step < o.steps and not run.world.any(stop.asked):
+            step += 1
+            try:
+                run.last_batch, metrics = train_step(step, run)
+                bad = f"{metrics['skipped_updates']} of {o.updates_per_rollout} updates were not finite" if metrics["skipped_updates"] else None
+                if not bad and (step % o.eval_every == 0 or step == o.steps):
+                    metrics |= report.held_out(run, step)
+                if not bad and run.layer and o.diagnose_every and step % o.diagnose_every == 0:
+                    metrics |= report.diagnose(run)
+            except NonFinite as error:
+                metrics, bad = {"step": step, "skipped": str(error)}, str(error)
+            report.record(step, metrics, bad, run)
+            if bad and run.guard.bad_in_a_row >= o.max_bad_steps:
+                give_up(run, step)
+            if not bad and (step % o.save_every == 0 or step == o.steps or run.world.any(stop.asked)):
+                checkpoint.save(run, step)
     if step == o.steps:
         finish(run)
     else:

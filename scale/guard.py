@@ -40,12 +40,19 @@ class Guard:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask the run to finish its step, save and leave; a second SIGINT interrupts at once."""
+    """While open, SIGINT and SIGTERM ask the run to finish its step, save and leave; a second SIGINT interrupts at once."""
 
     def __init__(self, say):
-        self.say, self.asked = say, False
+        self.say, self.asked, self.before = say, False, {}
+
+    def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+            self.before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number, frame):
         if self.asked and number == signal.SIGINT:

@@ -13,7 +13,6 @@ from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
 import train
-from sampling import NonFinite
 from scale import checkpoint, options
 from tasks import BadInput
 

@@ -1,0 +1,56 @@
+"""What HAPO adds to DAPO: wall time of a step's scoring, advantages and updates on the same answers, and of its sampling.
+
+    python benchmarks/hapo_cost.py [--rounds 15]
+
+The same rollout goes through both objectives in turn, with the default model and batch (256 answers, 4 updates).
+"""
+
+import argparse
+import dataclasses
+import tempfile
+
+import torch
+from common import in_turn, median, ratio
+
+import train
+from scale import options, shard
+from scale.run import open_run
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        o = options.parse(train.Options, ["--out", folder, "--device", "cpu", "--lr", "1e-9"], "")
+        run, _ = open_run(o, shard.World(o.device))
+    algos = {"dapo": dataclasses.replace(o, algo="dapo"), "hapo": o}
+    for name in ("hapo", "dapo"):  # one real step each, for statistics and moments
+        run.options = algos[name]
+        train.train_step(1, run)
+    state, answers = [p.detach().clone() for p in run.policy.parameters()], {}
+
+    def step(name, reuse):
+        def go():
+            run.options, run.drawn = algos[name], 0
+            original = train.collect
+            if reuse:
+                train.collect = lambda step, run: dataclasses.replace(answers["batch"])
+            try:
+                train.train_step(2, run)
+            finally:
+                train.collect = original
+            for p, q in zip(run.policy.parameters(), state):
+                p.data.copy_(q)
+        return go
+
+    run.options = algos["dapo"]
+    answers["batch"] = train.collect(2, run)
+    for title, reuse in (("same answers: score, advantages, 4 updates", True), ("whole step, its own answers", False)):
+        seconds = in_turn({name: step(name, reuse) for name in algos}, args.rounds, 2)
+        print(f"{title}: dapo {median(seconds['dapo']):.3f} s, hapo {median(seconds['hapo']):.3f} s, hapo / dapo {ratio(seconds, 'hapo', 'dapo')}")
+    torch.manual_seed(0)
+
+
+if __name__ == "__main__":
+    main()

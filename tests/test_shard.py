@@ -1,0 +1,75 @@
+"""Two processes (gloo, CPU) against one: the same losses, gradients and weights to 1e-5, and a run that resumes elsewhere."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+from safetensors.torch import load_file
+
+OPTIONS = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--updates-per-rollout", "2", "--max-new-tokens", "8", "--eval-prompts", "8", "--warmup-steps", "1", "--device", "cpu", "--model", str(TINY), "--lr", "1e-3"]
+COMPARED = ("loss", "reward", "entropy", "grad_norm", "response_length", "clip_low", "clip_high", "ratio_max", "dead_groups", "internal_entropy", "logp")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def train(out, *more, processes=0):
+    """Run train.py by itself, or in `processes` processes as torchrun starts them; returns (weights, metrics)."""
+    workers, port = [], free_port()
+    for rank in range(max(1, processes)):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        if processes:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        workers.append(subprocess.Popen([sys.executable, "train.py", *OPTIONS, "--out", str(out), *map(str, more)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [w.communicate(timeout=80)[0] for w in workers]
+    assert all(w.returncode == 0 for w in workers), outputs
+    return load_file(out / "final" / "model.safetensors"), [json.loads(line) for line in open(out / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shard")
+    rows = [{"question": f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}. Reply with the expression only.", "answer": str(a)} for a in range(1, 7) for b in range(7, 12)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_two_processes_are_one(folder):
+    """HAPO with BuPO: one aligned step at layer 2 (truncated pass, upper layers untouched), then two full ones; unequal micro-batches."""
+    more = ["--data", folder / "questions.jsonl", "--steps", 3, "--bupo-layer", 2, "--bupo-steps", 1, "--micro-tokens", 70, "--gradient-checkpointing", "--keep", 9]
+    one, rows_one = train(folder / "one", *more)
+    two, rows_two = train(folder / "two", *more, processes=2)
+    assert one.keys() == two.keys() and "lm_head.weight" not in two  # tied stays tied
+    for name in one:
+        assert (one[name] - two[name]).abs().max() < 1e-5, name
+    for a, b in zip(rows_one[1:], rows_two[1:]):
+        for key in COMPARED:
+            if key in a:
+                assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), (a["step"], key)
+    start, first = load_file(TINY / "model.safetensors"), load_file(folder / "two" / "checkpoint-1" / "model.safetensors")
+    for name in first:  # bit-identical above layer 2
+        upper = name == "model.norm.weight" or (name.startswith("model.layers.") and int(name.split(".")[2]) >= 2)
+        assert start[name].equal(first[name]) == upper, name
+
+
+def test_a_sharded_run_resumes(folder):
+    """2 steps in two processes, then resumed in two, equal 3 in one go."""
+    more = ["--data", folder / "questions.jsonl"]
+    train(folder / "parts", *more, "--steps", 2, processes=2)
+    parts, rows = train(folder / "parts", "--steps", 3, "--resume", *more, processes=2)
+    whole, _ = train(folder / "whole", *more, "--steps", 3)
+    assert [r["step"] for r in rows] == [0, 1, 2, 3]
+    assert max((parts[name] - whole[name]).abs().max().item() for name in whole) < 1e-5
+
+
+def test_more_processes_than_prompts_is_one_line(folder):
+    env = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    result = subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, '.'); from scale.shard import check_world; from types import SimpleNamespace as N; check_world(N(offload=False, prompts_per_step=2, updates_per_rollout=1), N(size=4, sharded=True))"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "--prompts-per-step 2: must be a multiple of processes x updates per rollout = 4 x 1 (more ranks than prompts)" in result.stderr
