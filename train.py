@@ -48,12 +48,12 @@ class Options:
     resume: bool = opt(False, "continue the run in --out exactly where its newest whole checkpoint stands")
     overwrite: bool = opt(False, "delete the run that --out already holds")
     seed: int = opt(0, "every random draw follows from it")
-    steps: int = opt(100, "rollout batches")
+    steps: int = opt(120, "rollout batches")
     device: str = opt("", "cpu or cuda; default cuda where there is one")
 
     # the batch
-    prompts_per_step: int = opt(16, "P, prompts a step")
-    answers_per_prompt: int = opt(16, "G, answers a prompt")
+    prompts_per_step: int = opt(32, "P, prompts a step")
+    answers_per_prompt: int = opt(8, "G, answers a prompt")
     updates_per_rollout: int = opt(4, "optimiser steps on one batch of answers")
     micro_batch: int = opt(0, "sequences in one forward and backward pass; 0: all of an update's (never changes the result)")
     micro_tokens: int = opt(0, "instead of --micro-batch: tokens in one pass, padding included")
@@ -88,7 +88,7 @@ class Options:
     diagnose_every: int = opt(0, "log similarity, KL and entropy change of the layers every so many steps; 0: never")
 
     # the optimiser
-    lr: float = opt(2e-4, "AdamW; 1e-6 is the papers' for 1.5B to 14B")
+    lr: float = opt(1e-4, "AdamW; 1e-6 is the papers' for 1.5B to 14B")
     weight_decay: float = opt(0.1, "AdamW")
     warmup_steps: int = opt(10, "linear warm-up")
     grad_clip: float = opt(1.0, "largest gradient norm")
@@ -98,7 +98,7 @@ class Options:
 
     # looking at it
     eval_prompts: int = opt(512, "held-out answers an evaluation")
-    eval_every: int = opt(25, "steps; step 0 and the last are always evaluated")
+    eval_every: int = opt(30, "steps; step 0 and the last are always evaluated")
     save_every: int = opt(1, "steps between checkpoints: what a killed run may lose (raise it for large models)")
     keep: int = opt(2, "checkpoints that are kept")
     max_bad_steps: int = opt(5, "stop after so many steps in a row with NaN or infinity")

@@ -1,11 +1,12 @@
 """Make assets/tiny-qwen3: a genuine Qwen3 model folder that knows half of Countdown, for runs on a laptop.
 
-    python scripts/pretrain_tiny.py [--out assets/tiny-qwen3] [--steps 3000] [--seed 0]
+    python scripts/pretrain_tiny.py --out runs/half-right
+    python scripts/pretrain_tiny.py --start runs/half-right --right 0.3 --steps 250 --lr 3e-4 --out assets/tiny-qwen3
 
 A base model knows the format of a task and part of the skill; reinforcement learning draws out the rest. This script
-gives a 0.8-million-parameter Qwen3 the same start: supervised next-token training on Countdown demonstrations of which only
-half are right (the others use the right numbers and miss the target), on training problems alone. Ten minutes
-on two cores. The folder is then read by AutoModelForCausalLM and AutoTokenizer like any other.
+gives a 1-million-parameter Qwen3 the same start: supervised next-token training on Countdown demonstrations of which only
+half are right (the others use the right numbers and mostly miss the target), on training problems alone, eleven minutes on two
+cores. The second command goes on for a minute with 30 % right, so that the model answers less well than it could. The folder is then read by AutoModelForCausalLM and AutoTokenizer like any other.
 """
 
 import argparse
@@ -65,6 +66,7 @@ def main():
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", default=None, help="go on from a folder that this script has written")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -79,6 +81,8 @@ def main():
     ))
     model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id], pad_token_id=tokenizer.pad_token_id)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)} padded to {vocab}")
+    if args.start:
+        model = Qwen3ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
     text, ids = render_prompt(train[0].question, tokenizer)
     print(f"prompt of {len(ids)} tokens:\n{text}")
 
@@ -102,7 +106,7 @@ def main():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if (step + 1) % 500 == 0:
+        if (step + 1) % 500 == 0 or step + 1 == args.steps:
             tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, held-out accuracy at T = 1: {accuracy(model, tokenizer, held_out[:512], 12, eos_ids_of(model, tokenizer), seed=step).strict:.3f}")
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
