@@ -34,6 +34,8 @@ def load_tokenizer(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # noqa: BLE001 - as above
         raise BadInput(f"--model {name}: its tokenizer cannot be read ({_first_line(error)}); the folder needs tokenizer.json or the files it is made from") from error
+    if not tokenizer("1").input_ids:  # the library makes an empty tokenizer where it finds no files
+        raise BadInput(f"--model {name}: its tokenizer cannot be read (it has no vocabulary); the folder needs tokenizer.json or the files it is made from")
     if not tokenizer.chat_template:
         print("note: the tokenizer has no chat template; prompts use the plain form 'Question: ... Answer:'")
     return tokenizer

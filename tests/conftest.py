@@ -1,3 +1,4 @@
+import os
 import pathlib
 import sys
 
@@ -8,7 +9,7 @@ import transformers
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TINY = ROOT / "assets" / "tiny-qwen3"
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(autouse=True)

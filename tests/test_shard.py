@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
-OPTIONS = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--updates-per-rollout", "2", "--max-new-tokens", "8", "--eval-prompts", "8", "--warmup-steps", "1", "--device", "cpu", "--model", str(TINY), "--lr", "1e-3"]
+OPTIONS = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--updates-per-rollout", "2", "--max-new-tokens", "8", "--eval-prompts", "8", "--warmup-steps", "1", "--device", "cpu", "--model", str(TINY)]
 COMPARED = ("loss", "reward", "entropy", "grad_norm", "response_length", "clip_low", "clip_high", "ratio_max", "dead_groups", "internal_entropy", "logp")
 
 
@@ -42,31 +42,24 @@ def folder(tmp_path_factory):
 
 
 def test_two_processes_are_one(folder):
-    """HAPO with BuPO: one aligned step at layer 2 (truncated pass, upper layers untouched), then two full ones; unequal micro-batches."""
-    more = ["--data", folder / "questions.jsonl", "--steps", 3, "--bupo-layer", 2, "--bupo-steps", 1, "--micro-tokens", 70, "--gradient-checkpointing", "--keep", 9]
-    one, rows_one = train(folder / "one", *more)
-    two, rows_two = train(folder / "two", *more, processes=2)
+    """HAPO with BuPO: one aligned step at layer 2 (truncated pass, upper layers untouched), then two full ones, the last of them
+    after a resume; unequal micro-batches, layers checkpointed."""
+    more = ["--data", folder / "questions.jsonl", "--bupo-layer", 2, "--bupo-steps", 1, "--micro-tokens", 70, "--gradient-checkpointing"]
+    one, rows_one = train(folder / "one", *more, "--steps", 3)
+    train(folder / "two", *more, "--steps", 2, processes=2)
+    start, first = load_file(TINY / "model.safetensors"), load_file(folder / "two" / "checkpoint-1" / "model.safetensors")
+    two, rows_two = train(folder / "two", *more, "--steps", 3, "--resume", processes=2)
     assert one.keys() == two.keys() and "lm_head.weight" not in two  # tied stays tied
     for name in one:
         assert (one[name] - two[name]).abs().max() < 1e-5, name
+    assert [r["step"] for r in rows_two] == [0, 1, 2, 3]
     for a, b in zip(rows_one[1:], rows_two[1:]):
         for key in COMPARED:
             if key in a:
                 assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), (a["step"], key)
-    start, first = load_file(TINY / "model.safetensors"), load_file(folder / "two" / "checkpoint-1" / "model.safetensors")
     for name in first:  # bit-identical above layer 2
         upper = name == "model.norm.weight" or (name.startswith("model.layers.") and int(name.split(".")[2]) >= 2)
         assert start[name].equal(first[name]) == upper, name
-
-
-def test_a_sharded_run_resumes(folder):
-    """2 steps in two processes, then resumed in two, equal 3 in one go."""
-    more = ["--data", folder / "questions.jsonl"]
-    train(folder / "parts", *more, "--steps", 2, processes=2)
-    parts, rows = train(folder / "parts", "--steps", 3, "--resume", *more, processes=2)
-    whole, _ = train(folder / "whole", *more, "--steps", 3)
-    assert [r["step"] for r in rows] == [0, 1, 2, 3]
-    assert max((parts[name] - whole[name]).abs().max().item() for name in whole) < 1e-5
 
 
 def test_more_processes_than_prompts_is_one_line(folder):

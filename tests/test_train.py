@@ -97,9 +97,9 @@ def test_hapo_with_all_four_off_is_dapo_to_the_last_bit(tmp_path):
 def test_each_part_alone_changes_the_result(tmp_path, switch):
     others = {"adaptive-temperature", "token-group-average", "advantage-redistribution", "adaptive-clip"} - {switch}
     # updates after the first see ratios other than 1, where clipping can matter: a large step makes sure they do
-    args = ["--lr", "0.02", "--updates-per-rollout", "4"]
-    dapo = run(TINY, tmp_path / "dapo", "--algo", "dapo", *args)
-    alone = run(TINY, tmp_path / "alone", *args, *[f"--no-{o}" for o in others])
+    args = ["--lr", "0.005", "--prompts-per-step", "8", "--tau", "0.5", "--clip-low", "0.02", "--clip-high", "0.02"]
+    dapo = run(TINY, tmp_path / "dapo", "--algo", "dapo", *args, steps=3)
+    alone = run(TINY, tmp_path / "alone", *args, *[f"--no-{o}" for o in others], steps=3)
     assert not same(dapo[0], alone[0])
 
 
@@ -142,7 +142,8 @@ def test_algorithms_and_options_run(tmp_path):
 
 def test_dynamic_sampling_ends_when_every_group_is_dead(tiny_folder, tmp_path):
     before = load_file(tiny_folder / "model.safetensors")
-    final, rows = run(tiny_folder, tmp_path / "run", "--dynamic-sampling", "--max-rounds", "2")
+    (tmp_path / "never.jsonl").write_text("".join(json.dumps({"question": f"{i} + {i}?", "answer": "987654"}) + "\n" for i in range(20)))
+    final, rows = run(tiny_folder, tmp_path / "run", "--dynamic-sampling", "--max-rounds", "2", "--data", tmp_path / "never.jsonl")
     assert rows[1]["not_filled"] == 4 and rows[1]["groups"] == 8 and rows[1]["dead_updates"] == 2 and rows[1]["updates"] == 0
     assert same({k: before[k] for k in final}, final)  # no live group: nothing moves, not even by weight decay
 
