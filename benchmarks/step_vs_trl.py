@@ -1,0 +1,79 @@
+"""One training step against TRL's GRPOTrainer: same model, same prompts, 256 answers of at most 12 tokens, 4 updates, in one run.
+
+    pip install trl && python benchmarks/step_vs_trl.py [--steps 12]
+
+The model is a Qwen3 of 0.48 M parameters with random weights and the tokenizer of assets/tiny-qwen3; rewards are a coin per answer,
+so no group is dead and every update is made. Ours runs GRPO and HAPO; a "step" is sampling, scoring and four updates on all sides.
+"""
+
+import argparse
+import pathlib
+import random
+import tempfile
+import time
+
+from common import AutoTokenizer, median, qwen3
+
+import train
+from scale import options, shard
+from scale.run import open_run
+from tasks import Grade, load_problems, render_prompt
+
+TINY = str(pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen3")
+
+
+def ours(folder, algo, steps):
+    out = tempfile.mkdtemp()
+    o = options.parse(train.Options, ["--model", folder, "--out", out, "--algo", algo, "--prompts-per-step", "16", "--answers-per-prompt", "16", "--max-new-tokens", "12", "--lr", "1e-6", "--device", "cpu"], "")
+    run, _ = open_run(o, shard.World(o.device))
+    coin = random.Random(0)
+    train.grade = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
+    seconds = []
+    for step in range(1, steps + 1):
+        started = time.perf_counter()
+        train.train_step(step, run)
+        seconds.append(time.perf_counter() - started)
+    return seconds[2:]
+
+
+def trl(folder, steps):
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [render_prompt(p.question, tokenizer)[0] for p in load_problems("countdown")[0][:2000]]
+    coin, times = random.Random(0), []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            times.append(time.perf_counter())
+
+    config = GRPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=64, gradient_accumulation_steps=1, steps_per_generation=4, num_generations=16, num_iterations=1,
+                        max_completion_length=12, max_steps=4 * steps + 1, learning_rate=1e-6, beta=0.0, use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False)
+    trainer = GRPOTrainer(model=folder, reward_funcs=lambda completions, **kwargs: [float(coin.random() < 0.5) for _ in completions], args=config,
+                          train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, callbacks=[Clock()])
+    trainer.train()
+    cycles = times[::4]  # one generation serves four optimiser steps
+    return [b - a for a, b in zip(cycles, cycles[1:])][2:]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=12)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = AutoTokenizer.from_pretrained(TINY)
+        model = qwen3(hidden=96, layers=4)
+        model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, 256 answers of at most 12 tokens, 4 updates")
+        results = {"TRL GRPOTrainer": trl(folder, args.steps), "ours, grpo": ours(folder, "grpo", args.steps), "ours, hapo": ours(folder, "hapo", args.steps), "TRL again": trl(folder, args.steps)}
+    theirs = median(results["TRL GRPOTrainer"] + results["TRL again"])
+    for name, seconds in results.items():
+        print(f"{name:16s} {median(seconds):.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}), {theirs / median(seconds):.2f} x TRL's steps per second")
+
+
+if __name__ == "__main__":
+    main()
