@@ -399,7 +399,7 @@ def train(o):
 def main(argv=None):
     o = options.parse(Options, argv, __doc__)
     if o.estimate:
-        print(memory.table(memory.estimate(load_config(o.model), o), o))
+        print(memory.overview(load_config(o.model), o))
     else:
         train(o)
 

@@ -9,6 +9,7 @@
 The largest sum of what is alive at the same time is the peak: sampling or updating.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -85,6 +86,16 @@ def table(e, o, prompt_tokens=256, world_size=1, cuda=True, capacity=None):
     for name in ("weights", "gradients", "moments", "replica", "activations", "logits", "kv_cache", "sampling"):
         lines.append(f"  {name.replace('_', ' '):12s}{getattr(e, name) / GIB:9.2f} GiB")
     lines.append(f"  {'peak':12s}{e.peak / GIB:9.2f} GiB  (sampling and updating do not overlap)" + (f" of {capacity / GIB:.1f}" if capacity else ""))
+    return "\n".join(lines)
+
+
+def overview(config, o):
+    """What `--estimate` prints: the parts on one GPU, and the peak when sharded or offloaded."""
+    lines = [table(estimate(config, o), o)]
+    for size in (2, 4, 8):
+        if o.prompts_per_step % (size * o.updates_per_rollout) == 0:
+            lines.append(f"  {size} processes   {estimate(config, o, world_size=size).peak / GIB:9.2f} GiB each")
+    lines.append(f"  1, --offload  {estimate(config, dataclasses.replace(o, offload=True)).peak / GIB:9.2f} GiB, and {16 * estimate(config, o).parameters / GIB:.1f} GiB of main memory")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 
@@ -15,13 +16,14 @@ def run_main(main):
     """Run a program; what the user can mend ends in one line and exit code 2, without a traceback."""
     name = pathlib.Path(sys.argv[0]).name
     try:
-        main()
+        return main()
     except BadInput as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
     except OSError as error:
-        print(f"{name}: {error.strerror or error}: {error.filename or ''}; what was saved before is intact, --resume goes on from it", file=sys.stderr)
-        sys.exit(2)
+        message = f"{error.strerror or error}: {error.filename or ''}; what was saved before is intact, --resume goes on from it"
+    if os.environ.get("RANK", "0") == "0":  # every process of a sharded run meets the same mistake
+        print(f"{name}: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -69,7 +69,9 @@ def held_out(run, step):
 
 
 def evaluate_over(world, run, problems, temperature, seed, name):
-    answers = sample_answers(run.actor, run.tokenizer, world.mine(problems), 1, run.options.max_new_tokens, run.eos_ids, temperature, seed + world.rank, progress=name if world.main else None)
+    o = run.options
+    answers = sample_answers(run.actor, run.tokenizer, world.mine(problems), 1, o.max_new_tokens, run.eos_ids, temperature, seed + world.rank,
+                             rows_at_once=max(1, o.answers_per_step // world.size), progress=name if world.main else None)
     return summarise([row for part in world.gather_objects(answers) for row in part])
 
 

@@ -143,9 +143,10 @@ def check_fingerprint(o, found):
 
 def load_data(o, tokenizer, config, say):
     """([(problem, prompt ids)] to train on, held-out problems); prompts that leave no room for an answer are dropped and counted."""
-    train_set, held_out = load_problems(o.task, o.data or None, o.difficulty or None, held_out=o.eval_prompts)
     if o.eval_data:
-        train_set, held_out = (read_problems(o.data) if o.data else train_set), read_problems(o.eval_data)
+        train_set, held_out = read_problems(o.data), read_problems(o.eval_data)
+    else:
+        train_set, held_out = load_problems(o.task, o.data or None, o.difficulty or None, held_out=o.eval_prompts)
     items = [(p, render_prompt(p.question, tokenizer)[1]) for p in tqdm(train_set, desc="rendering prompts", leave=False, disable=len(train_set) < 2000)]
     room = (getattr(config, "max_position_embeddings", None) or math.inf) - o.max_new_tokens
     fitting = [item for item in items if 0 < len(item[1]) <= room]

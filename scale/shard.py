@@ -6,6 +6,7 @@ Answers are drawn from a replica in the compute dtype that is refreshed once a r
 decoding step and ranks may stop at different lengths without waiting for each other.
 """
 
+import contextlib
 import copy
 import os
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from internals import decoder_body
 from scale.load import assert_tied, load_config, load_model
@@ -120,23 +121,14 @@ def shard_model(name, world, offload=False):
     body.rotary_emb = type(body.rotary_emb)(config=config).to(world.device)  # to_empty has emptied its buffers too
     if config.tie_word_embeddings:  # to_empty gives each module its own tensor: one of them must go
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    if config.bos_token_id is not None or config.eos_token_id is not None:
-        model.generation_config = source_generation_config(name, model)
+    with contextlib.suppress(OSError):  # a folder without generation_config.json: the model's own defaults stand
+        model.generation_config = GenerationConfig.from_pretrained(name)
     for key, parameter in model.named_parameters():
         whole = source[key].detach() if world.main else torch.empty(parameter.shape)
-        part = distribute_tensor(whole.to(parameter.device), parameter.device_mesh if not offload else world.cpu_mesh(), parameter.placements)
+        part = distribute_tensor(whole.to(world.device), parameter.device_mesh, parameter.placements)
         parameter.to_local().data.copy_(part.to_local())
     assert_tied(model)
     return model
-
-
-def source_generation_config(name, model):
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(name)
-    except OSError:  # a folder without generation_config.json: the model's own defaults stand
-        return model.generation_config
 
 
 def whole(tensor):

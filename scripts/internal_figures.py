@@ -18,6 +18,7 @@ STYLES = ("-", "--", ":")
 
 def draw(record, out):
     """record: {model name: the lists of internals.json}; writes both PNGs into `out` and returns their paths."""
+    record = {pathlib.Path(name).name: e for name, e in record.items()} if len({pathlib.Path(n).name for n in record}) == len(record) else record
     paths = [pathlib.Path(out) / "entropy_flow.png", pathlib.Path(out) / "entropy_change.png"]
 
     figure, panel = plt.subplots(figsize=(8, 4.5), constrained_layout=True)

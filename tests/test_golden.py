@@ -72,11 +72,10 @@ def test_group_averages(case):
             close(ours[1], theirs[1], mask[rows], 1e-6)
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c["in_norm_adv_by_std"]], ids=lambda c: c["id"])
 def test_released_group_fallback(case):
     """|A| >= 5 swaps a group for its GRPO advantages. Theirs also looks at padding; where only padding trips it we differ."""
     rewards, mask = tensor(case["in_token_level_rewards"]).sum(1), tensor(case["in_response_mask"]).bool()
-    if not case["in_norm_adv_by_std"]:
-        pytest.skip("the released fallback of this case divides by no std; ours always belongs to the scaled form")
     for rows in group_rows(case):
         plain = tensor(case["out_group_adv_nofallback"])[rows]
         trips_on_valid_tokens = bool((plain.abs() >= 5)[mask[rows]].any())
@@ -142,8 +141,6 @@ def test_temperature(case, sign):
     # near 0 nats the entropy of a float32 softmax, as the release computes it, is rounding noise; and it does not clamp h
     compare = (now > 1e-5) & logits.isfinite().all(1)
     h_unclamped = (h_theirs / tensor(case["in_base_temperature"]) - 1) / case["in_temperature_tau"]
-    in_range = h_unclamped.abs() <= 1 + 1e-6
-    close(ours[compare & in_range], h_theirs[compare & in_range], tolerance=1e-5)
     limit = tensor(case["in_base_temperature"]) * (1 + case["in_temperature_tau"] * h_unclamped.clamp(-1, 1))
     close(ours[compare], limit[compare], tolerance=1e-5)
 
