@@ -92,8 +92,11 @@ def policy_hidden(model, input_ids, attention_mask, layer=None, norm=True):
     """
     layer = layer_count(model) if layer is None else layer
     check_layer(model, layer)
+    mask, positions = attention_mask, position_ids(attention_mask)
+    if bool((mask[:, :-1] >= mask[:, 1:]).all()) and bool(mask[:, 0].all()):
+        mask = None  # padding on the right alone: a causal model never looks there, and its fast path is the one without a mask
     with _cut(model, layer, norm):
-        return model(input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False).logits
+        return model(input_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
 
 
 def layer_hidden(model, input_ids, attention_mask, layer):

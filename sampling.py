@@ -50,15 +50,18 @@ class Rollout:
         return self.mask.sum(1)
 
     def sequences(self, rows):
-        """Prompt and answer side by side for some rows: ids and attention mask (rows, s + t), and t.
+        """Prompt and answer in one line for some rows, padded on the right alone: three tensors (rows, width).
 
-        Trimmed to the longest prompt and answer among those rows; the answers are the last t columns.
+        ids, attention mask, and `predicts`: true at each state whose successor is an answer token, row by row in the order
+        of `mask`. A causal model never looks to the right, so such rows need no attention mask and ordinary positions.
         """
         prompts = [r // (len(self.tokens) // len(self.prompt)) for r in rows]
-        left = self.prompt.shape[1] - int(self.prompt_mask[prompts].sum(1).max())
-        width = int(self.mask[rows].sum(1).max())
-        ids = torch.cat([self.prompt[prompts, left:], self.tokens[rows, :width]], 1)
-        return ids, torch.cat([self.prompt_mask[prompts, left:], self.mask[rows, :width]], 1), width
+        ids = torch.cat([self.prompt[prompts], self.tokens[rows]], 1)
+        start, answer = self.prompt_mask[prompts].sum(1, keepdim=True), self.mask[rows].sum(1, keepdim=True)
+        place = torch.arange(int((start + answer).max()), device=ids.device)
+        shifted = (place + self.prompt.shape[1] - start).clamp_max(ids.shape[1] - 1)  # over the padding on the left
+        attention = place < start + answer
+        return ids.gather(1, shifted) * attention, attention, (place >= start - 1) & (place < start + answer - 1)
 
     def micro_batches(self, rows, sequences=0, tokens=0):
         """Cut rows into lists of at most `sequences` rows, or of at most `tokens` tokens, padding included; 0: no limit."""
@@ -74,12 +77,9 @@ class Rollout:
         return parts
 
     def with_response_mask(self, most):
-        """At most `most` answers spread over the batch: ids, attention mask and response mask, each (rows, s + t)."""
-        rows = list(range(0, len(self.tokens), max(1, len(self.tokens) // most)))[:most]
-        ids, attention, width = self.sequences(rows)
-        response = torch.zeros_like(attention)
-        response[:, -width:] = self.mask[rows, :width]
-        return ids, attention, response
+        """At most `most` answers spread over the batch: ids, attention mask and response mask, each (rows, width)."""
+        ids, attention, predicts = self.sequences(list(range(0, len(self.tokens), max(1, len(self.tokens) // most)))[:most])
+        return ids, attention, predicts.roll(1, 1)  # a response token stands to the right of the state that predicts it
 
     def select(self, prompts):
         """The rollout of some of its prompts (a list of indices), in that order."""

@@ -248,13 +248,12 @@ def token_scores(model, rollout, rows, layer, run):
     layer None: the model's own policy; l: the internal policy of layer l, computing layers 1 ... l alone.
     """
     o, mask = run.options, rollout.mask[rows]
-    ids, attention, width = rollout.sequences(rows)
+    ids, attention, predicts = rollout.sequences(rows)
     with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.world.device.type == "cuda"):
-        hidden = internals.policy_hidden(model, ids, attention, layer, norm=layer is None or o.bupo_norm)
-        # the state that predicts a token stands one position to its left; prompt states are never projected
-        states = hidden[:, -width - 1 : -1][mask[:, :width]]
+        # the last column predicts nothing; states of prompt tokens are computed and never projected
+        hidden = internals.policy_hidden(model, ids[:, :-1], attention[:, :-1], layer, norm=layer is None or o.bupo_norm)
         weight = internals.unembedding(model)[: len(run.tokenizer)]  # a padded vocabulary's ids have probability 0
-        logp, entropy = losses.token_logprobs_and_entropy(states, weight, rollout.tokens[rows][mask], o.temperature)
+        logp, entropy = losses.token_logprobs_and_entropy(hidden[predicts[:, :-1]], weight, rollout.tokens[rows][mask], o.temperature)
     blank = torch.zeros(mask.shape, device=mask.device)
     return blank.masked_scatter(mask, logp), blank.masked_scatter(mask, entropy.detach())
 

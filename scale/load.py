@@ -54,6 +54,9 @@ def load_model(name, device="cpu", dtype=torch.float32):
         raise BadInput(f"--model {name}: {len(wrong)} weights are missing or have another shape, first {wrong[0]}; they would start at random")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise BadInput(f"--model {name}: the tokenizer has {len(tokenizer)} tokens, the model {model.get_input_embeddings().weight.shape[0]}; they do not belong together")
+    scaled = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(model.config, k, None) not in (None, 1.0)]
+    if scaled or getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise BadInput(f"--model {name}: its logits are more than hidden states times the unembedding ({', '.join(scaled) or 'a bias'}); scoring would disagree with sampling")
     assert_tied(model)
     return model.to(device), tokenizer
 

@@ -60,7 +60,7 @@ class Run:
             groups = [{"params": list(self.policy.parameters()), "lr": o.lr}]
         for group in groups:
             group["peak_lr"] = group["lr"]
-        return torch.optim.AdamW(groups, lr=o.lr, weight_decay=o.weight_decay)
+        return torch.optim.AdamW(groups, lr=o.lr, weight_decay=o.weight_decay, fused=True)
 
     def state(self):
         return {"drawn": self.drawn, "layer": self.layer, "stats": self.stats and [float(x) for x in self.stats], "guard": self.guard.state()}

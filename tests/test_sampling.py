@@ -149,10 +149,10 @@ def test_padded_vocabulary_is_never_drawn():
         model.lm_head.weight[40:] *= 100  # padding rows with the largest logits
     rollout = generate(model, PROMPTS, 8, 10, vocab_size=40)
     assert rollout.tokens.max() < 40
-    ids, mask, width = rollout.sequences(list(range(24)))
-    hidden = model.model(ids, attention_mask=mask, position_ids=position_ids(mask)).last_hidden_state[:, -width - 1 : -1]
-    logp, _ = token_logprobs_and_entropy(hidden, model.lm_head.weight[:40], rollout.tokens)
-    torch.testing.assert_close(logp[rollout.mask], rollout.logp[rollout.mask], atol=1e-4, rtol=1e-4)
+    ids, mask, predicts = rollout.sequences(list(range(24)))
+    hidden = model.model(ids, attention_mask=mask, position_ids=position_ids(mask)).last_hidden_state[predicts]
+    logp, _ = token_logprobs_and_entropy(hidden, model.lm_head.weight[:40], rollout.tokens[rollout.mask])
+    torch.testing.assert_close(logp, rollout.logp[rollout.mask], atol=1e-4, rtol=1e-4)
 
 
 def test_generation_config_does_not_leak():
@@ -194,8 +194,13 @@ def test_select_and_join_keep_rows_together():
     assert joined.answers() == a.answers() + b.answers()
     picked = joined.select([3, 1])
     assert picked.answers() == b.answers() + a.answers()[2:4]
-    ids, mask, width = picked.sequences([2])
-    assert ids[0, mask[0]].tolist() == PROMPTS[1] + a.answers()[2] and width == len(a.answers()[2])
+    ids, mask, predicts = picked.sequences([2, 0])
+    line = PROMPTS[1] + a.answers()[2]
+    assert ids[0, mask[0]].tolist() == line and mask[0, : len(line)].all()  # no padding on the left
+    assert predicts[0].nonzero().flatten().tolist() == list(range(len(PROMPTS[1]) - 1, len(line) - 1))
+    assert ids[1, mask[1]].tolist() == [1, 2, 3, 4, 5, 6] + b.answers()[0]
+    _, _, response = picked.with_response_mask(4)
+    assert response.sum().item() == picked.mask.sum().item() and not response[:, 0].any()
 
 
 def test_micro_batches_cover_every_row_once():

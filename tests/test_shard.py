@@ -5,10 +5,14 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY
 from safetensors.torch import load_file
+
+from scale.shard import check_world
+from tasks import BadInput
 
 OPTIONS = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--updates-per-rollout", "2", "--max-new-tokens", "8", "--eval-prompts", "8", "--warmup-steps", "1", "--device", "cpu", "--model", str(TINY)]
 COMPARED = ("loss", "reward", "entropy", "grad_norm", "response_length", "clip_low", "clip_high", "ratio_max", "dead_groups", "internal_entropy", "logp")
@@ -62,7 +66,7 @@ def test_two_processes_are_one(folder):
         assert start[name].equal(first[name]) == upper, name
 
 
-def test_more_processes_than_prompts_is_one_line(folder):
-    env = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    result = subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, '.'); from scale.shard import check_world; from types import SimpleNamespace as N; check_world(N(offload=False, prompts_per_step=2, updates_per_rollout=1), N(size=4, sharded=True))"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert "--prompts-per-step 2: must be a multiple of processes x updates per rollout = 4 x 1 (more ranks than prompts)" in result.stderr
+def test_more_processes_than_prompts_is_one_line():
+    options, world = SimpleNamespace(offload=False, prompts_per_step=2, updates_per_rollout=1), SimpleNamespace(size=4, sharded=True)
+    with pytest.raises(BadInput, match="--prompts-per-step 2: must be a multiple of processes x updates per rollout = 4 x 1 .more ranks than prompts."):
+        check_world(options, world)

@@ -360,7 +360,11 @@ def test_models_that_cannot_be_used(tmp_path, tiny_folder):
     import transformers
 
     transformers.BertModel(transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=30)).save_pretrained(tmp_path / "bert")
-    cases = {"bert": "is not a causal language model", "empty": "holds no config.json", "no-tokenizer": "its tokenizer cannot be read", "cut": "its weights cannot be read", "short": "weights are missing"}
+    granite = transformers.GraniteForCausalLM(transformers.GraniteConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, vocab_size=400, logits_scaling=4.0))
+    granite.save_pretrained(tmp_path / "scaled")
+    for file in tiny_folder.glob("*token*"):
+        shutil.copy(file, tmp_path / "scaled")
+    cases = {"scaled": "logits are more than hidden states times the unembedding .logits_scaling.", "bert": "is not a causal language model", "empty": "holds no config.json", "no-tokenizer": "its tokenizer cannot be read", "cut": "its weights cannot be read", "short": "weights are missing"}
     (tmp_path / "empty").mkdir()
     for name in ("no-tokenizer", "cut", "short"):
         shutil.copytree(tiny_folder, tmp_path / name)
