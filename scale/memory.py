@@ -103,7 +103,7 @@ def what_to_change(e, o):
     """The option that lowers the largest part of an estimate that does not fit."""
     update = e.gradients + e.activations + e.logits
     if e.kv_cache + e.sampling > update:
-        return f"--prompts-per-step {o.prompts_per_step} or --max-new-tokens {o.max_new_tokens} (the KV cache of all answers)"
+        return f"less than --prompts-per-step {o.prompts_per_step} or --max-new-tokens {o.max_new_tokens} (the KV cache of all answers)"
     if e.activations > (e.weights + e.gradients + e.moments) / 2:
         return "--gradient-checkpointing" if not o.gradient_checkpointing else f"--micro-batch {max(1, (o.micro_batch or o.answers_per_update) // 2)}"
     return "more processes (torchrun --nproc-per-node N) or --offload: weights, gradients and moments alone are " + f"{math.ceil((e.weights + e.gradients + e.moments) / GIB)} GiB"

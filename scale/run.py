@@ -183,7 +183,7 @@ def describe(run, config, say):
     capacity = torch.cuda.get_device_properties(run.world.device).total_memory if cuda else None
     need = memory.estimate(config, o, prompt, run.world.size, cuda)
     if capacity and need.peak > capacity:
-        raise BadInput(f"this run needs {need.peak / memory.GIB:.1f} GiB and the device has {capacity / memory.GIB:.1f}; change {memory.what_to_change(need, o)}")
+        raise BadInput(f"this run needs {need.peak / memory.GIB:.1f} GiB and the device has {capacity / memory.GIB:.1f}; try {memory.what_to_change(need, o)}")
     layers = internals.layer_count(run.policy) if hasattr(run.policy.base_model, "layers") else "?"
     say(f"{o.algo} on {o.data or o.task}: {len(run.items)} questions to train on, {len(run.held_out)} held out; {o.model}, {need.parameters / 1e6:.2f} M parameters, {layers} layers")
     say(f"a step: {o.prompts_per_step} prompts x {o.answers_per_prompt} answers = {o.answers_per_step}, {o.updates_per_rollout} updates of {o.answers_per_update} answers, "

@@ -1,0 +1,56 @@
+"""The memory estimate: numbers worked by hand on a small shape, and which option it blames."""
+
+import dataclasses
+
+import pytest
+import train
+from conftest import TINY, random_model
+
+import losses
+from scale import memory, options, run
+from scale.load import load_config
+from tasks import BadInput
+
+
+def some_options(*more):
+    return options.parse(train.Options, ["--estimate", "--prompts-per-step", "4", "--answers-per-prompt", "2", "--updates-per-rollout", "2", "--max-new-tokens", "10", *more], "")
+
+
+def test_parts_by_hand():
+    model = random_model(layers=3, vocab=50, hidden=32)
+    parameters = sum(p.numel() for p in model.parameters())
+    e = memory.estimate(model.config, some_options(), prompt_tokens=6, cuda=True)
+    assert e.parameters == parameters and (e.weights, e.gradients, e.moments, e.replica) == (4 * parameters, 4 * parameters, 8 * parameters, 2 * parameters)
+    # KV cache: 8 answers x 16 tokens x 3 layers x (keys and values) x 2 heads x head size x 2 bytes
+    assert e.kv_cache == 8 * 16 * 3 * 2 * 2 * model.config.head_dim * 2
+    # the logits chunk is never larger than an update's tokens, 4 answers x 16; three float32 copies and the unembedding's gradient
+    assert e.logits == 64 * 50 * 4 * 3 + 4 * 50 * 32
+    assert e.peak == e.weights + e.moments + e.replica + max(e.gradients + e.activations + e.logits, e.kv_cache + e.sampling)
+
+
+def test_what_makes_it_smaller():
+    config, o = load_config(TINY), some_options("--max-new-tokens", "200")
+    whole = memory.estimate(config, o)
+    assert memory.estimate(config, dataclasses.replace(o, gradient_checkpointing=True)).activations < whole.activations
+    assert memory.estimate(config, dataclasses.replace(o, micro_batch=1)).activations < whole.activations
+    assert memory.estimate(config, o, world_size=2).weights == whole.weights // 2
+    assert memory.estimate(config, dataclasses.replace(o, offload=True)).moments == 0
+
+
+def test_a_chunk_of_logits_has_a_fixed_size():
+    config = load_config(TINY)
+    config.vocab_size = 151_936
+    e = memory.estimate(config, some_options("--max-new-tokens", "512"), prompt_tokens=512)
+    assert e.logits < 3 * losses.LOGIT_CHUNK_BYTES + 4 * 151_936 * config.hidden_size + 1
+
+
+def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypatch):
+    from types import SimpleNamespace
+
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**6))
+    o = some_options("--max-new-tokens", "400")
+    fake = SimpleNamespace(options=o, items=[(None, [1, 2, 3])], world=SimpleNamespace(device=torch.device("cuda"), size=1))
+    with pytest.raises(BadInput, match="this run needs 0.. GiB and the device has 0.0; try --gradient-checkpointing"):
+        run.describe(fake, load_config(TINY), print)
