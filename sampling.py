@@ -246,9 +246,9 @@ def draw(logits, temperature, uniform):
     """
     entropy = torch.full_like(uniform, torch.nan)
     if callable(temperature):
-        entropy = entropy_of(logits)
+        entropy, scratch = _entropy_and_probs(logits)
         heat = temperature(entropy)
-        logits = logits / heat[:, None]
+        logits = torch.div(logits, heat[:, None], out=scratch)  # a vocabulary wide: not one more buffer than needed
     else:
         heat = torch.full_like(uniform, temperature)
         if temperature == 0:  # greedy: the distribution is a single token
@@ -292,12 +292,16 @@ def _first_above(weights, threshold):
 
 def entropy_of(logits):
     """Entropy in nats of softmax(logits), (rows, V) -> (rows,). Logits of -inf have probability 0."""
+    return _entropy_and_probs(logits)[0]
+
+
+def _entropy_and_probs(logits):
     probs, top = logits.softmax(-1), logits.amax(-1)
     mean = torch.linalg.vecdot(probs, logits)
     if not bool(mean.isfinite().all()):  # a masked id: keep 0 * -inf out of the mean
         mean = torch.linalg.vecdot(probs, logits.clamp_min(torch.finfo(logits.dtype).min))
     # H = log Z - E[logit], and the likeliest token says log Z = max logit - log max p
-    return (top - probs.amax(-1).log() - mean).clamp_min(0)
+    return (top - probs.amax(-1).log() - mean).clamp_min(0), probs
 
 
 class AdaptiveTemperature(LogitsProcessor):
