@@ -341,10 +341,13 @@ def compare(batch, o):
 
 def choose_layer(batch, run):
     """--bupo-layer: the number given, or the boundary layer, measured on 64 of the first answers."""
-    o = run.options
+    o, (ids, attention, response) = run.options, batch.rollout.with_response_mask(64)
     if o.bupo_layer != "auto":
+        with torch.no_grad():
+            internals.residual_stream(run.policy, ids[:2], attention[:2])  # refuses blocks that are not pre-norm residual
+        shard.reshard(run.policy)
         return int(o.bupo_layer)
-    entropy = internals.internal_entropy(run.policy, *batch.rollout.with_response_mask(64), len(run.tokenizer))
+    entropy = internals.internal_entropy(run.policy, ids, attention, response, len(run.tokenizer))
     shard.reshard(run.policy)
     change = run.world.sum(entropy.feed_forward_change) / run.world.size
     layer, found = bupo.boundary_or_fallback(change)
