@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from sampling import eos_ids_of, generate
-from scale.load import load_model
+from scale.load import check_device, load_model
 from scale.options import OneLineParser, run_main
-from tasks import BUILT_IN, BadInput, default_cap, grade, load_problems, read_problems, render_prompt
+from tasks import BUILT_IN, LATEX, BadInput, default_cap, grade, load_problems, read_problems, render_prompt
 
 
 class Accuracy(NamedTuple):
@@ -99,6 +99,7 @@ def main(argv=None):
         value = getattr(args, name)
         if value is not None and (value < low or (high and value > high)):
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least {low}" + (f" and at most {high}" if high else ""))
+    check_device(args.device)
     if not 0 <= args.temperature <= 100:
         raise BadInput(f"--temperature {args.temperature}: must lie between 0 (greedy) and 100")
     if args.temperature == 0 and args.samples > 1:
@@ -121,6 +122,8 @@ def main(argv=None):
             result[f"pass@{k}_{verdict}_error"] = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
         print(f"{'pass@' + str(k):14s}{result[f'pass@{k}_strict']:>8.3f} ± {result[f'pass@{k}_strict_error']:.3f}{result[f'pass@{k}_lenient']:>10.3f} ± {result[f'pass@{k}_lenient_error']:.3f}")
     print(f"finished within the cap: {result['finished']:.1%}; mean length {result['length']:.1f} tokens; ± is one standard error over questions")
+    if LATEX.failures:
+        print(f"{LATEX.failures} LaTeX comparisons failed or ran out of time and count as wrong")
     if args.out:
         pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")

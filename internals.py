@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from losses import token_logprobs_and_entropy
 from sampling import Rollout, eos_ids_of, generate, position_ids
-from scale.load import load_model
+from scale.load import check_device, load_model
 from scale.options import OneLineParser, run_main
 from tasks import BUILT_IN, BadInput, load_problems, read_problems, render_prompt
 
@@ -270,12 +270,14 @@ def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):
 def finished_answers(path, tokenizer, limit, max_new_tokens):
     """Answers from a JSONL file with `question` and `answer` (a run's samples.jsonl, for example), as a Rollout."""
     prompts, answers = [], []
-    for number, line in enumerate(open_text(path), 1):
+    for number, line in enumerate(open_lines(path), 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
             question, answer = row["question"], row["answer"]
+            if not (isinstance(question, str) and isinstance(answer, str)):
+                raise TypeError
         except (ValueError, KeyError, TypeError):
-            raise BadInput(f"--answers {path}, line {number}: needs a JSON object with question and answer") from None
+            raise BadInput(f"--answers {path}, line {number}: needs a JSON object with question and answer, both texts") from None
         ids = tokenizer(answer, add_special_tokens=False).input_ids[: max_new_tokens - 1] + [i for i in [tokenizer.eos_token_id] if i is not None]
         prompts.append(render_prompt(question, tokenizer)[1])
         answers.append(ids)
@@ -286,10 +288,10 @@ def finished_answers(path, tokenizer, limit, max_new_tokens):
     return Rollout.of_answers(prompts, answers)
 
 
-def open_text(path):
+def open_lines(path):
     if not pathlib.Path(path).is_file():
         raise BadInput(f"--answers {path}: no such file")
-    return open(path, encoding="utf-8")
+    return open(path, "rb")
 
 
 def model_folder(name):
@@ -330,6 +332,7 @@ def main(argv=None):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
 
+    check_device(args.device)
     model, tokenizer = load_model(model_folder(args.model), args.device)
     decoder_body(model)
     if args.answers:

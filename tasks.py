@@ -71,7 +71,7 @@ def grade(problem, text):
 
 # ASCII digits only: \d would also match other scripts'. Groups of three behind commas, or a plain run of digits. A minus
 # belongs to the number unless a digit or letter stands before it: 10-4 ends in 4, x = -4 in -4.
-_NUMBER = re.compile(r"(?<![0-9A-Za-z.])(-?)[$€£]?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})(?:\s?/\s?([0-9]{1,40})(?![0-9.]))?(?![0-9])")
+_NUMBER = re.compile(r"(?<![0-9A-Za-z.])(-?)[$€£]?(-?)((?:[0-9]{1,3}(?:,[0-9]{3}){1,13}|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})(?:\s?/\s?([0-9]{1,40})(?![0-9.]))?(?![0-9])")
 _WHOLE = re.compile(r"[$€£\s]*" + _NUMBER.pattern.replace(r"(?<![0-9A-Za-z.])", "") + r"\s*(?:%|\\%|dollars?|cents?|[$€£])?[\s.]*")
 _FRAC = re.compile(r"(-?)\s*\\d?frac\{(-?[0-9]{1,40})\}\{(-?[0-9]{1,40})\}")
 
@@ -88,6 +88,8 @@ def _fraction(match):
 
 def parse_number(text):
     """The number a string consists of, as a Fraction: sign, commas, decimals, a currency, 3/4, \\frac{3}{4}; or None."""
+    if len(text) > 200:
+        return None
     text = text.strip().strip("$*").replace("\u2212", "-").replace("\\$", "").replace("\\!", "").replace("\\,", "").strip()
     if match := _FRAC.fullmatch(text):
         sign, top, bottom = match.groups()
@@ -226,7 +228,7 @@ def load_problems(task="countdown", data=None, difficulty=None, seed=0, held_out
     """
     rng = random.Random(f"{task} {seed}")
     if data is not None:
-        problems = read_problems(data)
+        problems = list({p.question: p for p in read_problems(data)}.values())  # a question stands on one side only
         rng.shuffle(problems)
         if len(problems) < 2:
             raise BadInput(f"--data {data}: one usable row; training and held-out evaluation need at least 2")
@@ -285,14 +287,14 @@ def _problem_of(question, answer):
 
 
 def _jsonl_rows(path):
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"--data {path}, line {number}"
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number without end
                 raise BadInput(f"{where}: not JSON ({error}); every line must be one JSON object") from None
             if not isinstance(row, dict):
                 raise BadInput(f"{where}: not a JSON object with the keys question (or prompt) and answer")
@@ -361,9 +363,11 @@ class _LatexChecker:
             self.pipe, far_end = context.Pipe()
             self.process = context.Process(target=_latex_worker, args=(far_end,), daemon=True)
             self.process.start()
-            if not self.pipe.poll(60):  # importing sympy takes seconds; that is not the answer's fault
-                raise BadInput("math-verify did not start within 60 seconds")
-            self.pipe.recv()
+            try:  # importing sympy takes seconds; that is not the answer's fault
+                if not self.pipe.poll(60) or self.pipe.recv() != "ready":
+                    raise EOFError
+            except EOFError:
+                raise BadInput("math-verify did not start within 60 seconds; pip install --upgrade math-verify") from None
         try:
             self.pipe.send((answer, truth))
             if self.pipe.poll(LATEX_SECONDS):

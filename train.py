@@ -5,7 +5,7 @@
 
 One step, in the order of `train_step`: draw prompts, sample G answers to each, grade them, turn grades into advantages, score the
 answers under the old policy, update the policy a few times, log. HAPO differs from its baseline DAPO in three visible `if`s
-(sampling temperature, advantages, and redistribution with clipping), BuPO in one: whose log-probabilities are trained.
+(`temperature_rule`, the advantages in `train_step`, `policy_loss`), BuPO in `layer`: whose log-probabilities are trained.
 
 A run is a function of its options and its seed: every random draw is seeded by (seed, step), nothing else is random.
 """
@@ -130,6 +130,7 @@ class Batch:
     ref_logp: torch.Tensor = None
     advantages: torch.Tensor = None
     h: torch.Tensor = None  # HAPO's modulation
+    bounds: torch.Tensor = None  # clip distances of --comparison archer
 
 
 def train_step(step, run):
@@ -151,11 +152,14 @@ def train_step(step, run):
         run.optimizer = run.make_optimizer()  # nothing has been updated yet; the comparison arms need the layer
     layer = bupo.target_layer(step, o.bupo_steps, run.layer) if o.bupo_arm == "align" else None
 
-    # Score the answers under the old policy. The full policy's entropy drives HAPO; in phase 1 the sampler measured it.
+    # Score the answers under the old policy. The full policy's entropy drives HAPO; in phase 1 the
+    # sampler has measured it (temperature_rule sees to that), since the layers above l do not run here.
     batch.old_logp, entropy = score(policy, batch, layer, run)
     batch.entropy = entropy if layer is None else batch.rollout.entropy
     if run.reference is not None and layer is None:
         batch.ref_logp, _ = score(run.reference, batch, None, run)
+    if world.any(not bool((batch.old_logp + batch.entropy)[batch.rollout.mask].isfinite().all())):
+        raise NonFinite("a log-probability or entropy of the old policy is NaN or infinite")
 
     # Advantages: one number a response, or HAPO's one a token.
     batch.advantages = losses.grpo_advantages(batch.rewards, o.answers_per_prompt)[:, None] * batch.mask
@@ -166,7 +170,7 @@ def train_step(step, run):
         if o.token_group_average:
             batch.advantages = hapo.token_group_advantages(batch.rewards, batch.mask, o.answers_per_prompt, o.released)
     if o.comparison != "none":
-        compare(batch, o)
+        compare(batch, run)
     clock.append(time.perf_counter())
 
     # Update the policy on equal parts of the batch; every part is made of whole groups.
@@ -279,8 +283,8 @@ def policy_loss(logp, batch, rows, o):
         if o.advantage_redistribution:
             zone = (low, high) if o.released else (o.clip_low, o.clip_high)
             advantages = hapo.redistribute_advantages(advantages, h, ratio, *zone, o.released)
-    if o.comparison == "archer":
-        low = high = losses.archer_bounds(batch.entropy, batch.mask)[rows]
+    if batch.bounds is not None:
+        low = high = batch.bounds[rows]
     loss = losses.clipped_surrogate(ratio, advantages, low, high, o.dual_clip or None)
     with torch.no_grad():
         valid, below, above = batch.mask[rows], ratio < 1 - low, ratio > 1 + high
@@ -327,10 +331,13 @@ def mean_loss(per_token, mask, tokens, responses, o):
     return losses.fixed_length_mean(per_token, mask, o.max_new_tokens, responses)
 
 
-def compare(batch, o):
+def compare(batch, run):
     """The other uses of entropy that the HAPO paper compares with, on top of --algo's objective."""
+    o, entropies = run.options, run.world.gather(batch.entropy[batch.mask])
     if o.comparison == "forking":
-        batch.mask = losses.forking_token_mask(batch.entropy, batch.mask)
+        batch.mask = losses.forking_token_mask(batch.entropy, batch.mask, batch=entropies)
+    elif o.comparison == "archer":
+        batch.bounds = losses.archer_bounds(batch.entropy, batch.mask, batch=entropies)
     elif o.comparison == "entropy-advantage":
         batch.advantages = losses.entropy_advantage(batch.advantages, batch.entropy)
     elif o.comparison == "edge":

@@ -58,4 +58,4 @@ class StopRequest:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        self.say(f"{signal.Signals(number).name}: finishing this step, then saving and leaving (again to leave at once)")
+        self.say(f"{signal.Signals(number).name}: finishing this step, then saving and leaving (Ctrl-C twice leaves at once)")

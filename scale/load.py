@@ -12,6 +12,18 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
+def check_device(name):
+    """BadInput unless torch knows the device and it is there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device {name}: must be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"--device {name}: no such CUDA device is visible ({torch.cuda.device_count()} are); use --device cpu")
+
+
 def load_config(name):
     """The configuration of a causal language model, or BadInput."""
     folder = pathlib.Path(name)

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import losses
+from internals import decoder_body
 
 GIB = 2**30
 
@@ -40,7 +41,7 @@ def parameter_count(config):
     """Parameters of a model, tied ones once; built on the meta device, so no memory is taken."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.base_model.layers[0].parameters())
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in decoder_body(model).layers[0].parameters())
 
 
 def estimate(config, o, prompt_tokens=256, world_size=1, cuda=True):

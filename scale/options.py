@@ -9,6 +9,8 @@ import sys
 
 import torch
 
+from sampling import NonFinite
+from scale.load import check_device
 from tasks import BadInput, default_cap
 
 
@@ -19,6 +21,8 @@ def run_main(main):
         return main()
     except BadInput as error:
         message = str(error)
+    except NonFinite as error:
+        message = f"{error}: the model's weights are damaged or overflow; try the folder they came from"
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename or ''}; what was saved before is intact, --resume goes on from it"
     if os.environ.get("RANK", "0") == "0":  # every process of a sharded run meets the same mistake
@@ -46,6 +50,8 @@ def parse(Options, argv, description):
     if o.estimate:
         return complete(o)
     held = pathlib.Path(o.out) / "config.json"
+    if held.exists() and "prompts_per_step" not in held.read_text(errors="replace"):
+        raise BadInput(f"--out {o.out}: holds something that is not a run (its config.json is another program's); name another folder")
     if held.exists() and o.resume:
         return complete(resumed_options(Options, held, given, o))
     if held.exists() and not o.overwrite:
@@ -96,7 +102,7 @@ def complete(o):
         raise BadInput(f"{flag('micro_batch')}: must divide the {o.answers_per_update} answers of an update ({o.prompts_per_step} x {o.answers_per_prompt} / {o.updates_per_rollout})")
     if o.micro_batch and o.micro_tokens:
         raise BadInput(f"{flag('micro_tokens')}: give --micro-batch or --micro-tokens, not both")
-    if o.dual_clip and o.dual_clip <= 1:
+    if o.dual_clip and not o.dual_clip > 1:
         raise BadInput(f"{flag('dual_clip')}: must be larger than 1, or 0 for none")
     if o.overlong_buffer > o.max_new_tokens:
         raise BadInput(f"{flag('overlong_buffer')}: longer than --max-new-tokens {o.max_new_tokens}")
@@ -108,6 +114,5 @@ def complete(o):
         raise BadInput(f"{flag('bupo_steps')}: the first phase must be shorter than the run (--steps {o.steps})")
     if o.diagnose_every and not o.bupo_layer:
         raise BadInput(f"{flag('diagnose_every')}: needs --bupo-layer, the layer to compare the others with")
-    if o.device.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(f"{flag('device')}: no CUDA device is visible; use --device cpu")
+    check_device(o.device)
     return o

@@ -6,8 +6,10 @@ import torch
 
 import internals
 from evaluate import sample_answers, summarise
+from sampling import NonFinite
 from scale import checkpoint, shard
 from scale.seeds import seed_of
+from tasks import LATEX
 
 @torch.no_grad()
 def weight_sample(policy):
@@ -18,7 +20,7 @@ def weight_sample(policy):
 
 def step_metrics(step, run, batch, layer, trained_entropy, updates, before, clock):
     """The line of metrics.jsonl. Token shares are over every token of every update, sums over all processes."""
-    o, world = run.options, run.world
+    world = run.world
     counts = {k: world.sum(v).item() for k, v in batch.counts.items()}
     tokens = max(1, sum(u["tokens"] for u in updates))
     total = lambda key: sum(u.get(key, 0) for u in updates)
@@ -38,7 +40,7 @@ def step_metrics(step, run, batch, layer, trained_entropy, updates, before, cloc
         "temperature": over(batch.rollout.temperature), "lr": run.optimizer.param_groups[0]["lr"],
         "updates": total("applied"), "skipped_updates": total("skipped"), "dead_updates": total("dead"),
         "weights_changed": (world.sum(changed.sum()) / world.sum(len(changed))).item(),
-        "tokens_per_second": counts["tokens"] / seconds[0], "seconds_generate": seconds[0], "seconds_score": seconds[1], "seconds_update": seconds[2],
+        "latex_failures": LATEX.failures, "tokens_per_second": counts["tokens"] / seconds[0], "seconds_generate": seconds[0], "seconds_score": seconds[1], "seconds_update": seconds[2],
     }
     if layer is None:
         metrics["logp"] = over(batch.old_logp)
@@ -70,7 +72,7 @@ def held_out(run, step):
 
 def evaluate_over(world, run, problems, temperature, seed, name):
     o = run.options
-    answers = sample_answers(run.actor, run.tokenizer, world.mine(problems), 1, o.max_new_tokens, run.eos_ids, temperature, seed + world.rank,
+    answers = world.together(NonFinite, sample_answers, run.actor, run.tokenizer, world.mine(problems), 1, o.max_new_tokens, run.eos_ids, temperature, seed + world.rank,
                              rows_at_once=max(1, o.answers_per_step // world.size), progress=name if world.main else None)
     return summarise([row for part in world.gather_objects(answers) for row in part])
 
@@ -109,7 +111,7 @@ def first_look(run):
 
 
 def diagnose(run):
-    """BuPO's diagnostics on a fixed set of answers, those of the first step they are asked for."""
+    """BuPO's diagnostics on a fixed set of answers, those of the first step they are asked for (sharded: process 0's)."""
     if run.diagnosed is None:
         run.diagnosed = run.last_batch.rollout.with_response_mask(32)
     ids, attention, response = run.diagnosed

@@ -63,11 +63,12 @@ class Run:
         return torch.optim.AdamW(groups, lr=o.lr, weight_decay=o.weight_decay, fused=True)
 
     def state(self):
-        return {"drawn": self.drawn, "layer": self.layer, "stats": self.stats and [float(x) for x in self.stats], "guard": self.guard.state()}
+        return {"drawn": self.drawn, "layer": self.layer, "stats": self.stats and [float(x) for x in self.stats], "guard": self.guard.state(), "diagnosed": self.diagnosed and [x.tolist() for x in self.diagnosed]}
 
     def restore(self, state):
         self.drawn, self.layer = state["drawn"], state["layer"]
         self.stats = state["stats"] and hapo.EntropyStats(*(torch.tensor(x, device=self.world.device) for x in state["stats"]))
+        self.diagnosed = state["diagnosed"] and tuple(torch.tensor(x, device=self.world.device) for x in state["diagnosed"])
         self.guard.restore(state["guard"])
 
 
@@ -112,10 +113,9 @@ def open_run(o, world):
         enable({"use_reentrant": False})
     policy.train()
     no_dropout(policy)
-    if o.bupo_layer:
-        internals.decoder_body(policy)
-        if o.bupo_layer != "auto":
-            internals.check_layer(policy, int(o.bupo_layer))
+    internals.decoder_body(policy)
+    if o.bupo_layer and o.bupo_layer != "auto":
+        internals.check_layer(policy, int(o.bupo_layer))
 
     items, held_out = load_data(o, tokenizer, config, say)
     guard = Guard(say)
@@ -124,9 +124,9 @@ def open_run(o, world):
     if not run.eos_ids:
         say("note: neither the model nor the tokenizer names an end-of-sequence token; answers end at --max-new-tokens only")
     step = checkpoint.restore(run, found) if found else 0
+    describe(run, config, say)
     if world.main:
         prepare_folder(o, out, step if found else -1)
-    describe(run, config, say)
     return run, step
 
 
@@ -184,7 +184,7 @@ def describe(run, config, say):
     need = memory.estimate(config, o, prompt, run.world.size, cuda)
     if capacity and need.peak > capacity:
         raise BadInput(f"this run needs {need.peak / memory.GIB:.1f} GiB and the device has {capacity / memory.GIB:.1f}; try {memory.what_to_change(need, o)}")
-    layers = internals.layer_count(run.policy) if hasattr(run.policy.base_model, "layers") else "?"
+    layers = internals.layer_count(run.policy)
     say(f"{o.algo} on {o.data or o.task}: {len(run.items)} questions to train on, {len(run.held_out)} held out; {o.model}, {need.parameters / 1e6:.2f} M parameters, {layers} layers")
     say(f"a step: {o.prompts_per_step} prompts x {o.answers_per_prompt} answers = {o.answers_per_step}, {o.updates_per_rollout} updates of {o.answers_per_update} answers, "
         f"in passes of {f'{o.micro_tokens} tokens' if o.micro_tokens else f'{o.micro_batch or o.answers_per_update // run.world.size} answers'}; {run.world.size} process(es)")

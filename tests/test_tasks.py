@@ -56,7 +56,7 @@ def test_countdown(text, verdict):
     assert grade(GAME, text) == Grade(*verdict)
 
 
-@pytest.mark.parametrize("text", ["9**9**9", "(" * 10_000, "(" * 10_000 + ")" * 10_000, "-" * 10_000 + "1", "1" * 100_000, "1," * 50_000, "\\boxed{" * 5_000, "#### " * 10_000, "NaN", "\u0663\u0663", "import os; os.system('true')", "1/" * 5_000 + "1", "$" * 50_000, " " * 50_000, "((((1)+1)+1)" * 500])
+@pytest.mark.parametrize("text", ["9**9**9", "(" * 10_000, "(" * 10_000 + ")" * 10_000, "-" * 10_000 + "1", "1" * 100_000, "1," * 50_000, "\\boxed{" * 5_000, "#### " * 10_000, "NaN", "\u0663\u0663", "import os; os.system('true')", "1/" * 5_000 + "1", "$" * 50_000, " " * 50_000, "((((1)+1)+1)" * 500, "1" + ",111" * 1_600, "1" + " " * 19_000 + "x", "1" + "." * 19_000 + "x"])
 def test_hostile_answers_cost_little_and_evaluate_nothing(text):
     started = time.perf_counter()
     for problem in (EIGHT, GAME):
@@ -111,7 +111,7 @@ def test_jsonl(tmp_path):
     (['{"question": "a", "answer": "1"}', "{oops"], "line 2: not JSON"),
     (["[1]"], "line 1: not a JSON object"),
     ([{"q": "a"}], "line 1: needs the keys question .or prompt. and answer; it has q"),
-    ([{"question": "  ", "answer": "1"}], "line 1: the question is empty"),
+    ([{"question": "  ", "answer": "1"}], "line 1: the question is empty"), (['{"question": "a", "answer": ' + "9" * 5_000 + "}"], "line 1: not JSON"),
     ([{"question": "a", "answer": "no number"}], "no row has an answer"),
 ])
 def test_bad_files_name_file_and_line(tmp_path, rows, message, monkeypatch):
@@ -120,6 +120,18 @@ def test_bad_files_name_file_and_line(tmp_path, rows, message, monkeypatch):
     with pytest.raises(BadInput, match=message) as error:
         read_problems(path)
     assert "bad.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "caf\u00e9", "answer": "1"}'.encode("latin-1"))
+    with pytest.raises(BadInput, match="line 1: not JSON"):
+        read_problems(tmp_path / "latin.jsonl")
+
+
+def test_a_question_stands_on_one_side_only(tmp_path):
+    path = write(tmp_path / "a.jsonl", *[{"question": f"q{i % 5}", "answer": "1"} for i in range(50)])
+    train, held_out = load_problems(data=path)
+    assert len(train) + len(held_out) == 5 and not {p.question for p in train} & {p.question for p in held_out}
 
 
 def test_missing_file():

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from scale import checkpoint, options
@@ -345,6 +345,7 @@ def test_guard_alarms():
     (["--bupo-layer", "99", "--bupo-steps", "1"], "layer 99: this model has the layers 1 to"), (["--bupo-layer", "x"], "--bupo-layer x: must be auto or a layer"),
     (["--bupo-layer", "1", "--bupo-steps", "2"], "--bupo-steps 2: the first phase must be shorter than the run"),
     (["--max-new-tokens", "100000"], "--max-new-tokens 100000: no prompt fits"), (["--offload"], "--offload: .* torchrun"), (["--diagnose-every", "1"], "--diagnose-every 1: needs --bupo-layer"),
+    (["--device", "gpu"], "--device gpu: must be cpu, cuda or cuda:N"), (["--device", "cuda:99"], "--device cuda:99: no such CUDA device"), (["--dual-clip", "nan"], "--dual-clip nan"),
     (["--data", "", "--difficulty", "7"], "--difficulty 7: countdown has the levels"), (["--overlong-buffer", "9"], "--overlong-buffer 9: longer than"), (["--data", "", "--eval-data", "x"], "--eval-data x: goes with --data"),
 ])
 def test_bad_options_are_one_line(tiny_folder, tmp_path, args, message):
@@ -380,6 +381,22 @@ def test_models_that_cannot_be_used(tmp_path, tiny_folder):
 def test_the_program_exits_with_two_and_no_traceback(tmp_path):
     result = subprocess.run([sys.executable, "train.py", "--answers-per-prompt", "1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("train.py: --answers-per-prompt 1")
+
+
+def test_a_folder_that_is_not_a_run_is_never_deleted(tiny_folder):
+    with pytest.raises(BadInput, match="holds something that is not a run"):
+        train.main(["--out", str(tiny_folder), "--overwrite"])
+    assert (tiny_folder / "model.safetensors").exists()
+
+
+def test_damaged_weights_are_one_line(tiny_folder, tmp_path, capsys, monkeypatch):
+    broken = shutil.copytree(tiny_folder, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as stop:
+        options.run_main(lambda: run(broken, tmp_path / "run"))
+    assert stop.value.code == 2 and "weights are damaged" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_every_option_has_a_flag_and_a_help_text():
