@@ -34,7 +34,8 @@ def run(out, *more, patch=""):
 
 def last_line(result):
     lines = [line for line in (result.stderr.replace("\r", "\n") if result.returncode else result.stdout).splitlines() if line.strip() and "it/s" not in line]
-    return lines[-1].strip()[:150] if lines else "(nothing)"
+    telling = [line for line in lines if any(word in line for word in ("passed over", "update skipped", "stopped after", "is almost never right"))]
+    return (telling[0] if telling and not result.returncode else lines[-1]).replace(str(pathlib.Path(tempfile.gettempdir())), "").strip()[:190] if lines else "(nothing)"
 
 
 def report(name, result, out, resume=True):

@@ -9,6 +9,7 @@ whole one. Reading checks every sum and takes the newest folder that passes. The
 seeded by (seed, step).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import re
 import shutil
 
 import torch
+from safetensors import SafetensorError
 from torch.distributed.tensor import distribute_tensor
 
 from scale.shard import whole
@@ -40,7 +42,7 @@ def save(run, step):
     folder = run.out / f"checkpoint-{step}"
     aside = run.out / f".checkpoint-{step}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with disk_faults_in_one_line(run.out, f"checkpoint {step}", aside):
         save_model(run, aside, weights)
         torch.save(moments, aside / "optimizer.pt")
         (aside / "run.json").write_text(json.dumps({"step": step, "fingerprint": fingerprint(run.policy.config, run.tokenizer), **run.state()}))
@@ -53,11 +55,19 @@ def save(run, step):
             shutil.rmtree(folder)
         os.replace(aside, folder)
         _flush(run.out)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise BadInput(f"--out {run.out}: checkpoint {step} cannot be written ({error.strerror or error}); what was saved before is intact. Free space or name another folder, then --resume") from error
     for old in folders(run.out)[run.options.keep :]:
         shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def disk_faults_in_one_line(out, what, unfinished):
+    """A disk that is full or read-only, in the words of whichever library met it first; `unfinished` is removed."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # ours, torch.save's, safetensors'
+        shutil.rmtree(unfinished, ignore_errors=True)
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise BadInput(f"--out {out}: {what} cannot be written ({reason}); what was saved before is intact. Free space, then --resume") from error
 
 
 def save_model(run, folder, weights):

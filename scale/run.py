@@ -196,7 +196,8 @@ def finish(run):
     """The trained model as final/, and the curves."""
     weights, _ = checkpoint.gather(run)
     if run.world.main:
-        checkpoint.save_model(run, run.out / "final", weights)
+        with checkpoint.disk_faults_in_one_line(run.out, "the final model", run.out / "final"):
+            checkpoint.save_model(run, run.out / "final", weights)
         run.say(f"done: {run.out / 'final'} holds the model, metrics.jsonl and samples.jsonl what happened")
         try:
             from scripts.curves import plot

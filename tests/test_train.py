@@ -303,16 +303,20 @@ def test_a_nan_reward_is_refused(tmp_path, monkeypatch):
     assert "a reward is NaN" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("library", ["os", "torch", "safetensors"])
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch, library):
+    from safetensors import SafetensorError
+
     original, calls = torch.save, [0]
 
     def save(*args, **kwargs):
         calls[0] += 1
         if calls[0] == 3:
-            raise OSError(28, "No space left on device")
+            raise error
         return original(*args, **kwargs)
 
     monkeypatch.setattr(torch, "save", save)
+    error = {"os": OSError(28, "No space left on device"), "torch": RuntimeError("No space left on device"), "safetensors": SafetensorError("No space left on device")}[library]
     with pytest.raises(BadInput, match="checkpoint 2 cannot be written .No space left on device."):
         run(TINY, tmp_path / "run", steps=4)
     assert checkpoint.newest_whole(tmp_path / "run", print).name == "checkpoint-1"
