@@ -6,6 +6,7 @@ is the newest checkpoint that is whole afterwards; "resumed" whether a plain --r
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def run(out, *more, patch=""):
 def last_line(result):
     lines = [line for line in (result.stderr.replace("\r", "\n") if result.returncode else result.stdout).splitlines() if line.strip() and "it/s" not in line]
     telling = [line for line in lines if any(word in line for word in ("passed over", "update skipped", "stopped after", "is almost never right"))]
-    return (telling[0] if telling and not result.returncode else lines[-1]).replace(str(pathlib.Path(tempfile.gettempdir())), "").strip()[:190] if lines else "(nothing)"
+    return re.sub(r"/\S*/tmp\w+/", "", telling[0] if telling and not result.returncode else lines[-1]).strip()[:190] if lines else "(nothing)"
 
 
 def report(name, result, out, resume=True):
