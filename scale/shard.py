@@ -9,6 +9,7 @@ decoding step and ranks may stop at different lengths without waiting for each o
 import contextlib
 import copy
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -93,7 +94,10 @@ class World:
 
     def close(self):
         if self.sharded:
+            dist.barrier()  # nobody leaves while another still needs it
             dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)  # gloo's threads can abort an interpreter that is shutting down; everything is on disk by now
 
 
 def shard_model(name, world, offload=False):
