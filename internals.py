@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from losses import token_logprobs_and_entropy
 from sampling import Rollout, eos_ids_of, generate, position_ids
@@ -97,6 +98,37 @@ def policy_hidden(model, input_ids, attention_mask, layer=None, norm=True):
         mask = None  # padding on the right alone: a causal model never looks there, and its fast path is the one without a mask
     with _cut(model, layer, norm):
         return model(input_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+
+def answer_states(model, rollout, rows, layer=None, norm=True, share_prompts=True):
+    """The states that predict the answer tokens of some rows of a Rollout, (N, D), in the order of rollout.mask[rows].
+
+    The same function of the weights as `policy_hidden` on whole lines, in two ways. share_prompts: each prompt runs once, its
+    keys and values serve all its answers and collect their gradients, so G answers cost S + G T tokens instead of G (S + T).
+    Otherwise every answer runs behind its own copy of the prompt (gradient checkpointing allows no cache).
+    """
+    if not share_prompts:
+        ids, attention, predicts = rollout.sequences(rows)
+        # the last column predicts nothing; states of prompt tokens are computed and never projected
+        return policy_hidden(model, ids[:, :-1], attention[:, :-1], layer, norm)[predicts[:, :-1]]
+    layer = layer_count(model) if layer is None else layer
+    check_layer(model, layer)
+    ids, prompt_mask, owner = rollout.prompts_of(rows)
+    length, answers, mask = prompt_mask.sum(1), rollout.tokens[rows], rollout.mask[rows]
+    last = int(mask.sum(1).max()) - 1  # the last token of the longest answer predicts nothing
+    cache = DynamicCache()
+    with _cut(model, layer, norm):
+        # padding stands on the right, where a causal model never looks
+        states = model(ids, position_ids=position_ids(prompt_mask), past_key_values=cache, use_cache=True).logits
+        states = states[torch.arange(len(ids), device=ids.device), length - 1][owner, None]
+        if last > 0:
+            for part in cache.layers:
+                part.keys, part.values = part.keys[owner], part.values[owner]
+            seen = torch.cat([prompt_mask[owner], mask[:, :last]], 1)
+            positions = length[owner, None] + torch.arange(last, device=ids.device)
+            more = model(answers[:, :last], attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True).logits
+            states = torch.cat([states, more], 1)
+    return states[mask[:, : last + 1]]
 
 
 def layer_hidden(model, input_ids, attention_mask, layer):

@@ -17,6 +17,8 @@ import torch
 from transformers import DynamicCache, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 
+from scale.cpu import few_rows
+
 
 class NonFinite(ArithmeticError):
     """A NaN or an infinity where a number must be, in logits for example: no distribution can be drawn from them."""
@@ -62,6 +64,15 @@ class Rollout:
         shifted = (place + self.prompt.shape[1] - start).clamp_max(ids.shape[1] - 1)  # over the padding on the left
         attention = place < start + answer
         return ids.gather(1, shifted) * attention, attention, (place >= start - 1) & (place < start + answer - 1)
+
+    def prompts_of(self, rows):
+        """The prompts of some rows, each once, padded on the right: ids and mask (p, S); and each row's place among them (rows,)."""
+        owner = torch.tensor(rows, device=self.prompt.device) // (len(self.tokens) // len(self.prompt))
+        prompts, owner = owner.unique(return_inverse=True)
+        length, width = self.prompt_mask[prompts].sum(1, keepdim=True), self.prompt.shape[1]
+        place = torch.arange(int(length.max()), device=length.device)
+        ids = self.prompt[prompts].gather(1, (place + width - length).clamp_max(width - 1))
+        return ids, place < length, owner
 
     def micro_batches(self, rows, sequences=0, tokens=0):
         """Cut rows into lists of at most `sequences` rows, or of at most `tokens` tokens, padding included; 0: no limit."""
@@ -130,7 +141,7 @@ def rollout_mode(model):
     for m in checkpointed:
         m.gradient_checkpointing = False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), few_rows(model):
             yield
     finally:
         for m in checkpointed:
@@ -207,7 +218,9 @@ def generate(model, prompts, answers_per_prompt=1, max_new_tokens=32, eos_ids=()
         alive = torch.arange(rows, device=device)  # which row of the rollout each row of the batch is
 
         for t in range(max_new_tokens):
-            token, drawn = draw(logits[:, :vocab_size].float(), temperature, uniform[t, alive])
+            logits = logits[:, :vocab_size].float()
+            buffer = torch.empty_like(logits) if t == 0 else buffer[: len(logits)]
+            token, drawn = draw(logits, temperature, uniform[t, alive], buffer)
             if not bool(drawn[1].isfinite().all()):
                 raise NonFinite(f"the model's logits are NaN or infinite at answer position {t}")
             tokens[alive, t] = token
@@ -239,24 +252,26 @@ def generate(model, prompts, answers_per_prompt=1, max_new_tokens=32, eos_ids=()
         return Rollout(prompt, prompt_mask, tokens[:, :width], mask, heat[:, :width], logp[:, :width], entropy[:, :width], finished)
 
 
-def draw(logits, temperature, uniform):
+def draw(logits, temperature, uniform, buffer=None):
     """One token a row from softmax(logits / T), by inverting the cumulative distribution at `uniform` in [0, 1).
 
     logits (rows, V), uniform (rows,). Returns token (rows,) and (T, log-probability, entropy), each (rows,).
+    buffer: room for (rows, V) numbers; a decoder that brings the same one to every step need not allocate it again.
     """
+    buffer = torch.empty_like(logits) if buffer is None else buffer
     entropy = torch.full_like(uniform, torch.nan)
     if callable(temperature):
-        entropy, scratch = _entropy_and_probs(logits)
+        entropy = entropy_of(logits, buffer)
         heat = temperature(entropy)
-        logits = torch.div(logits, heat[:, None], out=scratch)  # a vocabulary wide: not one more buffer than needed
+        logits = torch.div(logits, heat[:, None], out=buffer)
     else:
         heat = torch.full_like(uniform, temperature)
         if temperature == 0:  # greedy: the distribution is a single token
             token = logits.argmax(-1)
             return token, (heat, logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1), entropy)
         if temperature != 1:
-            logits = logits / temperature
-    probs = logits.softmax(-1)
+            logits = torch.div(logits, temperature, out=buffer)
+    probs = torch.softmax(logits, -1, out=buffer)
     token = invert_cdf(probs, uniform)
     return token, (heat, probs.gather(-1, token[:, None]).squeeze(-1).log(), entropy)
 
@@ -290,18 +305,15 @@ def _first_above(weights, threshold):
     return index, threshold - (cumulative - weights).gather(1, index)
 
 
-def entropy_of(logits):
+def entropy_of(logits, buffer=None):
     """Entropy in nats of softmax(logits), (rows, V) -> (rows,). Logits of -inf have probability 0."""
-    return _entropy_and_probs(logits)[0]
-
-
-def _entropy_and_probs(logits):
-    probs, top = logits.softmax(-1), logits.amax(-1)
-    mean = torch.linalg.vecdot(probs, logits)
-    if not bool(mean.isfinite().all()):  # a masked id: keep 0 * -inf out of the mean
-        mean = torch.linalg.vecdot(probs, logits.clamp_min(torch.finfo(logits.dtype).min))
+    probs = torch.softmax(logits, -1, out=buffer)
     # H = log Z - E[logit], and the likeliest token says log Z = max logit - log max p
-    return (top - probs.amax(-1).log() - mean).clamp_min(0), probs
+    log_z = logits.amax(-1) - probs.amax(-1).log()
+    mean = probs.mul_(logits).sum(-1)
+    if not bool(mean.isfinite().all()):  # a masked id: keep 0 * -inf out of the mean
+        mean = torch.linalg.vecdot(logits.softmax(-1), logits.clamp_min(torch.finfo(logits.dtype).min))
+    return (log_z - mean).clamp_min(0)
 
 
 class AdaptiveTemperature(LogitsProcessor):
