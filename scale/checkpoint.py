@@ -18,7 +18,6 @@ import shutil
 
 import torch
 from safetensors import SafetensorError
-from torch.distributed.tensor import distribute_tensor
 
 from scale.shard import whole
 from tasks import BadInput
@@ -136,6 +135,8 @@ def restore(run, folder):
 
 def _placed_like(value, parameter):
     if hasattr(parameter, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
     return value.to(parameter.device, copy=True)
 

@@ -63,15 +63,19 @@ def estimate(config, o, prompt_tokens=256, world_size=1, cuda=True):
     sequence = prompt_tokens + o.max_new_tokens
     rows = o.answers_per_update // world_size
     rows = min(o.micro_batch or rows, rows)
-    tokens = min(rows * sequence, max(o.micro_tokens, sequence)) if o.micro_tokens else rows * sequence
+    if o.micro_tokens:
+        rows = min(rows, max(1, o.micro_tokens // sequence))
+    tokens, repeated = rows * sequence, 0
+    if not (o.gradient_checkpointing or sharded):  # a prompt runs once; its keys and values are repeated for every answer
+        tokens, repeated = rows * o.max_new_tokens + math.ceil(rows / o.answers_per_prompt) * prompt_tokens, rows * prompt_tokens
     # what one layer keeps for its backward pass, in numbers a token: two norms' inputs and outputs (float32 under autocast: the
     # residual stream), q k v and attention's output, three of the feed-forward's inner size
     inner = 3 * config.intermediate_size + 2 * heads * head_dim + 2 * kv_heads * head_dim
-    layer_bytes = tokens * (compute * inner + (4 + compute) * 4 * hidden)
+    layer_bytes = tokens * (compute * inner + (4 + compute) * 4 * hidden) + repeated * compute * 2 * kv_heads * head_dim
     autocast_weights = compute * parameters if cuda and not sharded else 0  # autocast's cast copies live until the pass ends
     activations = (tokens * 4 * hidden * layers + 2 * layer_bytes if o.gradient_checkpointing else layers * layer_bytes) + gathered + autocast_weights
 
-    chunk = min(max(1, losses.LOGIT_CHUNK_BYTES // (4 * vocab)), tokens)
+    chunk = min(max(1, losses.LOGIT_CHUNK_BYTES // (4 * vocab)), rows * o.max_new_tokens)
     logits = int(chunk * vocab * 4 * 3 + 4 * vocab * hidden)  # logits, their gradient, its copy; the unembedding's own gradient
     answers = o.prompts_per_step * o.answers_per_prompt // world_size
     kv_cache = int(answers * sequence * layers * 2 * kv_heads * head_dim * compute)

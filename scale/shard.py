@@ -4,6 +4,7 @@ Every rank holds 1 / N of every weight, gradient and moment; a decoder layer is 
 Prompts are split over the ranks; whatever the loss is divided by, and the entropy statistics, are counted over all of them.
 Answers are drawn from a replica in the compute dtype that is refreshed once a rollout, so no weight is gathered at a
 decoding step and ranks may stop at different lengths without waiting for each other.
+FSDP and DTensor take most of a second to import, so only functions of a sharded run do.
 """
 
 import contextlib
@@ -13,9 +14,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from internals import decoder_body
@@ -34,6 +32,8 @@ class World:
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            from torch.distributed.device_mesh import init_device_mesh
+
             dist.init_process_group(backend)
             self.mesh = init_device_mesh(self.device.type, (self.size,))
 
@@ -105,6 +105,9 @@ def shard_model(name, world, offload=False):
 
     The model is built without memory, sharded, then filled one weight at a time from rank 0.
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
     config = load_config(name)
     source = dict(load_model(name)[0].named_parameters()) if world.main else {}
     with torch.device("meta"):
@@ -137,13 +140,13 @@ def shard_model(name, world, offload=False):
 
 def whole(tensor):
     """A sharded tensor as an ordinary one (every rank must call it); an ordinary one as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def reshard(model):
     """Free what a forward pass without a backward left gathered; the next step must see the shards, not a stale whole."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if hasattr(module, "reshard"):  # FSDP's addition to a module
             module.reshard()
 
 

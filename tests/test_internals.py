@@ -10,7 +10,7 @@ from conftest import TINY, checkpoint_layers, random_model
 
 import internals
 from internals import boundary_layer, internal_entropy, layer_hidden, layer_logits, layer_similarity, policy_hidden, residual_stream, unembedding
-from sampling import position_ids
+from sampling import Rollout, position_ids
 from tasks import BadInput
 
 IDS = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -108,6 +108,46 @@ def test_left_padded_equals_unpadded():
         padded = policy_hidden(model, IDS, LEFT)[0, 4:]
         alone = policy_hidden(model, IDS[:1, 4:], torch.ones(1, 5, dtype=torch.long))[0]
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ states that predict answers
+
+ROLLOUT = Rollout.of_answers([[5, 6, 7, 8], [9], [10, 11]], [[12, 13, 14], [3]] + [[15, 16], [17, 18, 19, 20]] + [[21], [22, 23]])
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("layer", [None, 2])
+def test_answer_states_are_those_of_each_line_alone(any_model, layer, share_prompts):
+    """Prompts of unequal length, a micro-batch that cuts through groups: every state and the gradient of every weight."""
+    rows = [3, 0, 1, 4]
+    any_model.train()
+    expected = []
+    for r in rows:
+        prompt, answer = [[5, 6, 7, 8], [9], [10, 11]][r // 2], ROLLOUT.answers()[r]
+        line = torch.tensor([prompt + answer])
+        expected.append(policy_hidden(any_model, line, torch.ones_like(line), layer, norm=layer is None)[0, len(prompt) - 1 : -1])
+    expected = torch.cat(expected)
+    weight = torch.randn(expected.shape)
+    (expected * weight).sum().backward()
+    grads = [None if p.grad is None else p.grad.clone() for p in any_model.parameters()]
+    any_model.zero_grad()
+    states = internals.answer_states(any_model, ROLLOUT, rows, layer, layer is None, share_prompts)
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
+    (states * weight).sum().backward()
+    for p, g in zip(any_model.parameters(), grads):
+        assert (p.grad is None) == (g is None)
+        if g is not None:
+            torch.testing.assert_close(p.grad, g, atol=1e-4, rtol=1e-4)
+
+
+def test_a_shared_prompt_runs_once():
+    model, seen = random_model(), []
+    model.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)))
+    internals.answer_states(model, ROLLOUT, [0, 1, 2, 3])
+    assert seen == [(2, 4), (4, 3)]  # two prompts padded to 4; four answers, less the last token of the longest
+    seen.clear()
+    internals.answer_states(model, ROLLOUT, [1, 4])  # answers of one token are predicted by their prompts alone
+    assert seen == [(2, 4)]
 
 
 # -------------------------------------------------------------------------------------------------------- entropy

@@ -23,8 +23,15 @@ def test_parts_by_hand():
     assert e.parameters == parameters and (e.weights, e.gradients, e.moments, e.replica) == (4 * parameters, 4 * parameters, 8 * parameters, 2 * parameters)
     # KV cache: 8 answers x 16 tokens x 3 layers x (keys and values) x 2 heads x head size x 2 bytes
     assert e.kv_cache == 8 * 16 * 3 * 2 * 2 * model.config.head_dim * 2
-    # the logits chunk is never larger than an update's tokens, 4 answers x 16; three float32 copies and the unembedding's gradient
-    assert e.logits == 64 * 50 * 4 * 3 + 4 * 50 * 32
+    # the logits chunk is never larger than an update's answers, 4 x 10; three float32 copies and the unembedding's gradient
+    assert e.logits == 40 * 50 * 4 * 3 + 4 * 50 * 32
+    # 4 answers of 10 tokens and their 2 prompts of 6, whose keys and values exist once more for each answer; bfloat16 weights
+    size = model.config.head_dim
+    a_token = 2 * (3 * 64 + 2 * 4 * size + 2 * 2 * size) + (4 + 2) * 4 * 32
+    assert e.activations == 3 * (52 * a_token + 24 * 2 * 2 * 2 * size) + 2 * parameters
+    # with checkpointing each answer has its own copy: one hidden state a layer, two layers' insides
+    less = memory.estimate(model.config, some_options("--gradient-checkpointing"), prompt_tokens=6, cuda=True)
+    assert less.activations == 64 * 4 * 32 * 3 + 2 * 64 * a_token + 2 * parameters
     assert e.peak == e.weights + e.moments + e.replica + max(e.gradients + e.activations + e.logits, e.kv_cache + e.sampling)
 
 

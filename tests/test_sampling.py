@@ -9,6 +9,7 @@ from conftest import checkpoint_layers, random_model
 
 from losses import token_logprobs_and_entropy
 from sampling import AdaptiveTemperature, NonFinite, Rollout, draw, entropy_of, eos_ids_of, generate, invert_cdf, position_ids
+from scale import cpu
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 
@@ -65,6 +66,20 @@ def test_frequencies_are_those_of_the_softmax():
 
 def test_entropy_of_masked_logits():
     assert entropy_of(torch.tensor([[0.0, 0.0, -torch.inf]])).item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_buffer_changes_nothing():
+    logits, uniform = torch.randn(4, 7), torch.rand(4)
+    logits[1, 3] = -torch.inf
+    buffer, rule = torch.full((6, 7), 5.0), lambda h: 0.5 + h
+    for temperature in (1.0, 0.7, 0, rule):
+        before = logits.clone()
+        (a, drawn_a), (b, drawn_b) = draw(logits, temperature, uniform), draw(logits, temperature, uniform, buffer[:4])
+        assert torch.equal(a, b) and torch.equal(logits, before)
+        for x, y in zip(drawn_a, drawn_b):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+    by_hand = torch.distributions.Categorical(logits=logits[[0, 2, 3]]).entropy()
+    torch.testing.assert_close(draw(logits, rule, uniform)[1][2][[0, 2, 3]], by_hand)
 
 
 # ------------------------------------------------------------------------------------------------------ decoding
@@ -173,6 +188,21 @@ def test_training_mode_and_checkpointing_do_not_change_answers():
     got = generate(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logp, want.logp)
     assert model.training and not model.model.norm.training and model.model.layers[0].gradient_checkpointing and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 300])
+def test_the_product_for_few_rows_is_the_product(rows, monkeypatch):
+    monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 1)
+    net = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 40, bias=False)).requires_grad_(False)
+    x = torch.randn(rows, 1, 30)
+    want = net(x)
+    with cpu.few_rows(net):
+        assert all("forward" in vars(m) for m in net)
+        torch.testing.assert_close(net(x), want, atol=1e-5, rtol=1e-5)
+    assert not any("forward" in vars(m) for m in net)
+    net.double()
+    with cpu.few_rows(net):  # oneDNN's product is for float32
+        assert not any("forward" in vars(m) for m in net)
 
 
 def test_non_finite_logits_are_refused():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
+import train
 from scale.shard import check_world
 from tasks import BadInput
 
@@ -24,16 +26,21 @@ def free_port():
         return s.getsockname()[1]
 
 
-def train(out, *more, processes=0):
-    """Run train.py by itself, or in `processes` processes as torchrun starts them; returns (weights, metrics)."""
+def two_processes(out, *more):
+    """train.py in two processes, as torchrun starts them."""
     workers, port = [], free_port()
-    for rank in range(max(1, processes)):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        if processes:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for rank in (0, 1):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         workers.append(subprocess.Popen([sys.executable, "train.py", *OPTIONS, "--out", str(out), *map(str, more)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     outputs = [w.communicate(timeout=80)[0] for w in workers]
     assert all(w.returncode == 0 for w in workers), outputs
+
+
+def one_process(out, *more):
+    train.main([*OPTIONS, "--out", str(out), *map(str, more)])
+
+
+def result(out):
     return load_file(out / "final" / "model.safetensors"), [json.loads(line) for line in open(out / "metrics.jsonl")]
 
 
@@ -45,25 +52,28 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_two_processes_are_one(folder):
-    """HAPO with BuPO: one aligned step at layer 2 (truncated pass, upper layers untouched), then two full ones, the last of them
-    after a resume; unequal micro-batches, layers checkpointed."""
-    more = ["--data", folder / "questions.jsonl", "--bupo-layer", 2, "--bupo-steps", 1, "--micro-tokens", 70, "--gradient-checkpointing"]
-    one, rows_one = train(folder / "one", *more, "--steps", 3)
-    train(folder / "two", *more, "--steps", 2, processes=2)
-    start, first = load_file(TINY / "model.safetensors"), load_file(folder / "two" / "checkpoint-1" / "model.safetensors")
-    two, rows_two = train(folder / "two", *more, "--steps", 3, "--resume", processes=2)
+def test_two_processes_are_one(folder, monkeypatch):
+    """HAPO with BuPO, unequal micro-batches, layers checkpointed. Two processes pick up what one has begun: an aligned step at
+    layer 2 (truncated pass, upper layers untouched), then a full one. Then one process picks up what two have left."""
+    monkeypatch.setitem(sys.modules, "scripts.curves", None)
+    more = ["--data", folder / "questions.jsonl", "--bupo-layer", 2, "--bupo-steps", 2, "--micro-tokens", 70, "--gradient-checkpointing", "--keep", 9]
+    one_process(folder / "one", *more, "--steps", 4)
+    shutil.copytree(folder / "one", folder / "two", ignore=shutil.ignore_patterns("final", "checkpoint-[234]"))
+    two_processes(folder / "two", *more, "--resume", "--steps", 3)
+    one_process(folder / "two", *more, "--resume", "--steps", 4)
+    (one, rows_one), (two, rows_two) = result(folder / "one"), result(folder / "two")
+    start, aligned = load_file(TINY / "model.safetensors"), load_file(folder / "two" / "checkpoint-2" / "model.safetensors")
     assert one.keys() == two.keys() and "lm_head.weight" not in two  # tied stays tied
     for name in one:
         assert (one[name] - two[name]).abs().max() < 1e-5, name
-    assert [r["step"] for r in rows_two] == [0, 1, 2, 3]
+    assert [r["step"] for r in rows_two] == [0, 1, 2, 3, 4]
     for a, b in zip(rows_one[1:], rows_two[1:]):
         for key in COMPARED:
             if key in a:
                 assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), (a["step"], key)
-    for name in first:  # bit-identical above layer 2
+    for name in aligned:  # bit-identical above layer 2
         upper = name == "model.norm.weight" or (name.startswith("model.layers.") and int(name.split(".")[2]) >= 2)
-        assert start[name].equal(first[name]) == upper, name
+        assert start[name].equal(aligned[name]) == upper, name
 
 
 def test_more_processes_than_prompts_is_one_line():

@@ -13,7 +13,8 @@ from conftest import ROOT, TINY
 from safetensors.torch import load_file, save_file
 
 import train
-from scale import checkpoint, options
+from evaluate import Accuracy
+from scale import checkpoint, options, report
 from tasks import BadInput
 
 FAST = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--updates-per-rollout", "2", "--max-new-tokens", "8", "--eval-prompts", "4", "--lr", "1e-3", "--warmup-steps", "1", "--device", "cpu"]
@@ -23,6 +24,18 @@ TIMES = ("seconds_generate", "seconds_score", "seconds_update", "tokens_per_seco
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     monkeypatch.setitem(sys.modules, "scripts.curves", None)  # an ImportError, as on a machine without matplotlib
+
+
+@pytest.fixture
+def evaluations():
+    """A test that asks for this evaluates held-out questions."""
+
+
+@pytest.fixture(autouse=True)
+def no_evaluations(monkeypatch, request):
+    """Evaluation takes most of a short run: only tests that look at it let it happen."""
+    if "evaluations" not in request.fixturenames:
+        monkeypatch.setattr(report, "evaluate_over", lambda *args: Accuracy(0.5, 0.5, 0.1, 0.1, 1.0, 7.0))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,7 +69,7 @@ def same(a, b):
 # ------------------------------------------------------------------------------------------------- a run's files
 
 
-def test_a_run_and_its_files(tiny_folder, tmp_path, capsys):
+def test_a_run_and_its_files(evaluations, tiny_folder, tmp_path, capsys):
     run(tiny_folder, tmp_path / "run", "--eval-every", 1, "--data", "")
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert [r["step"] for r in rows] == [0, 1, 2]
@@ -77,7 +90,7 @@ def test_a_run_and_its_files(tiny_folder, tmp_path, capsys):
     assert "a loss near 0 is right" in printed and "warning: the model is almost never right" in printed and "step 2/2" in printed
 
 
-def test_the_same_seed_gives_the_same_metrics(tmp_path):
+def test_the_same_seed_gives_the_same_metrics(evaluations, tmp_path):
     a, b, c = run(TINY, tmp_path / "a"), run(TINY, tmp_path / "b"), run(TINY, tmp_path / "c", "--seed", 1)
     assert same(a[0], b[0]) and a[1] == b[1]
     assert not same(a[0], c[0])
@@ -393,7 +406,7 @@ def test_a_folder_that_is_not_a_run_is_never_deleted(tiny_folder):
     assert (tiny_folder / "model.safetensors").exists()
 
 
-def test_damaged_weights_are_one_line(tiny_folder, tmp_path, capsys, monkeypatch):
+def test_damaged_weights_are_one_line(evaluations, tiny_folder, tmp_path, capsys, monkeypatch):
     broken = shutil.copytree(tiny_folder, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][0] = torch.nan
