@@ -216,10 +216,11 @@ def generate(model, prompts, answers_per_prompt=1, max_new_tokens=32, eos_ids=()
         seen[:, : prompt.shape[1]] = prompt_mask.repeat_interleave(answers_per_prompt, 0)
         position = seen[:, : prompt.shape[1]].sum(1, keepdim=True)
         alive = torch.arange(rows, device=device)  # which row of the rollout each row of the batch is
+        buffer = None
 
         for t in range(max_new_tokens):
             logits = logits[:, :vocab_size].float()
-            buffer = torch.empty_like(logits) if t == 0 else buffer[: len(logits)]
+            buffer = torch.empty_like(logits) if buffer is None else buffer[: len(logits)]
             token, drawn = draw(logits, temperature, uniform[t, alive], buffer)
             if not bool(drawn[1].isfinite().all()):
                 raise NonFinite(f"the model's logits are NaN or infinite at answer position {t}")

@@ -12,7 +12,7 @@ import random
 import tempfile
 import time
 
-from common import AutoTokenizer, median, qwen3
+from common import AutoTokenizer, median, qwen3, ratio
 
 import train
 from scale import options, shard
@@ -61,6 +61,7 @@ def trl(folder, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(TINY)
@@ -68,11 +69,14 @@ def main():
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, 256 answers of at most 12 tokens, 4 updates")
-        results = {"TRL GRPOTrainer": trl(folder, args.steps), "ours, grpo": ours(folder, "grpo", args.steps), "ours, hapo": ours(folder, "hapo", args.steps), "TRL again": trl(folder, args.steps)}
-    theirs = median(results["TRL GRPOTrainer"] + results["TRL again"])
-    for name, seconds in results.items():
-        print(f"{name:16s} {median(seconds):.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}), {theirs / median(seconds):.2f} x TRL's steps per second")
+        seconds = {"TRL GRPOTrainer": [], "ours, grpo": [], "ours, hapo": []}
+        for _ in range(args.rounds):
+            seconds["TRL GRPOTrainer"].append(median(trl(folder, args.steps)))
+            seconds["ours, grpo"].append(median(ours(folder, "grpo", args.steps)))
+            seconds["ours, hapo"].append(median(ours(folder, "hapo", args.steps)))
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, 256 answers of at most 12 tokens, 4 updates; medians of {args.steps - 2} steps in each of {args.rounds} rounds")
+    for name, values in seconds.items():
+        print(f"{name:16s} {median(values):.3f} s a step ({min(values):.3f} to {max(values):.3f}), {ratio(seconds, 'TRL GRPOTrainer', name)} x TRL's steps per second")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from conftest import TINY, checkpoint_layers, random_model
 import internals
 from internals import boundary_layer, internal_entropy, layer_hidden, layer_logits, layer_similarity, policy_hidden, residual_stream, unembedding
 from sampling import Rollout, position_ids
+from scripts import internal_report
 from tasks import BadInput
 
 IDS = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -256,14 +257,14 @@ def test_blocks_that_are_not_pre_norm_residual():
 
 
 def test_command_line(tmp_path, capsys):
-    internals.main(["--model", str(TINY), "--samples", "4", "--max-new-tokens", "8", "--out", str(tmp_path)])
+    internal_report.main(["--model", str(TINY), "--samples", "4", "--max-new-tokens", "8", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "internals.json").read_text())[str(TINY)]
     layers = len(record["feed_forward_change"])
     assert record["answers"] == 4 and len(record["layer"]) == layers + 1
     assert record["boundary_layer"] == boundary_layer(record["feed_forward_change"])
     assert f"boundary layer: {record['boundary_layer']} of {layers}" in capsys.readouterr().out
     (tmp_path / "answers.jsonl").write_text('{"question": "Use 1, 2, 3 once each with + - * / to make 6. Reply with the expression only.", "answer": "1+2+3"}\n')
-    internals.main(["--model", str(TINY), "--answers", str(tmp_path / "answers.jsonl"), "--compare", str(TINY), "--out", str(tmp_path / "b")])
+    internal_report.main(["--model", str(TINY), "--answers", str(tmp_path / "answers.jsonl"), "--compare", str(TINY), "--out", str(tmp_path / "b")])
     assert json.loads((tmp_path / "b" / "internals.json").read_text())[str(TINY)]["tokens"] == 6
     with pytest.raises(BadInput, match="--answers .*nowhere: no such file"):
-        internals.main(["--model", str(TINY), "--answers", "nowhere", "--out", str(tmp_path)])
+        internal_report.main(["--model", str(TINY), "--answers", "nowhere", "--out", str(tmp_path)])
