@@ -6,8 +6,8 @@ policy of layer l on answers, rewards and advantages of the full policy; phase 2
     Eq. 9   IPA loss: losses.clipped_surrogate with  rho = pi_layer^l(o) / pi_layer,old^l(o)  in place of the ratio r
     Eq. 10  the schedule
 
-There is no second surrogate here: `internals.policy_hidden(..., layer=l, norm=False)` gives the states, and from there on phase 1
-runs through the very lines of train.py that phase 2 does. What this module adds is who may move. In phase 1 the gradient
+There is no second surrogate here: `internals.answer_states(..., layer=l, norm=False)` gives the states, and from there on phase 1
+runs through the very lines of train.py that phase 2 does. Who moves follows from the graph: in phase 1 the gradient
 reaches the embedding, layers 1 ... l and the unembedding; nothing above layer l is even computed. Layers above l and the
 final norm have no gradient at all (None, not zero), so AdamW passes them by: no weight decay, no moments, bit-identical.
 
@@ -29,13 +29,6 @@ def boundary_or_fallback(ffn_entropy_change):
     """(layer, True) for the boundary layer; where no change is positive, (the layer whose entropy falls least, False)."""
     layer = boundary_layer(ffn_entropy_change)
     return (layer, True) if layer else (int(torch.as_tensor(ffn_entropy_change).argmax()) + 1, False)
-
-
-def untouched_in_phase_one(model, layer):
-    """The parameters that phase 1 may not move: layers above `layer` and the final norm. (With `--bupo-norm` the norm moves.)"""
-    check_layer(model, layer)
-    body = decoder_body(model)
-    return [p for part in (*body.layers[layer:], body.norm) for p in part.parameters()]
 
 
 # ------------------------------------------------------------------------------------------- the paper's comparisons

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sampling import eos_ids_of, generate
 from scale.load import check_device, load_model
 from scale.options import OneLineParser, run_main
-from tasks import BUILT_IN, LATEX, BadInput, default_cap, grade, load_problems, read_problems, render_prompt
+from tasks import BUILT_IN, LATEX, BadInput, Grade, default_cap, grade, load_problems, read_problems, render_prompt
 
 
 class Accuracy(NamedTuple):
@@ -33,8 +33,15 @@ class Accuracy(NamedTuple):
     length: float  # mean tokens of an answer
 
 
+class Answer(NamedTuple):
+    text: str
+    grade: Grade
+    tokens: int
+    finished: bool
+
+
 def sample_answers(model, tokenizer, problems, samples, max_new_tokens, eos_ids, temperature=1.0, seed=0, rows_at_once=512, progress=None):
-    """For each problem a list of `samples` tuples (text, Grade, tokens, finished). `progress` names a bar, or None."""
+    """For each problem a list of `samples` Answers. `progress` names a bar, or None."""
     generator = torch.Generator().manual_seed(seed)
     chunk = max(1, rows_at_once // samples)
     answers = []
@@ -46,7 +53,7 @@ def sample_answers(model, tokenizer, problems, samples, max_new_tokens, eos_ids,
             texts = tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
             rows = list(zip(texts, rollout.lengths.tolist(), rollout.finished.tolist()))
             for j, problem in enumerate(part):
-                answers.append([(text, grade(problem, text), n, done) for text, n, done in rows[j * samples : (j + 1) * samples]])
+                answers.append([Answer(text, grade(problem, text), n, done) for text, n, done in rows[j * samples : (j + 1) * samples]])
             bar.update(len(part))
     return answers
 
@@ -56,16 +63,11 @@ def summarise(answers):
     flat = [a for row in answers for a in row]
 
     def mean_and_error(verdict):
-        means = torch.tensor([sum(getattr(a[1], verdict) for a in row) / len(row) for row in answers], dtype=torch.float64)
+        means = torch.tensor([sum(getattr(a.grade, verdict) for a in row) / len(row) for row in answers], dtype=torch.float64)
         return means.mean().item(), (means.std() / len(means) ** 0.5).item() if len(means) > 1 else float("nan")
 
     strict, lenient = mean_and_error("strict"), mean_and_error("lenient")
-    return Accuracy(strict[0], lenient[0], strict[1], lenient[1], sum(a[3] for a in flat) / len(flat), sum(a[2] for a in flat) / len(flat))
-
-
-def accuracy(model, tokenizer, problems, max_new_tokens, eos_ids, temperature=1.0, seed=0, progress=None):
-    """One answer to each problem; temperature 0 is greedy."""
-    return summarise(sample_answers(model, tokenizer, problems, 1, max_new_tokens, eos_ids, temperature, seed, progress=progress))
+    return Accuracy(strict[0], lenient[0], strict[1], lenient[1], sum(a.finished for a in flat) / len(flat), sum(a.tokens for a in flat) / len(flat))
 
 
 def pass_at_k(n, c, k):
@@ -117,7 +119,7 @@ def main(argv=None):
     print(f"{'avg@' + str(args.samples):14s}{result['strict']:>8.3f} ± {result['strict_error']:.3f}{result['lenient']:>10.3f} ± {result['lenient_error']:.3f}")
     for k in (k for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= args.samples):
         for verdict in ("strict", "lenient"):
-            values = torch.tensor([pass_at_k(args.samples, sum(getattr(a[1], verdict) for a in row), k) for row in answers], dtype=torch.float64)
+            values = torch.tensor([pass_at_k(args.samples, sum(getattr(a.grade, verdict) for a in row), k) for row in answers], dtype=torch.float64)
             result[f"pass@{k}_{verdict}"] = values.mean().item()
             result[f"pass@{k}_{verdict}_error"] = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
         print(f"{'pass@' + str(k):14s}{result[f'pass@{k}_strict']:>8.3f} ± {result[f'pass@{k}_strict_error']:.3f}{result[f'pass@{k}_lenient']:>10.3f} ± {result[f'pass@{k}_lenient_error']:.3f}")

@@ -28,7 +28,6 @@ from transformers import DynamicCache
 
 from losses import token_logprobs_and_entropy
 from sampling import position_ids
-from scale.options import run_main
 from tasks import BadInput
 
 # ------------------------------------------------------------------------------------------- the parts of a decoder
@@ -227,8 +226,8 @@ def internal_entropy(model, input_ids, attention_mask, response_mask, vocab_size
         del stream
         entropies = [torch.stack([_entropy_sum(x, weight) for x in part]) for part in parts]
         before_ffn = [h + a for h, a in zip(parts.hidden, parts.attention)]
-        cosines = [torch.stack([nn.functional.cosine_similarity(x, y, dim=-1).double().sum() for x, y in zip(*pair)]) for pair in ((parts.attention, parts.hidden), (parts.feed_forward, before_ffn))]
-        sums = [*entropies, *cosines, _entropy_sum(own, weight)]
+        cosine = lambda xs, ys: torch.stack([nn.functional.cosine_similarity(x, y, dim=-1).double().sum() for x, y in zip(xs, ys)])
+        sums = [*entropies, cosine(parts.attention, parts.hidden), cosine(parts.feed_forward, before_ffn), _entropy_sum(own, weight)]
         total = sums if total is None else [t + s for t, s in zip(total, sums)]
         count += len(own)
     if not count:
@@ -258,7 +257,7 @@ def layer_similarity(model, input_ids, attention_mask, response_mask, layer, voc
     """Against every later layer k = layer + 1 ... L, over response tokens: two tensors (L - layer,).
 
     cosine  mean cos(H^l, H^k)
-    kl      mean KL(policy_l || policy_k) in nats, the internal policies of Eq. 5, in chunks of the vocabulary matrix
+    kl      mean KL(policy_l || policy_k) in nats, the internal policies of Eq. 5, in chunks of tokens
     """
     states = [predicting(h, response_mask) for h in residual_stream(model, input_ids, attention_mask).hidden[layer:]]
     if len(states) == 1:
@@ -288,6 +287,7 @@ def policy_kl(states, others, weight, chunk_tokens=None):
 
 
 if __name__ == "__main__":
+    from scale.options import run_main
     from scripts.internal_report import main
 
     run_main(main)

@@ -201,13 +201,13 @@ def overlong_penalty(lengths, max_length, buffer):
     return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
 
 
-def forking_token_mask(entropy, mask, share=0.2, batch=None):
+def forking_token_mask(entropy, mask, share=0.2, pool=None):
     """Forking tokens (Wang et al. 2025, 2506.01939): keep the `share` of valid tokens whose entropy is highest.
 
     entropy, mask (B, T); returns a mask (B, T), of the dtype of `mask`. Ties at the threshold are all kept. The threshold is
-    that of the entropies `batch` (n,), of all processes for example; default the valid tokens.
+    that of the entropies `pool` (n,), of all processes for example; default the valid tokens.
     """
-    valid = entropy[mask.bool()] if batch is None else batch
+    valid = entropy[mask.bool()] if pool is None else pool
     if not valid.numel():
         return mask
     keep = max(1, round(share * valid.numel()))
@@ -215,13 +215,13 @@ def forking_token_mask(entropy, mask, share=0.2, batch=None):
     return mask * (entropy >= threshold).to(mask.dtype)
 
 
-def archer_bounds(entropy, mask, quantile=0.8, clip_high_entropy=0.5, clip_low_entropy=0.2, batch=None):
+def archer_bounds(entropy, mask, quantile=0.8, clip_high_entropy=0.5, clip_low_entropy=0.2, pool=None):
     """Archer (Wang et al. 2025, 2507.15778): two classes of tokens, each with its own clip range.
 
     Tokens above the entropy quantile may move by `clip_high_entropy`, the others by `clip_low_entropy`. (B, T) -> (B, T).
-    The quantile (nearest rank) is that of the entropies `batch` (n,); default the valid tokens.
+    The quantile (nearest rank) is that of the entropies `pool` (n,); default the valid tokens.
     """
-    valid = (entropy[mask.bool()] if batch is None else batch).sort().values
+    valid = (entropy[mask.bool()] if pool is None else pool).sort().values
     threshold = valid[round(quantile * (len(valid) - 1))] if len(valid) else torch.inf
     return torch.where(entropy > threshold, clip_high_entropy, clip_low_entropy).to(entropy.dtype)
 

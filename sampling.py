@@ -48,6 +48,10 @@ class Rollout:
         return Rollout(prompt, prompt_mask, tokens, mask, blank, blank + torch.nan, blank + torch.nan, torch.ones(len(answers), dtype=torch.bool, device=device))
 
     @property
+    def group_size(self):
+        return len(self.tokens) // len(self.prompt)
+
+    @property
     def lengths(self):
         return self.mask.sum(1)
 
@@ -57,7 +61,7 @@ class Rollout:
         ids, attention mask, and `predicts`: true at each state whose successor is an answer token, row by row in the order
         of `mask`. A causal model never looks to the right, so such rows need no attention mask and ordinary positions.
         """
-        prompts = [r // (len(self.tokens) // len(self.prompt)) for r in rows]
+        prompts = [r // self.group_size for r in rows]
         ids = torch.cat([self.prompt[prompts], self.tokens[rows]], 1)
         start, answer = self.prompt_mask[prompts].sum(1, keepdim=True), self.mask[rows].sum(1, keepdim=True)
         place = torch.arange(int((start + answer).max()), device=ids.device)
@@ -67,7 +71,7 @@ class Rollout:
 
     def prompts_of(self, rows):
         """The prompts of some rows, each once, padded on the right: ids and mask (p, S); and each row's place among them (rows,)."""
-        owner = torch.tensor(rows, device=self.prompt.device) // (len(self.tokens) // len(self.prompt))
+        owner = torch.tensor(rows, device=self.prompt.device) // self.group_size
         prompts, owner = owner.unique(return_inverse=True)
         length, width = self.prompt_mask[prompts].sum(1, keepdim=True), self.prompt.shape[1]
         place = torch.arange(int(length.max()), device=length.device)
@@ -89,13 +93,13 @@ class Rollout:
 
     def with_response_mask(self, most):
         """At most `most` answers spread over the batch: ids, attention mask and response mask, each (rows, width)."""
-        ids, attention, predicts = self.sequences(list(range(0, len(self.tokens), max(1, len(self.tokens) // most)))[:most])
+        rows = list(range(len(self.tokens)))[:: max(1, len(self.tokens) // most)][:most]
+        ids, attention, predicts = self.sequences(rows)
         return ids, attention, predicts.roll(1, 1)  # a response token stands to the right of the state that predicts it
 
     def select(self, prompts):
         """The rollout of some of its prompts (a list of indices), in that order."""
-        repeats = len(self.tokens) // len(self.prompt)
-        rows = [p * repeats + g for p in prompts for g in range(repeats)]
+        rows = [p * self.group_size + g for p in prompts for g in range(self.group_size)]
         by_prompt = ("prompt", "prompt_mask")
         return Rollout(**{f.name: getattr(self, f.name)[prompts if f.name in by_prompt else rows] for f in fields(self)})
 
@@ -233,7 +237,7 @@ def generate(model, prompts, answers_per_prompt=1, max_new_tokens=32, eos_ids=()
             if t + 1 == max_new_tokens:
                 break
             if bool(ended.any()):
-                keep, movers = (~ended).nonzero().squeeze(1), None
+                keep = (~ended).nonzero().squeeze(1)
                 count = len(keep)
                 if count == 0:
                     break

@@ -31,7 +31,7 @@ LATEX_SECONDS = 5.0
 
 
 class BadInput(ValueError):
-    """Something the user gave cannot be used: one line that names it and says what to do. The programs exit with 2."""
+    """Something the user can mend: one line that names it and says what to do. The programs exit with 2."""
 
 
 class Grade(NamedTuple):
@@ -217,16 +217,17 @@ def _arithmetic_problem(rng, difficulty):
 
 # ---------------------------------------------------------------------------------------------------------- tasks
 
+QUESTIONS = 20_000  # drawn for a built-in task; many are equal
 BUILT_IN = {"countdown": (_countdown_problem, (3, 4, 5)), "arithmetic": (_arithmetic_problem, (1, 2, 3, 4))}
 
 
-def load_problems(task="countdown", data=None, difficulty=None, seed=0, held_out=512, size=20_000):
-    """(training problems, held-out problems), disjoint; both lists, in an order fixed by the seed.
+def load_problems(task="countdown", data=None, difficulty=None, held_out=512):
+    """(training problems, held-out problems), disjoint; both lists, the same in every run, so that runs can be compared.
 
-    Built-in tasks draw `size` questions and hold out a fifth of the different ones (word order apart). A file's rows are shuffled, and
-    the last `held_out` of them (at most a fifth) are kept apart. Raises BadInput with one line that says what to do.
+    Built-in tasks draw QUESTIONS questions and hold out a fifth of the different ones (word order apart). A file's rows are shuffled,
+    and the last `held_out` of them (at most a fifth) are kept apart. Raises BadInput with one line that says what to do.
     """
-    rng = random.Random(f"{task} {seed}")
+    rng = random.Random(f"{task} 0")
     if data is not None:
         problems = list({p.question: p for p in read_problems(data)}.values())  # a question stands on one side only
         rng.shuffle(problems)
@@ -240,7 +241,7 @@ def load_problems(task="countdown", data=None, difficulty=None, seed=0, held_out
         raise BadInput(f"--difficulty {difficulty}: {task} has the levels {', '.join(map(str, levels))}")
     # held out are bags of words, not questions: "3 plus 4" held out must not be trained on as "4 plus 3"
     bag = lambda p: (tuple(sorted(re.findall(r"\w+", p.question))), p.answer)
-    drawn = list(dict.fromkeys(make(rng, difficulty) for _ in range(size)))
+    drawn = list(dict.fromkeys(make(rng, difficulty) for _ in range(QUESTIONS)))
     bags = list(dict.fromkeys(map(bag, drawn)))
     rng.shuffle(bags)
     apart = set(bags[: max(1, len(bags) // 5)])

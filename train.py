@@ -3,8 +3,8 @@
     python train.py                                             a 1-million-parameter Qwen3 learns Countdown on a laptop
     python train.py --model Qwen/Qwen3-0.6B --data train.jsonl  the same loop on a real model and a file of questions
 
-One step, in the order of `train_step`: draw prompts, sample G answers to each, grade them, turn grades into advantages, score the
-answers under the old policy, update the policy a few times, log. HAPO differs from its baseline DAPO in three visible `if`s
+One step, in the order of `train_step`: draw prompts, sample G answers to each, grade them, score them under the old policy, turn
+grades into advantages, update the policy a few times, log. HAPO differs from its baseline DAPO in three visible `if`s
 (`temperature_rule`, the advantages in `train_step`, `policy_loss`), BuPO in `layer`: whose log-probabilities are trained.
 
 A run is a function of its options and its seed: every random draw is seeded by (seed, step), nothing else is random.
@@ -47,7 +47,7 @@ class Options:
     out: str = opt("", "output folder; default runs/ALGO-TASK")
     resume: bool = opt(False, "continue the run in --out exactly where its newest whole checkpoint stands")
     overwrite: bool = opt(False, "delete the run that --out already holds")
-    seed: int = opt(0, "every random draw follows from it")
+    seed: int = opt(0, "every random draw of the run follows from it (the split of the questions is fixed)")
     steps: int = opt(120, "rollout batches")
     device: str = opt("", "cpu or cuda; default cuda where there is one")
 
@@ -55,7 +55,7 @@ class Options:
     prompts_per_step: int = opt(32, "P, prompts a step")
     answers_per_prompt: int = opt(8, "G, answers a prompt")
     updates_per_rollout: int = opt(4, "optimiser steps on one batch of answers")
-    micro_batch: int = opt(0, "sequences in one forward and backward pass; 0: all of an update's (never changes the result)")
+    micro_batch: int = opt(0, "sequences in one forward and backward pass; 0: all at once (never changes the result)")
     micro_tokens: int = opt(0, "instead of --micro-batch: tokens in one pass, padding included")
     max_new_tokens: int = opt(0, "length cap of an answer; 0: 16 countdown, 32 arithmetic, 512 files")
     temperature: float = opt(1.0, "T_base")
@@ -123,8 +123,8 @@ class Batch:
     texts: list  # B decoded answers
     rollout: Rollout
     rewards: torch.Tensor  # (B,)
-    mask: torch.Tensor  # tokens that enter the loss
-    counts: dict  # what the console and metrics say about the rewards
+    mask: torch.Tensor  # tokens that enter the loss: the rollout's, less groups that stayed dead under dynamic sampling
+    counts: dict  # of answers, groups, verdicts and lengths, for the metrics
     entropy: torch.Tensor = None  # of the old full policy
     old_logp: torch.Tensor = None  # of the policy that is trained, before the first update
     ref_logp: torch.Tensor = None
@@ -136,50 +136,49 @@ class Batch:
 def train_step(step, run):
     """One rollout batch from prompts to updated weights; returns the batch and the step's metrics."""
     o, world, policy = run.options, run.world, run.policy
-    torch.manual_seed(seed_of(o.seed, step))
     clock = [time.perf_counter()]
 
     # Sample answers from the current policy and grade them.
     shard.refresh_actor(run.actor, policy)
     batch = collect(step, run)
-    if world.any(not bool(batch.rewards.isfinite().all())):
+    if world.any(not batch.rewards.isfinite().all()):
         raise NonFinite("a reward is NaN or infinite")
     clock.append(time.perf_counter())
 
     # BuPO: in phase 1 the policy that is trained is layer l's, and nothing above layer l runs.
     if o.bupo_layer and run.layer is None:
         run.layer = choose_layer(batch, run)
-        run.optimizer = run.make_optimizer()  # nothing has been updated yet; the comparison arms need the layer
+        run.optimizer = run.make_optimizer()  # nothing has been updated yet; --bupo-arm layer-lr groups weights by layer
     layer = bupo.target_layer(step, o.bupo_steps, run.layer) if o.bupo_arm == "align" else None
 
     # Score the answers under the old policy. The full policy's entropy drives HAPO; in phase 1 the
     # sampler has measured it (temperature_rule sees to that), since the layers above l do not run here.
-    batch.old_logp, entropy = score(policy, batch, layer, run)
-    batch.entropy = entropy if layer is None else batch.rollout.entropy
+    batch.old_logp, trained_entropy = score(policy, batch, layer, run)
+    batch.entropy = trained_entropy if layer is None else batch.rollout.entropy
     if run.reference is not None and layer is None:
         batch.ref_logp, _ = score(run.reference, batch, None, run)
-    if world.any(not bool((batch.old_logp + batch.entropy)[batch.rollout.mask].isfinite().all())):
+    if world.any(not (batch.old_logp + batch.entropy)[batch.rollout.mask].isfinite().all()):
         raise NonFinite("a log-probability or entropy of the old policy is NaN or infinite")
 
     # Advantages: one number a response, or HAPO's one a token.
     batch.advantages = losses.grpo_advantages(batch.rewards, o.answers_per_prompt)[:, None] * batch.mask
     if o.algo == "hapo":
-        entropies = world.gather(batch.entropy[batch.rollout.mask])  # statistics are the whole batch's, over all processes
+        entropies = world.gather(batch.entropy[batch.rollout.mask])  # of every sampled token, over all processes
         run.stats = hapo.entropy_stats(entropies, torch.ones_like(entropies), o.rho)
         batch.h = hapo.modulation(batch.entropy, run.stats, batch.mask, o.released)
         if o.token_group_average:
             batch.advantages = hapo.token_group_advantages(batch.rewards, batch.mask, o.answers_per_prompt, o.released)
     if o.comparison != "none":
-        compare(batch, run)
+        apply_comparison(batch, run)
     clock.append(time.perf_counter())
 
     # Update the policy on equal parts of the batch; every part is made of whole groups.
-    set_learning_rate(run, step)
+    prepare_updates(run, step)
     before = report.weight_sample(policy)
     rows = torch.arange(len(batch.rewards)).view(o.updates_per_rollout, -1)
     updates = [update(run, batch, part.tolist(), layer) for part in rows]
     clock.append(time.perf_counter())
-    return batch, report.step_metrics(step, run, batch, layer, entropy, updates, before, clock)
+    return batch, report.step_metrics(step, run, batch, layer, trained_entropy, updates, before, clock)
 
 
 def collect(step, run):
@@ -204,7 +203,8 @@ def sample_round(step, attempt, run):
     # the same random numbers whatever the number of processes: each takes the columns of its own answers
     uniform = torch.rand(o.max_new_tokens, o.prompts_per_step, G, generator=torch.Generator().manual_seed(seed_of(o.seed, step, attempt)))
     uniform = uniform[:, world.rank :: world.size].flatten(1)
-    rollout = world.together(NonFinite, generate, run.actor, [ids for _, ids in items], G, o.max_new_tokens, run.eos_ids, temperature_rule(step, run), len(run.tokenizer), uniform=uniform)
+    prompts, heat = [ids for _, ids in items], temperature_rule(step, run)
+    rollout = world.together(NonFinite, generate, run.actor, prompts, G, o.max_new_tokens, run.eos_ids, heat, len(run.tokenizer), uniform=uniform)
 
     texts = run.tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
     grades = [grade(items[i // G][0], text) for i, text in enumerate(texts)]
@@ -241,8 +241,8 @@ def temperature_rule(step, run):
     o = run.options
     if o.algo == "hapo" and o.adaptive_temperature:
         return lambda entropy: hapo.adaptive_temperature(entropy, run.stats, o.temperature, o.tau, o.temperature_form, o.released)
-    if o.bupo_layer and o.bupo_arm == "align" and step <= o.bupo_steps:
-        return lambda entropy: torch.full_like(entropy, o.temperature)  # a function, so that the sampler measures entropy
+    if o.bupo_arm == "align" and bupo.target_layer(step, o.bupo_steps, o.bupo_layer or None):
+        return lambda entropy: torch.full_like(entropy, o.temperature)  # a function, so that the sampler measures the entropy that scoring cannot
     return o.temperature
 
 
@@ -272,7 +272,7 @@ def score(model, batch, layer, run):
 
 
 def policy_loss(logp, batch, rows, o):
-    """The surrogate of some rows, one value a token, and what the console reports about it."""
+    """The surrogate of some rows, one value a token; sums over them for metrics.jsonl; the largest ratio."""
     ratio = torch.exp(logp - batch.old_logp[rows])
     advantages, low, high = batch.advantages[rows], o.clip_low, o.clip_high
     if o.algo == "hapo":
@@ -295,7 +295,7 @@ def policy_loss(logp, batch, rows, o):
 
 
 def update(run, batch, rows, layer):
-    """One optimiser step on some rows; returns sums over the whole update and all processes."""
+    """One optimiser step on some rows; returns its numbers, over all processes."""
     o, world, policy = run.options, run.world, run.policy
     mask = batch.mask[rows]
     # the whole update's normalisers, fixed before it is cut into micro-batches
@@ -303,18 +303,18 @@ def update(run, batch, rows, layer):
     if not world.any(batch.advantages[rows][mask].any()) and batch.ref_logp is None:
         return {"dead": 1, "tokens": 0, "loss": 0.0, "grad_norm": 0.0}  # all groups dead: no gradient, and no weight decay in its name
     sums, ratio_max = {"loss": 0.0}, 0.0
-    for part, counts in world.even(batch.rollout.micro_batches(rows, o.micro_batch, o.micro_tokens)):
+    for part, real in world.even(batch.rollout.micro_batches(rows, o.micro_batch, o.micro_tokens)):
         logp, _ = token_scores(policy, batch.rollout, part, layer, run)
         per_token, seen, highest = policy_loss(logp, batch, part, o)
         if batch.ref_logp is not None:
             per_token = per_token + o.kl * losses.kl_k3(logp, batch.ref_logp[part])
-        loss = mean_loss(per_token, batch.mask[part], tokens, responses, o) * counts
+        loss = mean_loss(per_token, batch.mask[part], tokens, responses, o) * real
         (loss * world.size).backward()  # sharded gradients are averaged over processes; this makes the average a sum
         for key, value in (seen | {"loss": loss.item()}).items():
-            sums[key] = sums.get(key, 0.0) + value * counts
+            sums[key] = sums.get(key, 0.0) + value * real
         ratio_max = max(ratio_max, highest)
     sums = dict(zip(sums, world.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
-    grad_norm = shard.whole(torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], o.grad_clip)).item()
+    grad_norm = shard.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), o.grad_clip)).item()
     accepted = run.guard.accepts(sums["loss"], grad_norm)
     if accepted:
         run.optimizer.step()
@@ -330,13 +330,13 @@ def mean_loss(per_token, mask, tokens, responses, o):
     return losses.fixed_length_mean(per_token, mask, o.max_new_tokens, responses)
 
 
-def compare(batch, run):
-    """The other uses of entropy that the HAPO paper compares with, on top of --algo's objective."""
+def apply_comparison(batch, run):
+    """The other uses of entropy that the HAPO paper compares with: each replaces the mask, the bounds or the advantages."""
     o, entropies = run.options, run.world.gather(batch.entropy[batch.mask])
     if o.comparison == "forking":
-        batch.mask = losses.forking_token_mask(batch.entropy, batch.mask, batch=entropies)
+        batch.mask = losses.forking_token_mask(batch.entropy, batch.mask, pool=entropies)
     elif o.comparison == "archer":
-        batch.bounds = losses.archer_bounds(batch.entropy, batch.mask, batch=entropies)
+        batch.bounds = losses.archer_bounds(batch.entropy, batch.mask, pool=entropies)
     elif o.comparison == "entropy-advantage":
         batch.advantages = losses.entropy_advantage(batch.advantages, batch.entropy)
     elif o.comparison == "edge":
@@ -346,7 +346,7 @@ def compare(batch, run):
 
 
 def choose_layer(batch, run):
-    """--bupo-layer: the number given, or the boundary layer, measured on 64 of the first answers."""
+    """--bupo-layer: the number given, or the boundary layer, measured on 64 answers spread over the first step's."""
     o, (ids, attention, response) = run.options, batch.rollout.with_response_mask(64)
     if o.bupo_layer != "auto":
         with torch.no_grad():
@@ -357,12 +357,15 @@ def choose_layer(batch, run):
     shard.reshard(run.policy)
     change = run.world.sum(entropy.feed_forward_change) / run.world.size
     layer, found = bupo.boundary_or_fallback(change)
-    run.say(f"boundary layer: {layer} of {len(change)}, the last whose feed-forward block raises entropy ({change[layer - 1]:+.3f} nats); its policy is trained for {o.bupo_steps} steps" if found else
-            f"warning: --bupo-layer auto: no layer's feed-forward block raises entropy; falling back to layer {layer}, where it falls least ({change[layer - 1]:+.3f} nats)")
+    where = f"{layer} of {len(change)} ({change[layer - 1]:+.3f} nats)"
+    if found:
+        run.say(f"boundary layer: {where}, the last whose feed-forward block raises entropy; its policy is trained for {o.bupo_steps} steps")
+    else:
+        run.say(f"warning: --bupo-layer auto: no feed-forward block raises entropy; falling back to layer {where}, where it falls least")
     return layer
 
 
-def set_learning_rate(run, step):
+def prepare_updates(run, step):
     """Linear warm-up; and what the arm "freeze" may not move in its first phase."""
     o = run.options
     for group in run.optimizer.param_groups:
@@ -381,6 +384,7 @@ def train(o):
     with StopRequest(run.say) as stop:
         if step == 0:
             report.first_look(run)
+            checkpoint.save(run, 0)
         while step < o.steps and not run.world.any(stop.asked):
             step += 1
             try:

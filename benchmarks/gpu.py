@@ -1,13 +1,12 @@
 """On a CUDA GPU: speed and memory of real shapes with random weights (no download): python benchmarks/gpu.py [--shape 0.5b|1.5b|7b]
 
-update   a policy update of --rows answers of --answer tokens: tokens a second and the share of the card's bfloat16 peak
+update   a policy update of --prompts x --answers answers of --answer tokens: tokens a second and the share of the card's bfloat16 peak
          (6 x parameters x tokens operations; recomputation under gradient checkpointing does not count as useful work)
-decode   512 rows: tokens a second of our decoder on the bfloat16 replica
+decode   all of them at once: tokens a second of our decoder on the bfloat16 replica
 memory   the peak of a whole step against `--estimate`'s number
 """
 
 import argparse
-import dataclasses
 import tempfile
 import time
 
@@ -83,7 +82,7 @@ def main():
     peak = next((v for k, v in PEAK.items() if k in name), None)
     useful = 6 * parameters * tokens / seconds
     print(f"update: {seconds:.2f} s for {tokens} tokens, {tokens / seconds:.0f} tokens/s, {useful / 1e12:.0f} TFLOP/s" + (f" = {useful / peak:.0%} of the bfloat16 peak" if peak else ""))
-    measured, need = torch.cuda.max_memory_allocated(), memory.estimate(config, dataclasses.replace(o), a.prompt, 1, True)
+    measured, need = torch.cuda.max_memory_allocated(), memory.estimate(config, o, a.prompt, 1, True)
     print(memory.table(need, o, a.prompt))
     print(f"memory: {measured / memory.GIB:.2f} GiB measured, {need.peak / memory.GIB:.2f} estimated ({need.peak / measured - 1:+.0%})")
 

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import tempfile
 
-import torch
 from common import in_turn, median, ratio
 
 import train
@@ -49,7 +48,6 @@ def main():
     for title, reuse in (("same answers: score, advantages, 4 updates", True), ("whole step, its own answers", False)):
         seconds = in_turn({name: step(name, reuse) for name in algos}, args.rounds, 2)
         print(f"{title}: dapo {median(seconds['dapo']):.3f} s, hapo {median(seconds['hapo']):.3f} s, hapo / dapo {ratio(seconds, 'hapo', 'dapo')}")
-    torch.manual_seed(0)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def estimate(config, o, prompt_tokens=256, world_size=1, cuda=True):
         rows = min(rows, max(1, o.micro_tokens // sequence))
     tokens, repeated = rows * sequence, 0
     if not (o.gradient_checkpointing or sharded):  # a prompt runs once; its keys and values are repeated for every answer
-        tokens, repeated = rows * o.max_new_tokens + math.ceil(rows / o.answers_per_prompt) * prompt_tokens, rows * prompt_tokens
+        prompts = rows if o.micro_tokens else math.ceil(rows / o.answers_per_prompt)  # --micro-tokens sorts by length, across groups
+        tokens, repeated = rows * o.max_new_tokens + prompts * prompt_tokens, rows * prompt_tokens
     # what one layer keeps for its backward pass, in numbers a token: two norms' inputs and outputs (float32 under autocast: the
     # residual stream), q k v and attention's output, three of the feed-forward's inner size
     inner = 3 * config.intermediate_size + 2 * heads * head_dim + 2 * kv_heads * head_dim
@@ -84,13 +85,12 @@ def estimate(config, o, prompt_tokens=256, world_size=1, cuda=True):
     return Estimate(parameters, weights, gradients, moments, replica, activations, logits, kv_cache, sampling, int(peak))
 
 
-def table(e, o, prompt_tokens=256, world_size=1, cuda=True, capacity=None):
+def table(e, o, prompt_tokens=256):
     """The estimate as lines for people."""
-    where = f"{world_size} x {'CUDA' if cuda else 'CPU'}" + (", offload" if o.offload else "")
-    lines = [f"memory a process needs ({e.parameters / 1e6:.1f} M parameters, {where}, prompts of {prompt_tokens} tokens, answers of up to {o.max_new_tokens}):"]
+    lines = [f"memory a run needs on one GPU ({e.parameters / 1e6:.1f} M parameters{', offload' if o.offload else ''}, prompts of {prompt_tokens} tokens, answers of up to {o.max_new_tokens}):"]
     for name in ("weights", "gradients", "moments", "replica", "activations", "logits", "kv_cache", "sampling"):
         lines.append(f"  {name.replace('_', ' '):12s}{getattr(e, name) / GIB:9.2f} GiB")
-    lines.append(f"  {'peak':12s}{e.peak / GIB:9.2f} GiB  (sampling and updating do not overlap)" + (f" of {capacity / GIB:.1f}" if capacity else ""))
+    lines.append(f"  {'peak':12s}{e.peak / GIB:9.2f} GiB  (sampling and updating do not overlap)")
     return "\n".join(lines)
 
 

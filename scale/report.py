@@ -7,7 +7,7 @@ import torch
 import internals
 from evaluate import sample_answers, summarise
 from sampling import NonFinite
-from scale import checkpoint, shard
+from scale import shard
 from scale.seeds import seed_of
 from tasks import LATEX
 
@@ -72,9 +72,14 @@ def held_out(run, step):
 
 def evaluate_over(world, run, problems, temperature, seed, name):
     o = run.options
-    answers = world.together(NonFinite, sample_answers, run.actor, run.tokenizer, world.mine(problems), 1, o.max_new_tokens, run.eos_ids, temperature, seed + world.rank,
+    problems = world.mine(problems)
+    answers = world.together(NonFinite, sample_answers, run.actor, run.tokenizer, problems, 1, o.max_new_tokens, run.eos_ids, temperature, seed + world.rank,
                              rows_at_once=max(1, o.answers_per_step // world.size), progress=name if world.main else None)
-    return summarise([row for part in world.gather_objects(answers) for row in part])
+    by_question = {}  # a question that was asked twice is one question with two answers
+    for part in world.gather_objects([(p.question, row) for p, row in zip(problems, answers)]):
+        for question, row in part:
+            by_question.setdefault(question, []).extend(row)
+    return summarise(list(by_question.values()))
 
 
 def samples_of(step, run, rows=(0, 1)):
@@ -107,7 +112,6 @@ def first_look(run):
     run.say("a loss near 0 is right: advantages are centred and the ratio starts at 1. What shows learning is a gradient norm above 0, few dead groups, and a rising held-out accuracy.")
     if run.world.main:
         write_lines(run.out / "metrics.jsonl", [metrics])
-    checkpoint.save(run, 0)
 
 
 def diagnose(run):

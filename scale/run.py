@@ -45,7 +45,7 @@ class Run:
     layer: int = None  # BuPO's layer
     stats: hapo.EntropyStats = None  # of the last batch, for the sampler of the next
     diagnosed: tuple = None  # the fixed answers of --diagnose-every
-    last_batch: object = None  # of the step before
+    last_batch: object = None  # of the last step that ran to its end
 
     def say(self, text):
         if self.world.main:
@@ -188,7 +188,7 @@ def describe(run, config, say):
     say(f"{o.algo} on {o.data or o.task}: {len(run.items)} questions to train on, {len(run.held_out)} held out; {o.model}, {need.parameters / 1e6:.2f} M parameters, {layers} layers")
     say(f"a step: {o.prompts_per_step} prompts x {o.answers_per_prompt} answers = {o.answers_per_step}, {o.updates_per_rollout} updates of {o.answers_per_update} answers, "
         f"in passes of {f'{o.micro_tokens} tokens' if o.micro_tokens else f'{o.micro_batch or o.answers_per_update // run.world.size} answers'}; {run.world.size} process(es)")
-    say(f"weights and moments {str(next(run.policy.parameters()).dtype)[6:]}, compute {'bfloat16 autocast' if cuda else 'float32'} on {run.world.device}; peak memory about {need.peak / memory.GIB:.2f} GiB a process (--estimate shows its parts)")
+    say(f"weights and moments {str(next(run.policy.parameters()).dtype)[6:]}, compute {'bfloat16 autocast' if cuda else 'float32'} on {run.world.device}; peak memory about {need.peak / memory.GIB:.2f} GiB a process (--estimate: its parts on a GPU)")
     say(f"the first prompt ({len(run.items[0][1])} tokens):\n{run.tokenizer.decode(run.items[0][1])}\n")
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from evaluate import accuracy  # noqa: E402
+from evaluate import sample_answers, summarise  # noqa: E402
 from sampling import eos_ids_of  # noqa: E402
 from tasks import evaluate_expression, load_problems, random_expression, render_prompt  # noqa: E402
 
@@ -107,7 +107,8 @@ def main():
         optimizer.step()
         schedule.step()
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, held-out accuracy at T = 1: {accuracy(model, tokenizer, held_out[:512], 12, eos_ids_of(model, tokenizer), seed=step).strict:.3f}")
+            answers = sample_answers(model, tokenizer, held_out[:512], 1, 12, eos_ids_of(model, tokenizer), seed=step)
+            tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, held-out accuracy at T = 1: {summarise(answers).strict:.3f}")
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"saved to {args.out}")

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY
 
 import evaluate
-from evaluate import pass_at_k, summarise
+from evaluate import Answer, pass_at_k, summarise
 from tasks import BadInput, Grade
 
 
@@ -27,7 +27,7 @@ def test_pass_at_k_of_many():
 
 def test_summary_by_hand():
     # question 1: 2 of 2 lenient, 1 strict; question 2: none. Means 1, 0: mean 0.5, error sqrt(1/2) / sqrt(2) = 0.5
-    answers = [[("a", Grade(True, True), 3, True), ("b", Grade(False, True), 5, True)], [("c", Grade(False, False), 4, False), ("d", Grade(False, False), 4, True)]]
+    answers = [[Answer("a", Grade(True, True), 3, True), Answer("b", Grade(False, True), 5, True)], [Answer("c", Grade(False, False), 4, False), Answer("d", Grade(False, False), 4, True)]]
     result = summarise(answers)
     assert result.lenient == 0.5 and result.strict == 0.25 and result.lenient_error == pytest.approx(0.5) and result.finished == 0.75 and result.length == 4
 

@@ -190,7 +190,7 @@ def test_forking_tokens_keep_the_top_share(unchanged):
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     kept = unchanged(losses.forking_token_mask, entropy, mask, 0.4)  # 5 valid tokens: 2 stay
     assert kept.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
-    assert losses.forking_token_mask(entropy, mask, 0.2, batch=torch.tensor([0.25, 0.1, 0.1, 0.1, 0.1])).tolist() == [[0, 1, 0, 0], [1, 1, 0, 0]]
+    assert losses.forking_token_mask(entropy, mask, 0.2, pool=torch.tensor([0.25, 0.1, 0.1, 0.1, 0.1])).tolist() == [[0, 1, 0, 0], [1, 1, 0, 0]]
     assert losses.forking_token_mask(entropy, mask * 0).sum() == 0
 
 
