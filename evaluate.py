@@ -10,6 +10,7 @@ The reward of training is graded by the same function, so the two can be compare
 """
 
 import json
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -17,9 +18,15 @@ import torch
 from tqdm import tqdm
 
 from sampling import eos_ids_of, generate
-from scale.load import check_device, load_model
+from scale.load import check_device, fit_context, load_model
 from scale.options import OneLineParser, run_main
 from tasks import BUILT_IN, LATEX, BadInput, Grade, default_cap, grade, load_problems, read_problems, render_prompt
+
+
+def valid_json(thing, **style):
+    """json.dumps with null for NaN and infinity, which JSON does not have."""
+    clean = lambda x: {k: clean(v) for k, v in x.items()} if isinstance(x, dict) else [clean(v) for v in x] if isinstance(x, list) else None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(clean(thing), allow_nan=False, **style)
 
 
 class Accuracy(NamedTuple):
@@ -102,6 +109,8 @@ def main(argv=None):
         if value is not None and (value < low or (high and value > high)):
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least {low}" + (f" and at most {high}" if high else ""))
     check_device(args.device)
+    if args.out and (pathlib.Path(args.out).is_dir() or pathlib.Path(args.out).parent.is_file()):
+        raise BadInput(f"--out {args.out}: not a file that can be written; name one, such as result.json")
     if not 0 <= args.temperature <= 100:
         raise BadInput(f"--temperature {args.temperature}: must lie between 0 (greedy) and 100")
     if args.temperature == 0 and args.samples > 1:
@@ -110,6 +119,7 @@ def main(argv=None):
     problems = (read_problems(args.data) if args.data else load_problems(args.task, difficulty=args.difficulty)[1])[: args.limit]
     cap = args.max_new_tokens or default_cap(args.task, args.data)
     model, tokenizer = load_model(args.model, args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
+    problems = [problem for problem, _ in fit_context(problems, tokenizer, model.config, cap)]
     text, ids = render_prompt(problems[0].question, tokenizer)
     print(f"{len(problems)} questions, {args.samples} answers each, at most {cap} tokens; the first prompt ({len(ids)} tokens):\n{text}")
     answers = sample_answers(model, tokenizer, problems, args.samples, cap, eos_ids_of(model, tokenizer), args.temperature, args.seed, args.rows_at_once, "answering")
@@ -128,7 +138,7 @@ def main(argv=None):
         print(f"{LATEX.failures} LaTeX comparisons failed or ran out of time and count as wrong")
     if args.out:
         pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        pathlib.Path(args.out).write_text(valid_json(result, indent=1) + "\n")
         print(f"written to {args.out}")
     return result
 

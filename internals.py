@@ -93,7 +93,7 @@ def policy_hidden(model, input_ids, attention_mask, layer=None, norm=True):
     check_layer(model, layer)
     mask, positions = attention_mask, position_ids(attention_mask)
     if bool((mask[:, :-1] >= mask[:, 1:]).all()) and bool(mask[:, 0].all()):
-        mask = None  # padding on the right alone: a causal model never looks there, and its fast path is the one without a mask
+        mask = positions = None  # padding on the right alone: a causal model never looks there, and its fast path is the one without either
     with _cut(model, layer, norm):
         return model(input_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
 

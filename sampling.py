@@ -211,7 +211,7 @@ def generate(model, prompts, answers_per_prompt=1, max_new_tokens=32, eos_ids=()
 
         # Prefill: each prompt once. Then its state is repeated for its G answers, with room for the new tokens.
         padded = not bool(prompt_mask.all())
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache()  # whole, for layers with a sliding window too: their mask does the sliding
         out = model(prompt, attention_mask=prompt_mask if padded else None, position_ids=position_ids(prompt_mask),
                     past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.layers = [_Keys(x.keys, x.values, answers_per_prompt, max_new_tokens - 1) for x in cache.layers]
@@ -307,7 +307,7 @@ def _first_above(weights, threshold):
     # rounding may carry the threshold up to the total; kept below it, an index of weight 0 is never chosen
     threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, threshold, right=True).clamp_max(weights.shape[1] - 1)
-    return index, threshold - (cumulative - weights).gather(1, index)
+    return index, (threshold - (cumulative - weights).gather(1, index)).clamp_min(0)
 
 
 def entropy_of(logits, buffer=None):

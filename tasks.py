@@ -69,10 +69,14 @@ def grade(problem, text):
     return Grade(strict, stated is not None and stated == target)
 
 
-# ASCII digits only: \d would also match other scripts'. Groups of three behind commas, or a plain run of digits. A minus
-# belongs to the number unless a digit or letter stands before it: 10-4 ends in 4, x = -4 in -4.
-_NUMBER = re.compile(r"(?<![0-9A-Za-z.])(-?)[$€£]?(-?)((?:[0-9]{1,3}(?:,[0-9]{3}){1,13}|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})(?:\s?/\s?([0-9]{1,40})(?![0-9.]))?(?![0-9])")
-_WHOLE = re.compile(r"[$€£\s]*" + _NUMBER.pattern.replace(r"(?<![0-9A-Za-z.])", "") + r"\s*(?:%|\\%|dollars?|cents?|[$€£])?[\s.]*")
+# ASCII digits only; \d, which also matches other scripts', stands where a digit forbids: a number ends where no digit, decimal,
+# fraction or exponent goes on. Groups of three behind commas, or a plain run of digits. A minus belongs to the number unless a
+# digit or letter stands before it: 10-4 ends in 4, x = -4 in -4.
+_NUMBER = re.compile(
+    r"(?<![\dA-Za-z.])(-?)[$€£]?(-?)((?:[0-9]{1,3}(?:,[0-9]{3}){1,13}|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
+    r"(?:\s?/\s?([0-9]{1,40})(?![0-9.]))?(?!\d|\.\d|\s?/\s?\d|[eE][+-]?\d)"
+)
+_WHOLE = re.compile(r"[$€£\s]*" + _NUMBER.pattern.removeprefix(r"(?<![\dA-Za-z.])") + r"\s*(?:%|\\%|dollars?|cents?|[$€£])?[\s.]*")
 _FRAC = re.compile(r"(-?)\s*\\d?frac\{(-?[0-9]{1,40})\}\{(-?[0-9]{1,40})\}")
 
 
@@ -102,6 +106,16 @@ def last_number(text):
     """The last number anywhere in a text, as a Fraction, or None."""
     matches = list(_NUMBER.finditer(text.replace("\u2212", "-")))
     return _fraction(matches[-1]) if matches else None
+
+
+def only_number(text):
+    """The number of a sentence that holds exactly one and no mathematics ("72 apples", "x = 5"), as a Fraction; else None."""
+    match = _NUMBER.search(text)
+    if match is None:
+        return None
+    before, after = text[: match.start()], text[match.end() :]
+    # 2k, 4_6, 2^10, (3, 4): the number is not the answer, only a part of it
+    return None if re.search(r"[\d()\[\]{}^_+*/<>|\\]", before + after) or re.match(r"[A-Za-z]", after) else _fraction(match)
 
 
 def _explicit_answer(text):
@@ -254,12 +268,12 @@ def default_cap(task, data):
     return 512 if data else {"countdown": 16, "arithmetic": 32}[task]
 
 
-def read_problems(path):
+def read_problems(path, flag="--data"):
     """All usable rows of a JSONL or parquet file. Rows whose answer cannot be checked are counted and reported."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise BadInput(f"--data {path}: no such file")
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+        raise BadInput(f"{flag} {path}: no such file")
+    rows = _parquet_rows(path, flag) if path.suffix == ".parquet" else _jsonl_rows(path, flag)
     problems, unusable, example = [], 0, None
     for place, question, answer in rows:
         problem = _problem_of(question, answer)
@@ -271,7 +285,7 @@ def read_problems(path):
         why = "no number" if has_math_verify() else "no number (LaTeX answers need: pip install math-verify)"
         print(f"{path}: {unusable} of {unusable + len(problems)} rows skipped, their answer holds {why}; the first is {example[0]}: {example[1][:60]!r}")
     if not problems:
-        raise BadInput(f"--data {path}: no row has an answer that can be checked" if unusable else f"--data {path}: the file is empty")
+        raise BadInput(f"{flag} {path}: no row has an answer that can be checked" if unusable else f"{flag} {path}: the file is empty")
     return problems
 
 
@@ -281,18 +295,17 @@ def _problem_of(question, answer):
         return None
     if parse_number(explicit) is not None:
         return Problem(question, explicit)
-    if has_math_verify() and explicit:
-        return Problem(question, explicit, "latex")
-    number = last_number(explicit)
-    return None if number is None or "\\" in explicit else Problem(question, str(number))
+    if (number := only_number(explicit)) is not None:
+        return Problem(question, str(number))
+    return Problem(question, explicit, "latex") if has_math_verify() and re.search(r"[0-9\\+*/^=(-]", explicit) else None
 
 
-def _jsonl_rows(path):
+def _jsonl_rows(path, flag):
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            where = f"--data {path}, line {number}"
+            where = f"{flag} {path}, line {number}"
             try:
                 row = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number without end
@@ -307,23 +320,23 @@ def _jsonl_rows(path):
             yield f"line {number}", question.strip(), str(row["answer"])
 
 
-def _parquet_rows(path):
+def _parquet_rows(path, flag):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise BadInput(f"--data {path}: reading parquet needs pyarrow; pip install pyarrow, or convert the file to JSONL") from None
+        raise BadInput(f"{flag} {path}: reading parquet needs pyarrow; pip install pyarrow, or convert the file to JSONL") from None
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
-        raise BadInput(f"--data {path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        raise BadInput(f"{flag} {path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
     for number, row in enumerate(rows, 1):
         try:
             question, answer = row["prompt"], row["reward_model"]["ground_truth"]
             question = question if isinstance(question, str) else "\n\n".join(m["content"] for m in question if m["role"] != "system")
         except (KeyError, TypeError):
-            raise BadInput(f"--data {path}, row {number}: needs prompt (messages) and reward_model.ground_truth; it has {', '.join(sorted(row))}") from None
+            raise BadInput(f"{flag} {path}, row {number}: needs prompt (messages) and reward_model.ground_truth; it has {', '.join(sorted(row))}") from None
         if not question.strip():
-            raise BadInput(f"--data {path}, row {number}: the question is empty; remove the row or fill it in")
+            raise BadInput(f"{flag} {path}, row {number}: the question is empty; remove the row or fill it in")
         yield f"row {number}", question.strip(), str(answer)
 
 
@@ -393,7 +406,8 @@ def _latex_worker(pipe):
     while True:
         answer, truth = pipe.recv()
         try:  # its own time-outs use signals and print; the parent's kill replaces them
-            pipe.send(verify(parse(f"${truth}$", parsing_timeout=None), parse(f"${answer}$", parsing_timeout=None), timeout_seconds=None))
+            gold, found = (parse(f"${text}$", parsing_timeout=None, raise_on_error=True) for text in (truth, answer))
+            pipe.send(verify(gold, found, timeout_seconds=None, raise_on_error=True) if gold else None)  # a truth it cannot read is a failure too
         except Exception:  # noqa: BLE001 - any failure of the library is reported to the parent as "could not tell"
             pipe.send(None)
 

@@ -134,13 +134,13 @@ class Batch:
 
 
 def train_step(step, run):
-    """One rollout batch from prompts to updated weights; returns the batch and the step's metrics."""
+    """One rollout batch from prompts to updated weights; returns the step's metrics."""
     o, world, policy = run.options, run.world, run.policy
     clock = [time.perf_counter()]
 
     # Sample answers from the current policy and grade them.
     shard.refresh_actor(run.actor, policy)
-    batch = collect(step, run)
+    batch = run.last_batch = collect(step, run)
     if world.any(not batch.rewards.isfinite().all()):
         raise NonFinite("a reward is NaN or infinite")
     clock.append(time.perf_counter())
@@ -178,7 +178,7 @@ def train_step(step, run):
     rows = torch.arange(len(batch.rewards)).view(o.updates_per_rollout, -1)
     updates = [update(run, batch, part.tolist(), layer) for part in rows]
     clock.append(time.perf_counter())
-    return batch, report.step_metrics(step, run, batch, layer, trained_entropy, updates, before, clock)
+    return report.step_metrics(step, run, batch, layer, trained_entropy, updates, before, clock)
 
 
 def collect(step, run):
@@ -388,7 +388,7 @@ def train(o):
         while step < o.steps and not run.world.any(stop.asked):
             step += 1
             try:
-                run.last_batch, metrics = train_step(step, run)
+                metrics = train_step(step, run)
                 bad = f"{metrics['skipped_updates']} of {o.updates_per_rollout} updates were not finite" if metrics["skipped_updates"] else None
                 if not bad and (step % o.eval_every == 0 or step == o.steps):
                     metrics |= report.held_out(run, step)

@@ -12,6 +12,7 @@ seeded by (seed, step).
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -54,7 +55,7 @@ def save(run, step):
             shutil.rmtree(folder)
         os.replace(aside, folder)
         _flush(run.out)
-    for old in folders(run.out)[run.options.keep :]:
+    for old in folders(run.out, step)[run.options.keep :]:
         shutil.rmtree(old)
 
 
@@ -91,10 +92,10 @@ def gather(run):
     return weights, moments
 
 
-def folders(out):
-    """checkpoint-N folders, newest first."""
+def folders(out, last=math.inf):
+    """checkpoint-N folders up to step `last`, newest first. (Behind it may lie damaged ones that a resumed run has passed over.)"""
     found = [(int(m.group(1)), p) for p in out.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return [p for _, p in sorted(found, reverse=True)]
+    return [p for step, p in sorted(found, reverse=True) if step <= last]
 
 
 def newest_whole(out, say):
@@ -129,7 +130,7 @@ def restore(run, folder):
     moments = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
     for name, p in run.policy.named_parameters():
         if name in moments:
-            run.optimizer.state[p] = {key: _placed_like(value, p) if value.dim() else value.clone() for key, value in moments[name].items()}
+            run.optimizer.state[p] = {key: _placed_like(value, p) if value.dim() else value.to(p.device, copy=True) for key, value in moments[name].items()}
     return state["step"]
 
 
@@ -137,7 +138,9 @@ def _placed_like(value, parameter):
     if hasattr(parameter, "placements"):
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+        mine, placed = torch.empty_like(parameter), distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        mine.to_local().copy_(placed.to_local())  # offloaded parameters live in main memory, their mesh on the GPU
+        return mine
     return value.to(parameter.device, copy=True)
 
 

@@ -15,7 +15,7 @@ def few_rows(model):
     """While open, the float32 linear layers of a model on a CPU take oneDNN's product for few rows. It has no gradient: for inference only."""
     fast = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
     fits = lambda w: w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() >= LEAST_WEIGHTS
-    changed = [m for m in model.modules() if fast and type(m) is torch.nn.Linear and fits(m.weight)]
+    changed = [m for m in model.modules() if fast and type(m) is torch.nn.Linear and "forward" not in vars(m) and fits(m.weight)]
     for m in changed:
         m.forward = functools.partial(_forward, m, fast)
     try:

@@ -1,12 +1,14 @@
 """Opening a model folder: weights in float32, a tokenizer, and one clear line for everything that can be wrong with them."""
 
+import math
 import pathlib
 
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tasks import BadInput
+from tasks import BadInput, render_prompt
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -71,6 +73,19 @@ def load_model(name, device="cpu", dtype=torch.float32):
         raise BadInput(f"--model {name}: its logits are more than hidden states times the unembedding ({', '.join(scaled) or 'a bias'}); scoring would disagree with sampling")
     assert_tied(model)
     return model.to(device), tokenizer
+
+
+def fit_context(problems, tokenizer, config, max_new_tokens, say=print):
+    """[(problem, prompt ids)] of the problems whose prompt leaves room for an answer in the model's context; says how many do not."""
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    room = context - max_new_tokens
+    items = [(p, render_prompt(p.question, tokenizer)[1]) for p in tqdm(problems, desc="rendering prompts", leave=False, disable=len(problems) < 2000)]
+    fitting = [item for item in items if 0 < len(item[1]) <= room]
+    if not fitting:
+        raise BadInput(f"--max-new-tokens {max_new_tokens}: no prompt fits the model's context of {context} tokens beside it; the shortest has {min(len(ids) for _, ids in items)}")
+    if len(fitting) < len(items):
+        say(f"warning: {len(items) - len(fitting)} of {len(items)} prompts are longer than the model's context less --max-new-tokens ({room} tokens) and are left out")
+    return fitting
 
 
 def assert_tied(model):

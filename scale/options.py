@@ -26,7 +26,9 @@ def run_main(main):
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename or ''}; what was saved before is intact, --resume goes on from it"
     if os.environ.get("RANK", "0") == "0":  # every process of a sharded run meets the same mistake
-        print(f"{name}: {message}", file=sys.stderr)
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
+    if "WORLD_SIZE" in os.environ:
+        os._exit(2)  # as in World.close: gloo's threads can abort an interpreter that is shutting down
     sys.exit(2)
 
 

@@ -1,11 +1,9 @@
 """What a run says of itself: metrics.jsonl, samples.jsonl, console lines, held-out accuracy, BuPO's diagnostics."""
 
-import json
-
 import torch
 
 import internals
-from evaluate import sample_answers, summarise
+from evaluate import sample_answers, summarise, valid_json
 from sampling import NonFinite
 from scale import shard
 from scale.seeds import seed_of
@@ -91,7 +89,7 @@ def samples_of(step, run, rows=(0, 1)):
             "step": step, "question": batch.problems[row // run.options.answers_per_prompt].question, "truth": batch.problems[row // run.options.answers_per_prompt].answer,
             "answer": batch.texts[row], "reward": float(batch.rewards[row]), "finished": bool(batch.rollout.finished[row]),
             "tokens": [run.tokenizer.decode([t]) for t in batch.rollout.tokens[row, :n].tolist()],
-            "entropy": [round(x, 4) for x in batch.entropy[row, :n].tolist()], "temperature": [round(x, 4) for x in batch.rollout.temperature[row, :n].tolist()],
+            "entropy": [round(x, 4) for x in (batch.rollout if batch.entropy is None else batch).entropy[row, :n].tolist()], "temperature": [round(x, 4) for x in batch.rollout.temperature[row, :n].tolist()],
         }
 
 
@@ -135,6 +133,8 @@ def record(step, metrics, bad, run):
     else:
         run.guard.good_step(metrics)
         run.say(console_line(metrics, run.options))
+        if metrics.get("not_filled"):
+            run.say(f"warning: after {run.options.max_rounds} rounds of dynamic sampling {metrics['not_filled']:.0f} of {run.options.prompts_per_step} groups are still all right or all wrong; training on the others")
     if run.world.main:
         write_lines(run.out / "metrics.jsonl", [metrics])
         if "reward" in metrics:
@@ -143,4 +143,4 @@ def record(step, metrics, bad, run):
 
 def write_lines(path, rows):
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(valid_json(row) + "\n" for row in rows)

@@ -3,14 +3,12 @@
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import random
 import shutil
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 import bupo
 import hapo
@@ -18,10 +16,10 @@ import internals
 from sampling import eos_ids_of
 from scale import checkpoint, memory, shard
 from scale.guard import Guard
-from scale.load import load_config, load_model, load_tokenizer
+from scale.load import fit_context, load_config, load_model, load_tokenizer
 from scale.report import samples_of, write_lines
 from scale.seeds import seed_of
-from tasks import BadInput, load_problems, read_problems, render_prompt
+from tasks import BadInput, load_problems, read_problems
 
 
 @dataclass
@@ -45,7 +43,7 @@ class Run:
     layer: int = None  # BuPO's layer
     stats: hapo.EntropyStats = None  # of the last batch, for the sampler of the next
     diagnosed: tuple = None  # the fixed answers of --diagnose-every
-    last_batch: object = None  # of the last step that ran to its end
+    last_batch: object = None  # the last that was drawn
 
     def say(self, text):
         if self.world.main:
@@ -132,8 +130,9 @@ def open_run(o, world):
 
 def check_fingerprint(o, found):
     """--model beside --resume, or a folder copied together from two runs: model and tokenizer must be the checkpoint's."""
-    if not pathlib.Path(o.model).exists():
-        return  # the run's model has been moved away since: the checkpoint holds everything that is needed
+    started_with = json.loads((pathlib.Path(o.out) / "config.json").read_text())["model"]
+    if o.model == started_with and not pathlib.Path(o.model).exists():
+        return  # a hub's, or moved away since: the checkpoint holds everything that is needed
     stored = json.loads((found / "run.json").read_text())["fingerprint"]
     current = checkpoint.fingerprint(load_config(o.model), load_tokenizer(o.model))
     for part in ("model", "tokenizer"):
@@ -144,17 +143,11 @@ def check_fingerprint(o, found):
 def load_data(o, tokenizer, config, say):
     """([(problem, prompt ids)] to train on, held-out problems); prompts that leave no room for an answer are dropped and counted."""
     if o.eval_data:
-        train_set, held_out = read_problems(o.data), read_problems(o.eval_data)
+        train_set, held_out = read_problems(o.data), read_problems(o.eval_data, "--eval-data")
     else:
         train_set, held_out = load_problems(o.task, o.data or None, o.difficulty or None, held_out=o.eval_prompts)
-    items = [(p, render_prompt(p.question, tokenizer)[1]) for p in tqdm(train_set, desc="rendering prompts", leave=False, disable=len(train_set) < 2000)]
-    room = (getattr(config, "max_position_embeddings", None) or math.inf) - o.max_new_tokens
-    fitting = [item for item in items if 0 < len(item[1]) <= room]
-    if len(fitting) < len(items):
-        say(f"warning: {len(items) - len(fitting)} of {len(items)} prompts are longer than the model's context less --max-new-tokens ({room} tokens) and are left out")
-    if not fitting:
-        raise BadInput(f"--max-new-tokens {o.max_new_tokens}: no prompt fits the model's context of {config.max_position_embeddings} tokens beside it; the shortest has {min(len(i[1]) for i in items)}")
-    return fitting, [p for p in held_out if len(render_prompt(p.question, tokenizer)[1]) <= room] or [p for p, _ in fitting[:1]]
+    fitting = [fit_context(problems, tokenizer, config, o.max_new_tokens, say) for problems in (train_set, held_out)]
+    return fitting[0], [problem for problem, _ in fitting[1]]
 
 
 def no_dropout(policy):
@@ -209,9 +202,10 @@ def finish(run):
 
 def give_up(run, step):
     """Too many bad steps in a row: leave the last answers on disk and stop with the last good checkpoint."""
-    where = run.out / f"bad-step-{step}.jsonl"
-    if run.last_batch is not None:
+    where, o = run.out / f"bad-step-{step}.jsonl", run.options
+    if run.last_batch is not None and run.world.main:
         worst = torch.argsort(run.last_batch.rollout.logp.sum(1))[:32].tolist()
         write_lines(where, samples_of(step, run, worst))
-    raise BadInput(f"{run.guard.bad_in_a_row} bad steps in a row (NaN or infinity), stopped at step {step}; the last good checkpoint is {checkpoint.folders(run.out)[0]}, "
-                   f"the last answers are in {where}. Lower --lr {run.options.lr:g} or --grad-clip {run.options.grad_clip:g} and start again from that checkpoint with --model")
+    answers = f"the last answers are in {where}" if run.last_batch is not None else "no answer could be drawn"
+    raise BadInput(f"{run.guard.bad_in_a_row} bad steps in a row (NaN or infinity), stopped at step {step}; the last good checkpoint is {checkpoint.folders(run.out, step)[0]}, "
+                   f"{answers}. Lower --lr {o.lr:g} or --grad-clip {o.grad_clip:g} and start again from that checkpoint with --model")

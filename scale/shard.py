@@ -162,6 +162,8 @@ def make_actor(policy, world):
     body.rotary_emb = type(body.rotary_emb)(config=actor.config).to(world.device)
     actor.tie_weights()
     assert_tied(actor)
+    for target, source in zip(actor.buffers(), policy.buffers()):
+        target.copy_(source)
     actor.generation_config = policy.generation_config
     return actor.requires_grad_(False)
 

@@ -24,7 +24,7 @@ def plot(runs, out=None):
         column = lambda key: [r[key] for r in steps]
         panel = axes[0][0]
         panel.plot(x, column("reward"), color=color, alpha=0.35, label=f"{name}: reward of the answers")
-        panel.errorbar([r["step"] for r in held], [r["eval_accuracy"] for r in held], [r["eval_error"] for r in held], color=color, marker="o", capsize=2, label=f"{name}: held-out, sampled")
+        panel.errorbar([r["step"] for r in held], [r["eval_accuracy"] for r in held], [r["eval_error"] or 0 for r in held], color=color, marker="o", capsize=2, label=f"{name}: held-out, sampled")
         panel.plot([r["step"] for r in held], [r["eval_greedy"] for r in held], color=color, linestyle="--", marker="x", label=f"{name}: held-out, greedy")
         axes[0][1].plot(x, column("entropy"), color=color, label=f"{name}: full policy")
         internal = [r for r in steps if r["phase"] == "internal"]

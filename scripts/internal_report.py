@@ -1,6 +1,7 @@
 """What `python internals.py` does: sample answers (or read finished ones), ask every layer for its entropy on them, print and draw."""
 
 import json
+import math
 import pathlib
 
 import torch
@@ -8,20 +9,20 @@ from tqdm import tqdm
 
 from internals import boundary_layer, decoder_body, internal_entropy
 from sampling import Rollout, eos_ids_of, generate
-from scale.load import check_device, load_model
+from scale.load import check_device, fit_context, load_model
 from scale.options import OneLineParser
 from tasks import BUILT_IN, BadInput, load_problems, read_problems, render_prompt
 
 
 def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):
     """One answer to each problem, drawn from the model at T = 1, as a Rollout."""
-    prompts = [render_prompt(p.question, tokenizer)[1] for p in problems]
+    prompts = [ids for _, ids in fit_context(problems, tokenizer, model.config, max_new_tokens)]
     parts = [generate(model, prompts[i : i + 32], 1, max_new_tokens, eos_ids_of(model, tokenizer), vocab_size=len(tokenizer), generator=torch.Generator().manual_seed(seed + i))
              for i in tqdm(range(0, len(prompts), 32), desc="answering", leave=False)]
     return Rollout.join(parts)
 
 
-def finished_answers(path, tokenizer, limit, max_new_tokens):
+def finished_answers(path, tokenizer, limit, max_new_tokens, context):
     """Answers from a JSONL file with `question` and `answer` (a run's samples.jsonl, for example), as a Rollout."""
     prompts, answers = [], []
     for number, line in enumerate(open_lines(path), 1):
@@ -35,6 +36,8 @@ def finished_answers(path, tokenizer, limit, max_new_tokens):
         ids = tokenizer(answer, add_special_tokens=False).input_ids[: max_new_tokens - 1] + [i for i in [tokenizer.eos_token_id] if i is not None]
         prompts.append(render_prompt(question, tokenizer)[1])
         answers.append(ids)
+        if len(prompts[-1]) + len(ids) > context:
+            raise BadInput(f"--answers {path}, line {number}: question and answer have {len(prompts[-1]) + len(ids)} tokens, the model's context {context}; shorten them, or lower --max-new-tokens")
         if len(answers) == limit:
             break
     if not answers:
@@ -90,7 +93,7 @@ def main(argv=None):
     model, tokenizer = load_model(model_folder(args.model), args.device)
     decoder_body(model)
     if args.answers:
-        rollout = finished_answers(args.answers, tokenizer, args.samples, args.max_new_tokens)
+        rollout = finished_answers(args.answers, tokenizer, args.samples, args.max_new_tokens, getattr(model.config, "max_position_embeddings", None) or math.inf)
     else:
         problems = read_problems(args.data) if args.data else load_problems(args.task, difficulty=args.difficulty)[1]
         rollout = sampled_answers(model, tokenizer, problems[: args.samples], args.max_new_tokens, args.seed)

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY
 
 import evaluate
-from evaluate import Answer, pass_at_k, summarise
+from evaluate import Answer, pass_at_k, summarise, valid_json
 from tasks import BadInput, Grade
 
 
@@ -30,6 +30,23 @@ def test_summary_by_hand():
     answers = [[Answer("a", Grade(True, True), 3, True), Answer("b", Grade(False, True), 5, True)], [Answer("c", Grade(False, False), 4, False), Answer("d", Grade(False, False), 4, True)]]
     result = summarise(answers)
     assert result.lenient == 0.5 and result.strict == 0.25 and result.lenient_error == pytest.approx(0.5) and result.finished == 0.75 and result.length == 4
+
+
+def test_json_has_no_nan():
+    assert valid_json({"a": [float("nan"), 1.5], "b": {"c": float("inf")}, "d": "NaN", "e": True}) == '{"a": [null, 1.5], "b": {"c": null}, "d": "NaN", "e": true}'
+
+
+def test_questions_longer_than_the_context_are_reported(tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"question": "1 " * 600, "answer": "1"}) + "\n" + json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
+    args = ["--model", str(TINY), "--data", str(path), "--samples", "1", "--device", "cpu"]
+    result = evaluate.main([*args, "--max-new-tokens", "4", "--out", str(tmp_path / "r.json")])
+    assert result["questions"] == 1 and "1 of 2 prompts are longer than the model's context" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["lenient_error"] is None  # one question has no standard error
+    with pytest.raises(BadInput, match="--max-new-tokens 512: no prompt fits the model's context of 512 tokens"):
+        evaluate.main(args)
+    with pytest.raises(BadInput, match="--out .*: not a file that can be written"):
+        evaluate.main([*args, "--out", str(tmp_path)])
 
 
 def test_command_line(tmp_path):

@@ -185,6 +185,16 @@ def test_overlong_by_hand():
         losses.overlong_penalty(torch.tensor([1]), 10, 11)
 
 
+@pytest.mark.parametrize("name, args", [
+    ("kl_k3", ("logp", "logp")), ("masked_mean", ("logp", "mask", 3)), ("sequence_mean", ("logp", "mask", 3)), ("fixed_length_mean", ("logp", "mask", 5, 3)), ("overlong_penalty", ("lengths", 8, 4)),
+    ("forking_token_mask", ("entropy", "mask", 0.2, "pool")), ("archer_bounds", ("entropy", "mask", 0.8, 0.5, 0.2, "pool")), ("entropy_advantage", ("logp", "entropy")), ("edge_advantages", ("rewards", "pool", 2)),
+    ("clipped_surrogate", ("entropy", "logp", "bounds", "bounds", 3.0)),
+])
+def test_no_function_changes_its_inputs(unchanged, name, args):
+    tensors = {"logp": torch.randn(4, 5), "entropy": torch.rand(4, 5), "mask": torch.rand(4, 5) < 0.7, "lengths": torch.tensor([3, 5, 7, 8]), "pool": torch.rand(4), "rewards": torch.rand(4), "bounds": torch.rand(4, 5)}
+    unchanged(getattr(losses, name), *(tensors.get(a, a) if isinstance(a, str) else a for a in args))
+
+
 def test_forking_tokens_keep_the_top_share(unchanged):
     entropy = torch.tensor([[0.1, 0.9, 0.2, 7.0], [0.8, 0.3, 7.0, 7.0]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])

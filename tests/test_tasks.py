@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 import tasks
-from tasks import BadInput, Grade, Problem, evaluate_expression, grade, last_number, load_problems, parse_number, read_problems, render_prompt
+from tasks import BadInput, Grade, Problem, evaluate_expression, grade, last_number, load_problems, only_number, parse_number, read_problems, render_prompt
 
 EIGHT = Problem("q", "8")
 GAME = Problem("q", "16", "countdown", (3, 5, 2))
@@ -24,9 +24,18 @@ def test_parse_number(text, value):
 
 @pytest.mark.parametrize("text, value", [
     ("so 3 - 1 = 2 apples", 2), ("10-4", 4), ("x = -4", -4), ("costs $1,234.", 1234), ("5,6 and 7", 7), ("1/2 or 3/4", Fraction(3, 4)), ("no number", None), ("v2.0 then 12.50 dollars", Fraction(25, 2)),
+    ("8e5", None), ("8." + "1" * 41, None), ("8/" + "1" * 41, None), ("\u06638", None), ("8\u0663", None), ("8.1.2", None), ("is 8.", 8), ("8, then", 8), ("8e", 8),
 ])
 def test_last_number(text, value):
     assert last_number(text) == value
+
+
+@pytest.mark.parametrize("text, value", [
+    ("The answer is 72", 72), ("72 apples", 72), ("x = -5", -5), ("$1,234.50 a year", Fraction(2469, 2)), ("about 3/4 of them", Fraction(3, 4)), ("18.", 18),
+    ("(3, 4)", None), ("2^{10}", None), ("4343_6", None), ("2k+2", None), ("2k", None), ("6 - 5i", None), ("1e20", None), ("3 or 4", None), ("\\sqrt{2}", None), ("none", None), ("", None), ("x > 5", None),
+])
+def test_only_number(text, value):
+    assert only_number(text) == value
 
 
 @pytest.mark.parametrize("text, verdict", [
@@ -134,7 +143,18 @@ def test_a_question_stands_on_one_side_only(tmp_path):
     assert len(train) + len(held_out) == 5 and not {p.question for p in train} & {p.question for p in held_out}
 
 
+def test_a_part_of_an_answer_is_not_the_answer(tmp_path, monkeypatch, capsys):
+    """(3, 4) must not become 4: without math-verify it is counted out, with it it is LaTeX. Words alone are never LaTeX."""
+    path = write(tmp_path / "a.jsonl", {"question": "a", "answer": "(3, 4)"}, {"question": "b", "answer": "4 apples"}, {"question": "c", "answer": "no idea"})
+    for installed, kept in ((False, [("4", "number")]), (True, [("(3, 4)", "latex"), ("4", "number")])):
+        monkeypatch.setattr(tasks, "has_math_verify", lambda: installed)
+        assert [(p.answer, p.kind) for p in read_problems(path)] == kept
+        assert f"{3 - len(kept)} of 3 rows skipped" in capsys.readouterr().out
+
+
 def test_missing_file():
+    with pytest.raises(BadInput, match="--eval-data nowhere.jsonl: no such file"):
+        read_problems("nowhere.jsonl", "--eval-data")
     with pytest.raises(BadInput, match="--data nowhere.jsonl: no such file"):
         read_problems("nowhere.jsonl")
 
@@ -165,6 +185,8 @@ def test_latex_in_a_killable_process():
     pytest.importorskip("math_verify")
     assert tasks.latex_equal("\\frac{1}{2}", "0.5") and not tasks.latex_equal("x+1", "x+2")
     assert grade(Problem("q", "p - q", "latex"), "so it is \\boxed{-q+p}").strict
+    before = tasks.LATEX.failures
+    assert not tasks.latex_equal("\\frac{1}{2}", "") and tasks.LATEX.failures == before + 1  # a truth that cannot be read is counted
 
 
 # -------------------------------------------------------------------------------------------------------- prompts

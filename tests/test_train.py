@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from conftest import ROOT, TINY
 from safetensors.torch import load_file, save_file
 
 import train
-from evaluate import Accuracy
+from evaluate import Accuracy, Answer
 from scale import checkpoint, options, report
-from tasks import BadInput
+from scale.run import open_run
+from scale.shard import World
+from tasks import BadInput, Grade, Problem
 
 FAST = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--updates-per-rollout", "2", "--max-new-tokens", "8", "--eval-prompts", "4", "--lr", "1e-3", "--warmup-steps", "1", "--device", "cpu"]
 TIMES = ("seconds_generate", "seconds_score", "seconds_update", "tokens_per_second")
@@ -145,6 +149,63 @@ def test_nothing_is_outside_the_clip_range_before_the_first_update(tmp_path):
     assert all(row["outside_before_update"] == 0 for row in rows[1:])
 
 
+# ----------------------------------------------------------------------------------- one update, worked by hand
+
+
+@pytest.fixture
+def one_update(tiny_folder, tmp_path):
+    """one_update(advantage, shift, h, *options): loss of one token-mean update whose ratios are all exp(shift) and h all the same."""
+
+    def loss(advantage, shift, *args, h=0.0, ref=None):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        run, _ = open_run(options.parse(train.Options, [*FAST, "--model", str(tiny_folder), "--out", str(out), "--lr", "0", *args], ""), World("cpu"))
+        batch = train.collect(1, run)
+        logp, batch.entropy = train.score(run.policy, batch, None, run)
+        batch.old_logp = logp - shift
+        batch.advantages, batch.h = (x * torch.ones_like(logp) for x in (advantage, h))
+        batch.ref_logp = None if ref is None else logp + ref
+        return train.update(run, batch, list(range(16)), None)["loss"]
+
+    return loss
+
+
+def test_an_update_by_hand(one_update):
+    e = math.exp
+    assert one_update(-1.0, 3.0) == pytest.approx(e(3), rel=1e-4)  # a ratio of e^3 with A < 0: PPO's minimum does not clip it
+    assert one_update(-1.0, 3.0, "--dual-clip", "10") == pytest.approx(10, rel=1e-4)
+    assert one_update(0.0, 0.0, "--kl", "0.1", ref=1.0) == pytest.approx(0.1 * (e(1) - 2), rel=1e-3)  # k3 at d = 1
+    assert one_update(1.0, 1.0, "--no-adaptive-clip") == pytest.approx(-1.28, rel=1e-4)
+    assert one_update(1.0, 1.0, "--no-advantage-redistribution", h=0.5) == pytest.approx(-(1 + 0.28 * 1.5), rel=1e-4)
+    # h = -1/2, ratio 0.85: outside the zone [0.9, 1.14] of the base bounds, so A stays; the release's zone is adapted, [0.85, ...]
+    assert one_update(1.0, math.log(0.86), h=-0.5) == pytest.approx(-0.86, rel=1e-4)
+    assert one_update(1.0, math.log(0.86), "--released", h=-0.5) == pytest.approx(-0.86 * 0.5, rel=1e-4)
+
+
+def test_warm_up_is_linear(tiny_folder, tmp_path):
+    _, rows = run(tiny_folder, tmp_path / "run", "--warmup-steps", 2, steps=3)
+    assert [r["lr"] for r in rows[1:]] == pytest.approx([5e-4, 1e-3, 1e-3])
+
+
+def test_the_overlong_penalty_is_part_of_the_reward_and_not_of_the_accuracy(tmp_path, monkeypatch):
+    seen, original = [], train.collect
+    monkeypatch.setattr(train, "collect", lambda *args: seen.append(original(*args)) or seen[-1])
+    _, rows = run(TINY, tmp_path / "run", "--overlong-buffer", "4", steps=1)
+    batch = seen[0]
+    right = batch.rewards - torch.tensor([max(-1.0, min(0.0, (4 - n) / 4)) for n in batch.rollout.lengths.tolist()])
+    assert set(right.tolist()) <= {0.0, 1.0} and rows[1]["reward"] == pytest.approx(right.mean().item()) and (batch.rewards < 0).any()
+
+
+def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
+    monkeypatch.undo()
+    grades = iter([True, True, False, False])
+    monkeypatch.setattr(report, "sample_answers", lambda *args, **kwargs: [[Answer("", Grade(g, g), 3, True)] for g in grades])
+    fake = SimpleNamespace(options=SimpleNamespace(max_new_tokens=4, answers_per_step=8), world=World("cpu"), actor=None, tokenizer=None, eos_ids=[])
+    a, b = Problem("a", "1"), Problem("b", "1")
+    result = report.evaluate_over(fake.world, fake, [a, b, b, a], 1.0, 0, "")
+    # a: right, wrong; b: right, wrong. Both means are 1/2, so their standard error is 0 (as four answers it would be 0.29)
+    assert result.lenient == 0.5 and result.lenient_error == 0
+
+
 def test_algorithms_and_options_run(tmp_path):
     for i, extra in enumerate((["--released"], ["--temperature-form", "zscore"], ["--dynamic-sampling"], ["--overlong-buffer", "4"], ["--kl", "0.1"], ["--dual-clip", "10"], ["--loss-mean", "fixed"],
                                ["--comparison", "forking"], ["--comparison", "archer"], ["--comparison", "entropy-advantage"], ["--comparison", "edge"])):
@@ -153,10 +214,11 @@ def test_algorithms_and_options_run(tmp_path):
         assert all(v.isfinite().all() for v in final.values())
 
 
-def test_dynamic_sampling_ends_when_every_group_is_dead(tiny_folder, tmp_path):
+def test_dynamic_sampling_ends_when_every_group_is_dead(tiny_folder, tmp_path, capsys):
     before = load_file(tiny_folder / "model.safetensors")
     (tmp_path / "never.jsonl").write_text("".join(json.dumps({"question": f"{i} + {i}?", "answer": "987654"}) + "\n" for i in range(20)))
     final, rows = run(tiny_folder, tmp_path / "run", "--dynamic-sampling", "--max-rounds", "2", "--data", tmp_path / "never.jsonl")
+    assert "4 of 4 groups are still all right or all wrong" in capsys.readouterr().out
     assert rows[1]["not_filled"] == 4 and rows[1]["groups"] == 8 and rows[1]["dead_updates"] == 2 and rows[1]["updates"] == 0
     assert same({k: before[k] for k in final}, final)  # no live group: nothing moves, not even by weight decay
 
@@ -237,6 +299,14 @@ def test_a_damaged_checkpoint_is_passed_over(three_steps, tmp_path, capsys, dama
     printed = capsys.readouterr().out
     assert f"{newest} is passed over" in printed and victim.name in printed and "checkpoint-2, the newest whole checkpoint" in printed
     assert same(weights(three_steps), weights(tmp_path / "run")) and [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_a_damaged_newer_checkpoint_does_not_cost_the_others(three_steps, tmp_path):
+    """--keep counts back from the step just saved: what a resumed run has passed over does not crowd out what it saves."""
+    shutil.copytree(three_steps, tmp_path / "run", ignore=shutil.ignore_patterns("final", "checkpoint-2"))
+    (tmp_path / "run" / "checkpoint-3" / "run.json").unlink()
+    train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "2", "--keep", "1"])
+    assert checkpoint.newest_whole(tmp_path / "run", print).name == "checkpoint-2"
 
 
 def test_a_half_written_line_and_an_unfinished_checkpoint_disappear(tmp_path):
@@ -324,6 +394,8 @@ def test_a_nan_reward_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "sample_round", sample_round)
     with pytest.raises(BadInput, match="bad steps in a row"):
         run(TINY, tmp_path / "run", "--max-bad-steps", 2, steps=9)
+    bad = [json.loads(line) for line in open(tmp_path / "run" / "bad-step-2.jsonl")]
+    assert len(bad) == 16 and sum(row["reward"] is None for row in bad) == 1  # the batch that was refused, in valid JSON
     assert "a reward is NaN" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
