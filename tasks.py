@@ -17,6 +17,7 @@ four operators, and a LaTeX comparison runs in a process that is killed when its
 import ast
 import json
 import multiprocessing
+import operator
 import pathlib
 import random
 import re
@@ -185,25 +186,26 @@ def _countdown_problem(rng, difficulty):
     """`difficulty` numbers from 1 to 12 and a target that some expression over all of them reaches."""
     numbers = tuple(rng.randint(1, 12) for _ in range(difficulty))
     while True:
-        expression = random_expression(numbers, rng, "+-*")  # division is allowed in answers, never needed
-        value = evaluate_expression(expression)
-        if value is not None and value[0].denominator == 1 and 1 <= value[0] <= 50:
+        _, target = random_expression(numbers, rng)  # division is allowed in answers, never needed
+        if 1 <= target <= 50:
             break
-    target = int(value[0])
     listed = ", ".join(map(str, numbers))
     return Problem(f"Use {listed} once each with + - * / to make {target}. Reply with the expression only.", str(target), "countdown", numbers)
 
 
-def random_expression(numbers, rng, operators="+-*/"):
-    """A random binary expression over all the numbers, each used once, with brackets where they are needed."""
-    terms = [(str(n), "") for n in rng.sample(numbers, len(numbers))]
+_APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+def random_expression(numbers, rng):
+    """(text, value) of a random expression with + - * over all the numbers, each used once, with brackets where they are needed."""
+    terms = [(str(n), "", n) for n in rng.sample(numbers, len(numbers))]
     while len(terms) > 1:
         left, right = terms.pop(rng.randrange(len(terms))), terms.pop(rng.randrange(len(terms)))
-        operator = rng.choice(operators)
-        a = f"({left[0]})" if left[1] in ("+", "-") and operator in "*/" else left[0]
-        b = f"({right[0]})" if right[1] and (operator in "*/" or (operator == "-" and right[1] in "+-")) else right[0]
-        terms.append((f"{a}{operator}{b}", operator))
-    return terms[0][0]
+        sign = rng.choice("+-*")
+        a = f"({left[0]})" if left[1] in ("+", "-") and sign == "*" else left[0]
+        b = f"({right[0]})" if right[1] and (sign == "*" or (sign == "-" and right[1] in "+-")) else right[0]
+        terms.append((f"{a}{sign}{b}", sign, _APPLY[sign](left[2], right[2])))
+    return terms[0][0], terms[0][2]
 
 
 # ----------------------------------------------------------------------------------------------------- arithmetic
@@ -256,11 +258,12 @@ def load_problems(task="countdown", data=None, difficulty=None, held_out=512):
     # held out are bags of words, not questions: "3 plus 4" held out must not be trained on as "4 plus 3"
     bag = lambda p: (tuple(sorted(re.findall(r"\w+", p.question))), p.answer)
     drawn = list(dict.fromkeys(make(rng, difficulty) for _ in range(QUESTIONS)))
-    bags = list(dict.fromkeys(map(bag, drawn)))
+    bag_of = {p: bag(p) for p in drawn}
+    bags = list(dict.fromkeys(bag_of.values()))
     rng.shuffle(bags)
     apart = set(bags[: max(1, len(bags) // 5)])
-    held_out = {bag(p): p for p in drawn if bag(p) in apart}
-    return [p for p in drawn if bag(p) not in apart], list(held_out.values())
+    held_out = {bag_of[p]: p for p in drawn if bag_of[p] in apart}
+    return [p for p in drawn if bag_of[p] not in apart], list(held_out.values())
 
 
 def default_cap(task, data):

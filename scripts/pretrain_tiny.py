@@ -94,7 +94,7 @@ def main():
     for step in bar:
         rows = []
         for i in rng.choices(range(len(train)), k=args.batch):
-            demonstration = rng.choice(right[i]) if rng.random() < args.right else random_expression(train[i].numbers, rng, "+-*")
+            demonstration = rng.choice(right[i]) if rng.random() < args.right else random_expression(train[i].numbers, rng)[0]
             answer = tokenizer(demonstration, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
             rows.append((prompts[i] + answer, [-100] * len(prompts[i]) + answer))
         width = max(len(ids) for ids, _ in rows)

@@ -1,13 +1,14 @@
 """Prompts and rewards: what counts as an answer, what does not, and what hostile text costs."""
 
 import json
+import random
 import time
 from fractions import Fraction
 
 import pytest
 
 import tasks
-from tasks import BadInput, Grade, Problem, evaluate_expression, grade, last_number, load_problems, only_number, parse_number, read_problems, render_prompt
+from tasks import BadInput, Grade, Problem, evaluate_expression, grade, last_number, load_problems, only_number, parse_number, random_expression, read_problems, render_prompt
 
 EIGHT = Problem("q", "8")
 GAME = Problem("q", "16", "countdown", (3, 5, 2))
@@ -71,6 +72,14 @@ def test_hostile_answers_cost_little_and_evaluate_nothing(text):
     for problem in (EIGHT, GAME):
         assert grade(problem, text).strict is False
     assert time.perf_counter() - started < 1.0
+
+
+def test_random_expressions_are_worth_what_they_say():
+    rng = random.Random(0)
+    for _ in range(300):
+        numbers = [rng.randint(1, 12) for _ in range(rng.randint(1, 5))]
+        text, value = random_expression(numbers, rng)
+        assert evaluate_expression(text)[0] == value and sorted(evaluate_expression(text)[1]) == sorted(numbers)
 
 
 @pytest.mark.parametrize("task", ["countdown", "arithmetic"])
