@@ -407,7 +407,10 @@ def _latex_worker(pipe):
     logging.disable(logging.CRITICAL)
     pipe.send("ready")
     while True:
-        answer, truth = pipe.recv()
+        try:
+            answer, truth = pipe.recv()
+        except EOFError:
+            return  # the parent is gone
         try:  # its own time-outs use signals and print; the parent's kill replaces them
             gold, found = (parse(f"${text}$", parsing_timeout=None, raise_on_error=True) for text in (truth, answer))
             pipe.send(verify(gold, found, timeout_seconds=None, raise_on_error=True) if gold else None)  # a truth it cannot read is a failure too

@@ -95,13 +95,13 @@ def table(e, o, prompt_tokens=256):
 
 
 def overview(config, o):
-    """What `--estimate` prints: the parts on one GPU, and the peak when sharded or offloaded."""
-    lines = [table(estimate(config, o), o)]
-    for size in (2, 4, 8):
-        if o.prompts_per_step % (size * o.updates_per_rollout) == 0:
-            lines.append(f"  {size} processes   {estimate(config, o, world_size=size).peak / GIB:9.2f} GiB each")
-    lines.append(f"  1, --offload  {estimate(config, dataclasses.replace(o, offload=True)).peak / GIB:9.2f} GiB, and {16 * estimate(config, o).parameters / GIB:.1f} GiB of main memory")
-    return "\n".join(lines)
+    """What `--estimate` prints: the parts on one GPU, and the peaks of other ways to run it."""
+    peak = lambda size=1, **changes: estimate(config, dataclasses.replace(o, **changes), world_size=size).peak / GIB
+    ways = {} if o.gradient_checkpointing else {"--gradient-checkpointing": peak(gradient_checkpointing=True)}
+    ways |= {f"torchrun, {size} processes": peak(size) for size in (2, 4, 8) if o.prompts_per_step % (size * o.updates_per_rollout) == 0}
+    ways["torchrun, 1, --offload"] = peak(offload=True)
+    lines = [table(estimate(config, o), o)] + [f"  {name:26s}{gib:9.2f} GiB a process" for name, gib in ways.items()]
+    return "\n".join(lines) + f", and {16 * estimate(config, o).parameters / GIB:.1f} GiB of main memory"
 
 
 def what_to_change(e, o):
