@@ -118,10 +118,10 @@ def answer_states(model, rollout, rows, layer=None, norm=True, share_prompts=Tru
     with _cut(model, layer, norm):
         # padding stands on the right, where a causal model never looks
         states = model(ids, position_ids=position_ids(prompt_mask), past_key_values=cache, use_cache=True).logits
-        states = states[torch.arange(len(ids), device=ids.device), length - 1][owner, None]
+        states = states[torch.arange(len(ids), device=ids.device), length - 1].index_select(0, owner)[:, None]
         if last > 0:
             for part in cache.layers:
-                part.keys, part.values = part.keys[owner], part.values[owner]
+                part.keys, part.values = part.keys.index_select(0, owner), part.values.index_select(0, owner)
             seen = torch.cat([prompt_mask[owner], mask[:, :last]], 1)
             positions = length[owner, None] + torch.arange(last, device=ids.device)
             more = model(answers[:, :last], attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True).logits

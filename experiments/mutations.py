@@ -39,7 +39,7 @@ FAULTS = [
     ("internals.py", "int(positive[-1]) + 1", "int(positive[-1])", "tests/test_internals.py"),
     ("internals.py", "body.layers = layers[:layer]", "pass", "tests/test_internals.py"),
     ("internals.py", "self.feed_forward - self.feed_forward_input", "self.feed_forward - self.attention_input", "tests/test_internals.py"),
-    ("internals.py", "part.keys, part.values = part.keys[owner], part.values[owner]", "part.keys, part.values = part.keys[owner].detach(), part.values[owner]", "tests/test_internals.py"),
+    ("internals.py", "part.values = part.keys.index_select(0, owner),", "part.values = part.keys.detach().index_select(0, owner),", "tests/test_internals.py"),
     ("internals.py", "positions = length[owner, None] + ", "positions = ids.shape[1] + 0 * length[owner, None] + ", "tests/test_internals.py"),
     ("internals.py", "seen = torch.cat([prompt_mask[owner], mask[:, :last]], 1)", "seen = None", "tests/test_internals.py"),
     ("bupo.py", "step <= inter_steps", "step < inter_steps", "tests/test_bupo.py"),
