@@ -479,7 +479,7 @@ def test_models_that_cannot_be_used(tmp_path, tiny_folder):
 
 
 def test_the_program_exits_with_two_and_no_traceback(tmp_path):
-    result = subprocess.run([sys.executable, "train.py", "--answers-per-prompt", "1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "train.py", "--answers-per-prompt", "1", "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("train.py: --answers-per-prompt 1")
 
 
