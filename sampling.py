@@ -137,15 +137,15 @@ def pad_prompts(prompts, device):
 
 
 @contextlib.contextmanager
-def rollout_mode(model):
-    """eval, no gradient, gradient checkpointing off (it silently drops the KV cache); all restored afterwards."""
+def rollout_mode(model, rows):
+    """eval, no gradient, gradient checkpointing off (it silently drops the KV cache); all restored afterwards. `rows`: decoded together."""
     training = [(m, m.training) for m in model.modules()]
     checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     model.eval()
     for m in checkpointed:
         m.gradient_checkpointing = False
     try:
-        with torch.no_grad(), few_rows(model):
+        with torch.no_grad(), few_rows(model, rows):
             yield
     finally:
         for m in checkpointed:
@@ -197,10 +197,10 @@ def generate(model, prompts, answers_per_prompt=1, max_new_tokens=32, eos_ids=()
     generator    a CPU torch.Generator; the draws of a row do not depend on when other rows finish
     uniform      instead of a generator: the random numbers themselves, (max_new_tokens, B) in [0, 1)
     """
-    with rollout_mode(model):
+    rows = len(prompts) * answers_per_prompt
+    with rollout_mode(model, rows):
         device = model.get_input_embeddings().weight.device
         prompt, prompt_mask = pad_prompts(prompts, device)
-        rows = len(prompts) * answers_per_prompt
         uniform = (torch.rand(max_new_tokens, rows, generator=generator) if uniform is None else uniform).to(device)
         eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
 

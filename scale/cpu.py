@@ -11,13 +11,14 @@ LEAST_WEIGHTS = 2**15
 
 
 @contextlib.contextmanager
-def few_rows(model):
-    """While open, the float32 linear layers of a model on a CPU take oneDNN's product for few rows. It has no gradient: for inference only."""
-    fast = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+def few_rows(model, rows):
+    """While open, the float32 linear layers of a model on a CPU take oneDNN's product, on copies of their weights that are laid
+    out for inputs of `rows` rows. It has no gradient and the copies do not follow the weights: for one rollout only."""
+    ops = torch.ops.mkldnn if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
     fits = lambda w: w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() >= LEAST_WEIGHTS
-    changed = [m for m in model.modules() if fast and type(m) is torch.nn.Linear and "forward" not in vars(m) and fits(m.weight)]
+    changed = [m for m in model.modules() if ops and type(m) is torch.nn.Linear and "forward" not in vars(m) and fits(m.weight)]
     for m in changed:
-        m.forward = functools.partial(_forward, m, fast)
+        m.forward = functools.partial(_forward, m, ops._linear_pointwise, ops._reorder_linear_weight(m.weight, min(rows, MOST_ROWS)))
     try:
         yield
     finally:
@@ -25,7 +26,7 @@ def few_rows(model):
             del m.forward
 
 
-def _forward(m, fast, x):
+def _forward(m, product, weight, x):
     if x.numel() > MOST_ROWS * x.shape[-1]:
         return linear(x, m.weight, m.bias)
-    return fast(x, m.weight, m.bias, "none", [], "")
+    return product(x, weight, m.bias, "none", [], "")

@@ -196,12 +196,12 @@ def test_the_product_for_few_rows_is_the_product(rows, monkeypatch):
     net = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 40, bias=False)).requires_grad_(False)
     x = torch.randn(rows, 1, 30)
     want = net(x)
-    with cpu.few_rows(net):
+    with cpu.few_rows(net, rows):
         assert all("forward" in vars(m) for m in net)
         torch.testing.assert_close(net(x), want, atol=1e-5, rtol=1e-5)
     assert not any("forward" in vars(m) for m in net)
     net.double()
-    with cpu.few_rows(net):  # oneDNN's product is for float32
+    with cpu.few_rows(net, rows):  # oneDNN's product is for float32
         assert not any("forward" in vars(m) for m in net)
 
 
