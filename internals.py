@@ -118,7 +118,7 @@ def answer_states(model, rollout, rows, layer=None, norm=True, share_prompts=Tru
     with _cut(model, layer, norm):
         # padding stands on the right, where a causal model never looks
         states = model(ids, position_ids=position_ids(prompt_mask), past_key_values=cache, use_cache=True).logits
-        states = states[torch.arange(len(ids), device=ids.device), length - 1].index_select(0, owner)[:, None]
+        states = states.gather(1, (length - 1)[:, None, None].expand(-1, 1, states.shape[-1])).index_select(0, owner)
         if last > 0:
             for part in cache.layers:
                 part.keys, part.values = part.keys.index_select(0, owner), part.values.index_select(0, owner)
