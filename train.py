@@ -382,9 +382,10 @@ def train(o):
     """Set a run up (or pick it up where it stopped), take its steps, leave its files."""
     run, step = open_run(o, shard.World(o.device))
     with StopRequest(run.say) as stop:
-        if step == 0:
+        if step is None:
             report.first_look(run)
-            checkpoint.save(run, 0)
+            step = 0
+            checkpoint.save(run, step)
         while step < o.steps and not run.world.any(stop.asked):
             step += 1
             try:

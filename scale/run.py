@@ -86,7 +86,7 @@ def _permutation(size, seed, epoch):
 
 
 def open_run(o, world):
-    """(run, step it stands at): a new run, or the newest whole checkpoint of an old one."""
+    """(run, step it stands at): the newest whole checkpoint of an old run; or a new run, and None."""
     shard.check_world(o, world)
     say = print if world.main else lambda *args, **kwargs: None
     out = pathlib.Path(o.out)
@@ -121,10 +121,10 @@ def open_run(o, world):
     run.optimizer = run.make_optimizer()
     if not run.eos_ids:
         say("note: neither the model nor the tokenizer names an end-of-sequence token; answers end at --max-new-tokens only")
-    step = checkpoint.restore(run, found) if found else 0
+    step = checkpoint.restore(run, found) if found else None
     describe(run, config, say)
     if world.main:
-        prepare_folder(o, out, step if found else -1)
+        prepare_folder(o, out, -1 if step is None else step)
     return run, step
 
 

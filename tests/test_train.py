@@ -309,6 +309,14 @@ def test_a_damaged_newer_checkpoint_does_not_cost_the_others(three_steps, tmp_pa
     assert checkpoint.newest_whole(tmp_path / "run", print).name == "checkpoint-2"
 
 
+def test_a_run_killed_in_its_first_step_looks_once(three_steps, tmp_path):
+    run(TINY, tmp_path / "run", steps=1)
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-1")
+    train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "3"])
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2, 3] and same(weights(tmp_path / "run"), weights(three_steps))
+
+
 def test_a_half_written_line_and_an_unfinished_checkpoint_disappear(tmp_path):
     _, rows = run(TINY, tmp_path / "run", steps=2)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
