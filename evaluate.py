@@ -25,7 +25,14 @@ from tasks import BUILT_IN, LATEX, BadInput, Grade, default_cap, grade, load_pro
 
 def valid_json(thing, **style):
     """json.dumps with null for NaN and infinity, which JSON does not have."""
-    clean = lambda x: {k: clean(v) for k, v in x.items()} if isinstance(x, dict) else [clean(v) for v in x] if isinstance(x, list) else None if isinstance(x, float) and not math.isfinite(x) else x
+
+    def clean(x):
+        if isinstance(x, dict):
+            return {key: clean(value) for key, value in x.items()}
+        if isinstance(x, list):
+            return [clean(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
     return json.dumps(clean(thing), allow_nan=False, **style)
 
 

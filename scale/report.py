@@ -83,13 +83,15 @@ def evaluate_over(world, run, problems, temperature, seed, name):
 def samples_of(step, run, rows=(0, 1)):
     """A few answers of the last batch, readable: text, verdict, and entropy and temperature of every token."""
     batch = run.last_batch
+    entropy = batch.rollout.entropy if batch.entropy is None else batch.entropy  # a batch that was refused before it was scored
     for row in rows:
         n = int(batch.rollout.lengths[row])
+        problem = batch.problems[row // run.options.answers_per_prompt]
         yield {
-            "step": step, "question": batch.problems[row // run.options.answers_per_prompt].question, "truth": batch.problems[row // run.options.answers_per_prompt].answer,
+            "step": step, "question": problem.question, "truth": problem.answer,
             "answer": batch.texts[row], "reward": float(batch.rewards[row]), "finished": bool(batch.rollout.finished[row]),
             "tokens": [run.tokenizer.decode([t]) for t in batch.rollout.tokens[row, :n].tolist()],
-            "entropy": [round(x, 4) for x in (batch.rollout if batch.entropy is None else batch).entropy[row, :n].tolist()], "temperature": [round(x, 4) for x in batch.rollout.temperature[row, :n].tolist()],
+            "entropy": [round(x, 4) for x in entropy[row, :n].tolist()], "temperature": [round(x, 4) for x in batch.rollout.temperature[row, :n].tolist()],
         }
 
 
