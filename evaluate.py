@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from sampling import eos_ids_of, generate
+from scale.latex import LATEX
 from scale.load import check_device, fit_context, load_model
 from scale.options import OneLineParser, run_main
-from tasks import BUILT_IN, LATEX, BadInput, Grade, default_cap, grade, load_problems, read_problems, render_prompt
+from tasks import BUILT_IN, BadInput, Grade, default_cap, grade, load_problems, read_problems, render_prompt
 
 
 def valid_json(thing, **style):

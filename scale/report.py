@@ -7,7 +7,7 @@ from evaluate import sample_answers, summarise, valid_json
 from sampling import NonFinite
 from scale import shard
 from scale.seeds import seed_of
-from tasks import LATEX
+from scale.latex import LATEX
 
 @torch.no_grad()
 def weight_sample(policy):

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 
 import tasks
+from scale.latex import LATEX
 from tasks import BadInput, Grade, Problem, evaluate_expression, grade, last_number, load_problems, only_number, parse_number, random_expression, read_problems, render_prompt
 
 EIGHT = Problem("q", "8")
@@ -194,8 +195,8 @@ def test_latex_in_a_killable_process():
     pytest.importorskip("math_verify")
     assert tasks.latex_equal("\\frac{1}{2}", "0.5") and not tasks.latex_equal("x+1", "x+2")
     assert grade(Problem("q", "p - q", "latex"), "so it is \\boxed{-q+p}").strict
-    before = tasks.LATEX.failures
-    assert not tasks.latex_equal("\\frac{1}{2}", "") and tasks.LATEX.failures == before + 1  # a truth that cannot be read is counted
+    before = LATEX.failures
+    assert not tasks.latex_equal("\\frac{1}{2}", "") and LATEX.failures == before + 1  # a truth that cannot be read is counted
 
 
 # -------------------------------------------------------------------------------------------------------- prompts
