@@ -6,8 +6,9 @@ import internals
 from evaluate import sample_answers, summarise, valid_json
 from sampling import NonFinite
 from scale import shard
-from scale.seeds import seed_of
 from scale.latex import LATEX
+from scale.seeds import seed_of
+
 
 @torch.no_grad()
 def weight_sample(policy):
