@@ -60,7 +60,7 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     torch.manual_seed(2)
-    model = random_model(layers=3, vocab=384, hidden=32, scale=1.0)
+    model = random_model(layers=3, vocab=384, hidden=32, scale=4.0)
     model.config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -69,3 +69,8 @@ def tiny_folder(tmp_path_factory):
 
 def checkpoint_layers(model):
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def pytest_collection_modifyitems(items):
+    """First of all comes the test that starts other processes: they work beside the tests that follow."""
+    items.sort(key=lambda item: item.name != "test_one_process_hands_over_to_two")

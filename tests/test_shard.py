@@ -16,7 +16,9 @@ import train
 from scale.shard import check_world
 from tasks import BadInput
 
-OPTIONS = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--updates-per-rollout", "2", "--max-new-tokens", "8", "--eval-prompts", "8", "--warmup-steps", "1", "--device", "cpu", "--model", str(TINY)]
+# HAPO with BuPO, unequal micro-batches, layers checkpointed: an aligned step at layer 2 and a full one lie behind the resume
+OPTIONS = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--updates-per-rollout", "2", "--max-new-tokens", "8", "--eval-prompts", "2", "--warmup-steps", "1", "--device", "cpu", "--model", str(TINY),
+           "--bupo-layer", "2", "--bupo-steps", "2", "--micro-tokens", "70", "--gradient-checkpointing", "--keep", "9"]
 COMPARED = ("loss", "reward", "entropy", "grad_norm", "response_length", "clip_low", "clip_high", "ratio_max", "dead_groups", "internal_entropy", "logp")
 
 
@@ -26,41 +28,51 @@ def free_port():
         return s.getsockname()[1]
 
 
-def two_processes(out, *more):
-    """train.py in two processes, as torchrun starts them."""
-    workers, port = [], free_port()
-    for rank in (0, 1):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        workers.append(subprocess.Popen([sys.executable, "train.py", *OPTIONS, "--out", str(out), *map(str, more)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [w.communicate(timeout=80)[0] for w in workers]
-    assert all(w.returncode == 0 for w in workers), outputs
+def options(folder, out, *more):
+    return [*OPTIONS, "--data", str(folder / "questions.jsonl"), "--out", str(folder / out), *map(str, more)]
 
 
-def one_process(out, *more):
-    train.main([*OPTIONS, "--out", str(out), *map(str, more)])
+def one_process(*args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "scripts.curves", None)  # an ImportError, as on a machine without matplotlib
+        train.main(options(*args))
+
+
+def two_processes(*args):
+    """Start train.py in two processes, as torchrun does."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [subprocess.Popen([sys.executable, "train.py", *options(*args)], cwd=ROOT, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="session")
+def handed_over(tmp_path_factory):
+    """One process runs four steps; two go on from its first, in the background, to the third."""
+    folder = tmp_path_factory.mktemp("shard")
+    rows = [{"question": f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}. Reply with the expression only.", "answer": str(a)} for a in range(1, 7) for b in range(7, 12)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one_process(folder, "one", "--steps", 4)
+    shutil.copytree(folder / "one", folder / "two", ignore=shutil.ignore_patterns("final", "checkpoint-[234]"))
+    workers = two_processes(folder, "two", "--resume", "--steps", 3)
+    yield folder, workers
+    for worker in workers:
+        worker.kill()
 
 
 def result(out):
     return load_file(out / "final" / "model.safetensors"), [json.loads(line) for line in open(out / "metrics.jsonl")]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shard")
-    rows = [{"question": f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}. Reply with the expression only.", "answer": str(a)} for a in range(1, 7) for b in range(7, 12)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+def test_one_process_hands_over_to_two(handed_over):
+    folder, _ = handed_over
+    assert (folder / "one" / "final").is_dir() and (folder / "two" / "checkpoint-1").is_dir()
 
 
-def test_two_processes_are_one(folder, monkeypatch):
-    """HAPO with BuPO, unequal micro-batches, layers checkpointed. Two processes pick up what one has begun: an aligned step at
-    layer 2 (truncated pass, upper layers untouched), then a full one. Then one process picks up what two have left."""
-    monkeypatch.setitem(sys.modules, "scripts.curves", None)
-    more = ["--data", folder / "questions.jsonl", "--bupo-layer", 2, "--bupo-steps", 2, "--micro-tokens", 70, "--gradient-checkpointing", "--keep", 9]
-    one_process(folder / "one", *more, "--steps", 4)
-    shutil.copytree(folder / "one", folder / "two", ignore=shutil.ignore_patterns("final", "checkpoint-[234]"))
-    two_processes(folder / "two", *more, "--resume", "--steps", 3)
-    one_process(folder / "two", *more, "--resume", "--steps", 4)
+def test_two_processes_are_one(handed_over):
+    """Two processes pick up what one has begun, and one picks up what two have left: as if one had done it all."""
+    folder, workers = handed_over
+    outputs = [w.communicate(timeout=80)[0] for w in workers]
+    assert all(w.returncode == 0 for w in workers), outputs
+    one_process(folder, "two", "--resume", "--steps", 4)
     (one, rows_one), (two, rows_two) = result(folder / "one"), result(folder / "two")
     start, aligned = load_file(TINY / "model.safetensors"), load_file(folder / "two" / "checkpoint-2" / "model.safetensors")
     assert one.keys() == two.keys() and "lm_head.weight" not in two  # tied stays tied
@@ -77,6 +89,6 @@ def test_two_processes_are_one(folder, monkeypatch):
 
 
 def test_more_processes_than_prompts_is_one_line():
-    options, world = SimpleNamespace(offload=False, prompts_per_step=2, updates_per_rollout=1), SimpleNamespace(size=4, sharded=True)
+    o, world = SimpleNamespace(offload=False, prompts_per_step=2, updates_per_rollout=1), SimpleNamespace(size=4, sharded=True)
     with pytest.raises(BadInput, match="--prompts-per-step 2: must be a multiple of processes x updates per rollout = 4 x 1 .more ranks than prompts."):
-        check_world(options, world)
+        check_world(o, world)

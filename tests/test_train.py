@@ -22,6 +22,7 @@ from scale.shard import World
 from tasks import BadInput, Grade, Problem
 
 FAST = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--updates-per-rollout", "2", "--max-new-tokens", "8", "--eval-prompts", "4", "--lr", "1e-3", "--warmup-steps", "1", "--device", "cpu"]
+SMALL = []  # --model and --data of a random model and a file, made once
 TIMES = ("seconds_generate", "seconds_score", "seconds_update", "tokens_per_second")
 
 
@@ -31,28 +32,33 @@ def no_pictures(monkeypatch):
 
 
 @pytest.fixture
-def evaluations():
-    """A test that asks for this evaluates held-out questions."""
+def real_verdicts():
+    """A test that asks for this grades answers and evaluates held-out questions."""
 
 
 @pytest.fixture(autouse=True)
-def no_evaluations(monkeypatch, request):
-    """Evaluation takes most of a short run: only tests that look at it let it happen."""
-    if "evaluations" not in request.fixturenames:
-        monkeypatch.setattr(report, "evaluate_over", lambda *args: Accuracy(0.5, 0.5, 0.1, 0.1, 1.0, 7.0))
+def verdicts(monkeypatch, request):
+    if "real_verdicts" not in request.fixturenames:
+        invent_verdicts(monkeypatch)
+
+
+def invent_verdicts(monkeypatch):
+    """Verdicts that depend on the answer alone, since random weights are never right; and no evaluation, most of a short run's time."""
+    monkeypatch.setattr(train, "grade", lambda problem, text: Grade(*[sum(text.encode()) % 2 == 0] * 2))
+    monkeypatch.setattr(report, "evaluate_over", lambda *args: Accuracy(0.5, 0.5, 0.1, 0.1, 1.0, 7.0))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def questions(tmp_path_factory):
+def small(tmp_path_factory, tiny_folder):
     """A small file of questions that the shipped model answers with an expression; its last number is sometimes the answer."""
     path = tmp_path_factory.mktemp("data") / "questions.jsonl"
     rows = [{"question": f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}. Reply with the expression only.", "answer": str(a)} for a in range(1, 7) for b in range(7, 12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    FAST[-1:] = ["cpu", "--data", str(path)]
+    SMALL[:] = ["--model", str(tiny_folder), "--data", str(path)]
 
 
-def run(folder, out, *more, steps=2):
-    train.main([*FAST, "--model", str(folder), "--out", str(out), "--steps", str(steps), *map(str, more)])
+def run(out, *more, steps=2):
+    train.main([*FAST, *SMALL, "--out", str(out), "--steps", str(steps), *map(str, more)])
     return weights(out), metrics(out)
 
 
@@ -73,8 +79,8 @@ def same(a, b):
 # ------------------------------------------------------------------------------------------------- a run's files
 
 
-def test_a_run_and_its_files(evaluations, tiny_folder, tmp_path, capsys):
-    run(tiny_folder, tmp_path / "run", "--data", "")
+def test_a_run_and_its_files(real_verdicts, tmp_path, capsys):
+    run(tmp_path / "run", "--data", "")
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert [r["step"] for r in rows] == [0, 1, 2]
     assert {"eval_accuracy", "eval_greedy", "pass_rate", "expected_live_groups"} <= rows[0].keys()
@@ -94,8 +100,9 @@ def test_a_run_and_its_files(evaluations, tiny_folder, tmp_path, capsys):
     assert "a loss near 0 is right" in printed and "warning: the model is almost never right" in printed and "step 2/2" in printed
 
 
-def test_the_same_seed_gives_the_same_metrics(evaluations, tmp_path):
-    a, b, c = run(TINY, tmp_path / "a"), run(TINY, tmp_path / "b"), run(TINY, tmp_path / "c", "--seed", 1)
+def test_the_same_seed_gives_the_same_metrics(real_verdicts, tmp_path):
+    shipped = ["--model", TINY]
+    a, b, c = run(tmp_path / "a", *shipped), run(tmp_path / "b", *shipped), run(tmp_path / "c", *shipped, "--seed", 1, steps=1)
     assert same(a[0], b[0]) and a[1] == b[1]
     assert not same(a[0], c[0])
 
@@ -105,7 +112,7 @@ def test_the_same_seed_gives_the_same_metrics(evaluations, tmp_path):
 
 def test_hapo_with_all_four_off_is_dapo_to_the_last_bit(tmp_path):
     off = ["--no-adaptive-temperature", "--no-token-group-average", "--no-advantage-redistribution", "--no-adaptive-clip"]
-    dapo, hapo, on = (run(TINY, tmp_path / name, *args) for name, args in (("dapo", ["--algo", "dapo"]), ("hapo", ["--algo", "hapo", *off]), ("on", ["--algo", "hapo"])))
+    dapo, hapo, on = (run(tmp_path / name, *args) for name, args in (("dapo", ["--algo", "dapo"]), ("hapo", ["--algo", "hapo", *off]), ("on", ["--algo", "hapo"])))
     assert same(dapo[0], hapo[0]) and dapo[1] == hapo[1]
     assert not same(dapo[0], on[0])
 
@@ -114,9 +121,9 @@ def test_each_part_alone_changes_the_result(tmp_path):
     parts = {"adaptive-temperature", "token-group-average", "advantage-redistribution", "adaptive-clip"}
     # the second update of a step sees ratios other than 1; a narrow clip range makes sure that some are at its edges
     args = ["--lr", "0.0005", "--prompts-per-step", "8", "--updates-per-rollout", "4", "--tau", "0.5", "--clip-low", "0.1", "--clip-high", "0.1"]
-    dapo = run(TINY, tmp_path / "dapo", "--algo", "dapo", *args, steps=2)
+    dapo = run(tmp_path / "dapo", "--algo", "dapo", *args, steps=2)
     for part in parts:
-        alone = run(TINY, tmp_path / part, *args, *[f"--no-{other}" for other in parts - {part}], steps=2)
+        alone = run(tmp_path / part, *args, *[f"--no-{other}" for other in parts - {part}], steps=2)
         assert not same(dapo[0], alone[0]), part
 
 
@@ -136,7 +143,7 @@ def gradients(monkeypatch):
 def test_micro_batches_change_no_gradient(tmp_path, gradients, algo):
     settings = ([], ["--micro-batch", "1"], ["--micro-batch", "2"], ["--micro-tokens", "60", "--gradient-checkpointing"])
     for i, extra in enumerate(settings):
-        run(TINY, tmp_path / str(i), "--algo", algo, *extra, steps=1)
+        run(tmp_path / str(i), "--algo", algo, *extra, steps=1)
     assert len(gradients) == 2 * len(settings)
     for i in range(1, len(settings)):
         for update in (0, 1):
@@ -145,7 +152,7 @@ def test_micro_batches_change_no_gradient(tmp_path, gradients, algo):
 
 
 def test_nothing_is_outside_the_clip_range_before_the_first_update(tmp_path):
-    _, rows = run(TINY, tmp_path / "run", steps=3)
+    _, rows = run(tmp_path / "run", steps=3)
     assert all(row["outside_before_update"] == 0 for row in rows[1:])
 
 
@@ -153,12 +160,12 @@ def test_nothing_is_outside_the_clip_range_before_the_first_update(tmp_path):
 
 
 @pytest.fixture
-def one_update(tiny_folder, tmp_path):
+def one_update(tmp_path):
     """one_update(advantage, shift, h, *options): loss of one token-mean update whose ratios are all exp(shift) and h all the same."""
 
     def loss(advantage, shift, *args, h=0.0, ref=None):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        run, _ = open_run(options.parse(train.Options, [*FAST, "--model", str(tiny_folder), "--out", str(out), "--lr", "0", *args], ""), World("cpu"))
+        run, _ = open_run(options.parse(train.Options, [*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], ""), World("cpu"))
         batch = train.collect(1, run)
         logp, batch.entropy = train.score(run.policy, batch, None, run)
         batch.old_logp = logp - shift
@@ -181,15 +188,15 @@ def test_an_update_by_hand(one_update):
     assert one_update(1.0, math.log(0.86), "--released", h=-0.5) == pytest.approx(-0.86 * 0.5, rel=1e-4)
 
 
-def test_warm_up_is_linear(tiny_folder, tmp_path):
-    _, rows = run(tiny_folder, tmp_path / "run", "--warmup-steps", 2, steps=3)
+def test_warm_up_is_linear(tmp_path):
+    _, rows = run(tmp_path / "run", "--warmup-steps", 2, steps=3)
     assert [r["lr"] for r in rows[1:]] == pytest.approx([5e-4, 1e-3, 1e-3])
 
 
 def test_the_overlong_penalty_is_part_of_the_reward_and_not_of_the_accuracy(tmp_path, monkeypatch):
     seen, original = [], train.collect
     monkeypatch.setattr(train, "collect", lambda *args: seen.append(original(*args)) or seen[-1])
-    _, rows = run(TINY, tmp_path / "run", "--overlong-buffer", "4", steps=1)
+    _, rows = run(tmp_path / "run", "--overlong-buffer", "4", steps=1)
     batch = seen[0]
     right = batch.rewards - torch.tensor([max(-1.0, min(0.0, (4 - n) / 4)) for n in batch.rollout.lengths.tolist()])
     assert set(right.tolist()) <= {0.0, 1.0} and rows[1]["reward"] == pytest.approx(right.mean().item()) and (batch.rewards < 0).any()
@@ -209,15 +216,15 @@ def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
 def test_algorithms_and_options_run(tmp_path):
     for i, extra in enumerate((["--temperature-form", "zscore"], ["--dynamic-sampling"], ["--kl", "0.1"], ["--loss-mean", "fixed"],
                                ["--comparison", "forking"], ["--comparison", "archer"], ["--comparison", "entropy-advantage"], ["--comparison", "edge"])):
-        final, rows = run(TINY, tmp_path / str(i), *extra, steps=1)
+        final, rows = run(tmp_path / str(i), *extra, steps=1)
         assert rows[1]["updates"] + rows[1]["dead_updates"] == 2 and rows[1]["grad_norm"] >= 0
         assert all(v.isfinite().all() for v in final.values())
 
 
-def test_dynamic_sampling_ends_when_every_group_is_dead(tiny_folder, tmp_path, capsys):
+def test_dynamic_sampling_ends_when_every_group_is_dead(real_verdicts, tiny_folder, tmp_path, capsys):
     before = load_file(tiny_folder / "model.safetensors")
     (tmp_path / "never.jsonl").write_text("".join(json.dumps({"question": f"{i} + {i}?", "answer": "987654"}) + "\n" for i in range(20)))
-    final, rows = run(tiny_folder, tmp_path / "run", "--dynamic-sampling", "--max-rounds", "2", "--data", tmp_path / "never.jsonl")
+    final, rows = run(tmp_path / "run", "--dynamic-sampling", "--max-rounds", "2", "--data", tmp_path / "never.jsonl")
     assert "4 of 4 groups are still all right or all wrong" in capsys.readouterr().out
     assert rows[1]["not_filled"] == 4 and rows[1]["groups"] == 8 and rows[1]["dead_updates"] == 2 and rows[1]["updates"] == 0
     assert same({k: before[k] for k in final}, final)  # no live group: nothing moves, not even by weight decay
@@ -226,12 +233,12 @@ def test_dynamic_sampling_ends_when_every_group_is_dead(tiny_folder, tmp_path, c
 # --------------------------------------------------------------------------------------------------------- BuPO
 
 
-def test_bupo_phases_in_training(tmp_path):
-    _, rows = run(TINY, tmp_path / "run", "--bupo-layer", "2", "--bupo-steps", "2", "--diagnose-every", "1", steps=3)
+def test_bupo_phases_in_training(tiny_folder, tmp_path):
+    _, rows = run(tmp_path / "run", "--bupo-layer", "2", "--bupo-steps", "2", "--diagnose-every", "1", steps=3)
     assert [r.get("phase") for r in rows[1:]] == ["internal", "internal", "full"]
     assert rows[1]["layer"] == 2 and {"internal_entropy", "internal_logp", "entropy", "logp"} <= rows[1].keys() and "internal_entropy" not in rows[3]
     assert rows[1]["outside_before_update"] == 0 and len(rows[1]["diagnose_kl"]) == len(rows[1]["diagnose_cosine"]) > 0
-    start, one = load_file(TINY / "model.safetensors"), load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    start, one = load_file(tiny_folder / "model.safetensors"), load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
     for name in one:
         upper = name == "model.norm.weight" or (name.startswith("model.layers.") and int(name.split(".")[2]) >= 2)
         assert torch.equal(one[name], start[name]) == upper, name
@@ -239,16 +246,16 @@ def test_bupo_phases_in_training(tmp_path):
     assert not any(torch.equal(one[name], three[name]) for name in one)
 
 
-def test_bupo_auto_and_arms(tmp_path, capsys):
-    run(TINY, tmp_path / "auto", "--bupo-layer", "auto", "--bupo-steps", "1")
+def test_bupo_auto_and_arms(tiny_folder, tmp_path, capsys):
+    run(tmp_path / "auto", "--bupo-layer", "auto", "--bupo-steps", "1")
     assert "boundary layer: " in capsys.readouterr().out
-    run(TINY, tmp_path / "freeze", "--algo", "grpo", "--bupo-layer", "2", "--bupo-steps", "1", "--bupo-arm", "freeze")
-    start, first = load_file(TINY / "model.safetensors"), load_file(tmp_path / "freeze" / "checkpoint-1" / "model.safetensors")
+    run(tmp_path / "freeze", "--algo", "grpo", "--bupo-layer", "2", "--bupo-steps", "1", "--bupo-arm", "freeze")
+    start, first = load_file(tiny_folder / "model.safetensors"), load_file(tmp_path / "freeze" / "checkpoint-1" / "model.safetensors")
     for name in first:
         frozen = name.startswith("model.layers.") and int(name.split(".")[2]) < 2
         assert torch.equal(first[name], start[name]) == frozen, name
     assert not same({k: v for k, v in first.items() if ".layers.0." in k}, {k: v for k, v in weights(tmp_path / "freeze").items() if ".layers.0." in k})
-    _, rows = run(TINY, tmp_path / "lr", "--bupo-layer", "2", "--bupo-steps", "1", "--bupo-arm", "layer-lr")
+    _, rows = run(tmp_path / "lr", "--bupo-layer", "2", "--bupo-steps", "1", "--bupo-arm", "layer-lr")
     assert rows[1]["phase"] == "full"
 
 
@@ -257,13 +264,13 @@ def test_bupo_auto_and_arms(tmp_path, capsys):
 
 @pytest.mark.parametrize("extra", [["--algo", "grpo"], ["--algo", "hapo"], ["--algo", "hapo", "--bupo-layer", "auto", "--bupo-steps", "3"]], ids=["grpo", "hapo", "bupo"])
 def test_four_steps_are_two_and_resume_and_two(tmp_path, extra):
-    whole, rows = run(TINY, tmp_path / "whole", *extra, "--eval-every", 2, steps=4)
+    whole, rows = run(tmp_path / "whole", *extra, "--eval-every", 2, steps=4)
     if "--bupo-steps" in extra:  # the phase switch lies behind the resume
-        run(TINY, tmp_path / "parts", *extra, "--eval-every", 2, "--keep", 9, steps=4)
+        run(tmp_path / "parts", *extra, "--eval-every", 2, "--keep", 9, steps=4)
         for n in (3, 4):
             shutil.rmtree(tmp_path / "parts" / f"checkpoint-{n}")
     else:
-        run(TINY, tmp_path / "parts", *extra, "--eval-every", 2, steps=2)
+        run(tmp_path / "parts", *extra, "--eval-every", 2, steps=2)
     train.main(["--out", str(tmp_path / "parts"), "--resume", "--steps", "4"])
     assert same(whole, weights(tmp_path / "parts")) and rows == metrics(tmp_path / "parts")
     samples = [[json.loads(line) for line in open(tmp_path / name / "samples.jsonl")] for name in ("whole", "parts")]
@@ -276,7 +283,8 @@ def three_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("three") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "scripts.curves", None)
-        run(TINY, folder, steps=3)
+        invent_verdicts(patch)
+        run(folder, steps=3)
     return folder
 
 
@@ -310,7 +318,7 @@ def test_a_damaged_newer_checkpoint_does_not_cost_the_others(three_steps, tmp_pa
 
 
 def test_a_run_killed_in_its_first_step_looks_once(three_steps, tmp_path):
-    run(TINY, tmp_path / "run", steps=1)
+    run(tmp_path / "run", steps=1)
     shutil.rmtree(tmp_path / "run" / "final")
     shutil.rmtree(tmp_path / "run" / "checkpoint-1")
     train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "3"])
@@ -318,7 +326,7 @@ def test_a_run_killed_in_its_first_step_looks_once(three_steps, tmp_path):
 
 
 def test_a_half_written_line_and_an_unfinished_checkpoint_disappear(tmp_path):
-    _, rows = run(TINY, tmp_path / "run", steps=2)
+    _, rows = run(tmp_path / "run", steps=2)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss"')
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / ".checkpoint-3.tmp")
@@ -328,22 +336,22 @@ def test_a_half_written_line_and_an_unfinished_checkpoint_disappear(tmp_path):
 
 
 def test_resume_refuses_other_options_models_and_tokenizers(tmp_path, tiny_folder):
-    run(TINY, tmp_path / "run", steps=1)
+    run(tmp_path / "run", steps=1)
     with pytest.raises(BadInput, match="--lr 0.5: the run .* was started with 0.001"):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--lr", "0.5"])
     with pytest.raises(BadInput, match="another model than --model"):
-        train.main(["--out", str(tmp_path / "run"), "--resume", "--model", str(tiny_folder)])
-    other = shutil.copytree(TINY, tmp_path / "other")
+        train.main(["--out", str(tmp_path / "run"), "--resume", "--model", str(TINY)])
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace('"<|im_start|>"', '"<|start|>"'))
     with pytest.raises(BadInput, match="another tokenizer than --model"):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--model", str(other)])
     with pytest.raises(BadInput, match="already holds a run; --resume continues it, --overwrite deletes it"):
-        run(TINY, tmp_path / "run")
+        run(tmp_path / "run")
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, capsys):
-    run(TINY, tmp_path / "run", "--resume", steps=1)
+    run(tmp_path / "run", "--resume", steps=1)
     assert "no whole checkpoint" in capsys.readouterr().out and (tmp_path / "run" / "final").is_dir()
 
 
@@ -363,7 +371,7 @@ def poison(monkeypatch, at, times=1):
 
 def test_a_nan_never_reaches_the_optimiser(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, at=3, times=2)  # both updates of step 2
-    final, rows = run(TINY, tmp_path / "run", steps=3)
+    final, rows = run(tmp_path / "run", steps=3)
     assert [r.get("skipped_updates") for r in rows[1:]] == [0, 2, 0]
     assert all(v.isfinite().all() for v in final.values()) and "update skipped" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoint-2").exists()  # a bad step is not what a run should be resumed from
@@ -372,7 +380,7 @@ def test_a_nan_never_reaches_the_optimiser(tmp_path, monkeypatch, capsys):
 def test_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     poison(monkeypatch, at=3, times=10**6)
     with pytest.raises(BadInput, match="3 bad steps in a row .* last good checkpoint is .*checkpoint-1") as error:
-        run(TINY, tmp_path / "run", "--max-bad-steps", 3, steps=9)
+        run(tmp_path / "run", "--max-bad-steps", 3, steps=9)
     assert "\n" not in str(error.value) and (tmp_path / "run" / "bad-step-4.jsonl").stat().st_size > 0
     assert checkpoint.newest_whole(tmp_path / "run", lambda text: None).name == "checkpoint-1"
 
@@ -388,7 +396,7 @@ def test_broken_weights_end_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "update", update)
     with pytest.raises(BadInput, match="bad steps in a row"):
-        run(TINY, tmp_path / "run", "--max-bad-steps", 2, steps=9)
+        run(tmp_path / "run", "--max-bad-steps", 2, steps=9)
 
 
 def test_a_nan_reward_is_refused(tmp_path, monkeypatch):
@@ -401,7 +409,7 @@ def test_a_nan_reward_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "sample_round", sample_round)
     with pytest.raises(BadInput, match="bad steps in a row"):
-        run(TINY, tmp_path / "run", "--max-bad-steps", 2, steps=9)
+        run(tmp_path / "run", "--max-bad-steps", 2, steps=9)
     bad = [json.loads(line) for line in open(tmp_path / "run" / "bad-step-2.jsonl")]
     assert len(bad) == 16 and sum(row["reward"] is None for row in bad) == 1  # the batch that was refused, in valid JSON
     assert "a reward is NaN" in (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -422,7 +430,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch, l
     monkeypatch.setattr(torch, "save", save)
     error = {"os": OSError(28, "No space left on device"), "torch": RuntimeError("No space left on device"), "safetensors": SafetensorError("No space left on device")}[library]
     with pytest.raises(BadInput, match="checkpoint 2 cannot be written .No space left on device."):
-        run(TINY, tmp_path / "run", steps=4)
+        run(tmp_path / "run", steps=4)
     assert checkpoint.newest_whole(tmp_path / "run", print).name == "checkpoint-1"
     assert not list((tmp_path / "run").glob(".checkpoint*"))
 
@@ -456,9 +464,9 @@ def test_guard_alarms():
     (["--device", "gpu"], "--device gpu: must be cpu, cuda or cuda:N"), (["--device", "cuda:99"], "--device cuda:99: no such CUDA device"), (["--dual-clip", "nan"], "--dual-clip nan"),
     (["--data", "", "--difficulty", "7"], "--difficulty 7: countdown has the levels"), (["--overlong-buffer", "9"], "--overlong-buffer 9: longer than"), (["--data", "", "--eval-data", "x"], "--eval-data x: goes with --data"),
 ])
-def test_bad_options_are_one_line(tiny_folder, tmp_path, args, message):
+def test_bad_options_are_one_line(tmp_path, args, message):
     with pytest.raises(BadInput, match=message) as error:
-        run(tiny_folder, tmp_path / "run", *args)
+        run(tmp_path / "run", *args)
     assert "\n" not in str(error.value)
 
 
@@ -482,7 +490,7 @@ def test_models_that_cannot_be_used(tmp_path, tiny_folder):
     (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4, "layer_types": None}))
     for name, message in cases.items():
         with pytest.raises(BadInput, match=message) as error:
-            run(tmp_path / name, tmp_path / "run")
+            run(tmp_path / "run", "--model", tmp_path / name)
         assert "\n" not in str(error.value)
 
 
@@ -497,13 +505,13 @@ def test_a_folder_that_is_not_a_run_is_never_deleted(tiny_folder):
     assert (tiny_folder / "model.safetensors").exists()
 
 
-def test_damaged_weights_are_one_line(evaluations, tiny_folder, tmp_path, capsys, monkeypatch):
+def test_damaged_weights_are_one_line(real_verdicts, tiny_folder, tmp_path, capsys, monkeypatch):
     broken = shutil.copytree(tiny_folder, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][0] = torch.nan
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit) as stop:
-        options.run_main(lambda: run(broken, tmp_path / "run"))
+        options.run_main(lambda: run(tmp_path / "run", "--model", broken))
     assert stop.value.code == 2 and "weights are damaged" in capsys.readouterr().err.splitlines()[-1]
 
 
