@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from losses import token_logprobs_and_entropy
 from sampling import position_ids
@@ -71,6 +70,8 @@ def _cut(model, layer, norm):
     """
     body, head = decoder_body(model), model.get_output_embeddings()
     layers, final_norm = body.layers, body.norm
+    layer = len(layers) if layer is None else layer
+    check_layer(model, layer)
     try:
         if layer < len(layers):
             body.layers = layers[:layer]
@@ -89,8 +90,6 @@ def policy_hidden(model, input_ids, attention_mask, layer=None, norm=True):
     policy_hidden(model, ids, mask) @ unembedding(model).T are the model's own logits. The call goes through the model
     itself, so FSDP's root and checkpointing see an ordinary forward pass; no logits are made.
     """
-    layer = layer_count(model) if layer is None else layer
-    check_layer(model, layer)
     mask, positions = attention_mask, position_ids(attention_mask)
     if bool((mask[:, :-1] >= mask[:, 1:]).all()) and bool(mask[:, 0].all()):
         mask = positions = None  # padding on the right alone: a causal model never looks there, and its fast path is the one without either
@@ -98,35 +97,31 @@ def policy_hidden(model, input_ids, attention_mask, layer=None, norm=True):
         return model(input_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
 
 
-def answer_states(model, rollout, rows, layer=None, norm=True, share_prompts=True):
+def answer_states(model, rollout, rows, layer=None, norm=True):
     """The states that predict the answer tokens of some rows of a Rollout, (N, D), in the order of rollout.mask[rows].
 
-    The same function of the weights as `policy_hidden` on whole lines, in two ways. share_prompts: each prompt runs once, its
-    keys and values serve all its answers and collect their gradients, so G answers cost S + G T tokens instead of G (S + T).
-    Otherwise every answer runs behind its own copy of the prompt (gradient checkpointing allows no cache).
+    The same function of the weights as `policy_hidden` on one line a row. Where answers are short, several to one prompt share
+    a line with it, and a mask hides them from each other: the prompt is computed once for all of them.
     """
-    if not share_prompts:
+    prompt, answer = rollout.prompt.shape[1], int(rollout.lengths[rows].max())
+    together = answers_to_a_line(prompt, answer, unembedding(model).shape[1])
+    if together == 1 or model.config._attn_implementation != "sdpa" or getattr(model.config, "sliding_window", None):
         ids, attention, predicts = rollout.sequences(rows)
         # the last column predicts nothing; states of prompt tokens are computed and never projected
         return policy_hidden(model, ids[:, :-1], attention[:, :-1], layer, norm)[predicts[:, :-1]]
-    layer = layer_count(model) if layer is None else layer
-    check_layer(model, layer)
-    ids, prompt_mask, owner = rollout.prompts_of(rows)
-    length, answers, mask = prompt_mask.sum(1), rollout.tokens[rows], rollout.mask[rows]
-    last = int(mask.sum(1).max()) - 1  # the last token of the longest answer predicts nothing
-    cache = DynamicCache()
+    ids, positions, mask, before = rollout.shared_lines(rows, together)
     with _cut(model, layer, norm):
-        # padding stands on the right, where a causal model never looks
-        states = model(ids, position_ids=position_ids(prompt_mask), past_key_values=cache, use_cache=True).logits
-        states = states.gather(1, (length - 1)[:, None, None].expand(-1, 1, states.shape[-1])).index_select(0, owner)
-        if last > 0:
-            for part in cache.layers:
-                part.keys, part.values = part.keys.index_select(0, owner), part.values.index_select(0, owner)
-            seen = torch.cat([prompt_mask[owner], mask[:, :last]], 1)
-            positions = length[owner, None] + torch.arange(last, device=ids.device)
-            more = model(answers[:, :last], attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True).logits
-            states = torch.cat([states, more], 1)
-    return states[mask[:, : last + 1]]
+        return model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.flatten(0, 1).index_select(0, before)
+
+
+def answers_to_a_line(prompt, answer, hidden):
+    """How many answers of T tokens should share a line with their prompt of S tokens: k = sqrt(S (6 D + S)) / T, at least 1.
+
+    An answer's part of the line is S / k + T tokens. Each costs about 24 D^2 operations in the matrices of a layer and 4 D in its
+    attention for each of the line's S + k T tokens, hidden ones too, together in proportion to 6 D + S + k T; the product is least
+    at this k. Lines end at 1024 tokens, so that the masks of long ones stay small.
+    """
+    return max(1, min(round((prompt * (6 * hidden + prompt)) ** 0.5 / answer), (1024 - prompt) // answer))
 
 
 def layer_hidden(model, input_ids, attention_mask, layer):

@@ -11,6 +11,7 @@ positions (right-padded), V vocabulary.
 """
 
 import contextlib
+from collections import Counter
 from dataclasses import dataclass, fields
 
 import torch
@@ -69,14 +70,38 @@ class Rollout:
         attention = place < start + answer
         return ids.gather(1, shifted) * attention, attention, (place >= start - 1) & (place < start + answer - 1)
 
-    def prompts_of(self, rows):
-        """The prompts of some rows, each once, padded on the right: ids and mask (p, S); and each row's place among them (rows,)."""
-        owner = torch.tensor(rows, device=self.prompt.device) // self.group_size
-        prompts, owner = owner.unique(return_inverse=True)
-        length, width = self.prompt_mask[prompts].sum(1, keepdim=True), self.prompt.shape[1]
-        place = torch.arange(int(length.max()), device=length.device)
-        ids = self.prompt[prompts].gather(1, (place + width - length).clamp_max(width - 1))
-        return ids, place < length, owner
+    def shared_lines(self, rows, most):
+        """Some rows as lines of a prompt and up to `most` of its answers, one behind the other, none of which sees another.
+
+        ids and positions (lines, width), attention mask (lines, 1, width, width), and for each answer token, in the order of
+        `mask`, where in the flattened lines its predecessor stands, (N,): the first tokens of all answers share the prompt's last.
+        """
+        prompts = [r // self.group_size for r in rows]
+        largest = max(Counter(prompts).values())
+        most = -(-largest // -(-largest // most))  # as few lines as `most` allows, equally full
+        count, lines, line, slot = Counter(), {}, [], []
+        for p in prompts:
+            line.append(lines.setdefault((p, count[p] // most), len(lines)))
+            slot.append(count[p] % most)
+            count[p] += 1
+        device, prompts, mask = self.tokens.device, [p for p, _ in lines], self.mask[rows]
+        line, slot = torch.tensor([line, slot], device=device)
+
+        length, S = self.prompt_mask[prompts].sum(1, keepdim=True), self.prompt.shape[1]
+        place = torch.arange(int(length.max()), device=device)
+        prompt = self.prompt[prompts].gather(1, (place + S - length).clamp_max(S - 1))  # padded on the right
+        S, T = len(place), int(mask.sum(1).max()) - 1  # the last token of the longest answer predicts nothing
+        answers, step = prompt.new_zeros(len(lines), most, T), torch.arange(T, device=device)
+        answers[line, slot] = self.tokens[rows][:, :T]
+        ids = torch.cat([prompt, answers.flatten(1)], 1)
+        positions = torch.cat([place.expand(len(lines), -1), (length + step).repeat(1, most)], 1)
+
+        owner = torch.cat([torch.full_like(place, -1), torch.arange(most, device=device).repeat_interleave(T)])  # -1: the prompt
+        causal = torch.ones(len(owner), len(owner), dtype=torch.bool, device=device).tril()
+        visible = causal & ((owner == owner[:, None]) | (owner == -1))
+        padding = torch.nn.functional.pad(place >= length, (0, most * T))
+        before = torch.cat([length[line] - 1, S + slot[:, None] * T + step], 1)
+        return ids, positions, visible & ~padding[:, None, None], (line[:, None] * len(owner) + before)[mask[:, : T + 1]]
 
     def micro_batches(self, rows, sequences=0, tokens=0):
         """Cut rows into lists of at most `sequences` rows, or of at most `tokens` tokens, padding included; 0: no limit."""

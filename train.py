@@ -252,9 +252,8 @@ def token_scores(model, rollout, rows, layer, run):
     layer None: the model's own policy; l: the internal policy of layer l, computing layers 1 ... l alone.
     """
     o, mask = run.options, rollout.mask[rows]
-    share = not (o.gradient_checkpointing or run.world.sharded)  # one pass through sharded layers, not two
     with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.world.device.type == "cuda"):
-        hidden = internals.answer_states(model, rollout, rows, layer, layer is None or o.bupo_norm, share)
+        hidden = internals.answer_states(model, rollout, rows, layer, layer is None or o.bupo_norm)
         weight = internals.unembedding(model)[: len(run.tokenizer)]  # a padded vocabulary's ids have probability 0
         logp, entropy = losses.token_logprobs_and_entropy(hidden, weight, rollout.tokens[rows][mask], o.temperature)
     blank = torch.zeros(mask.shape, device=mask.device)

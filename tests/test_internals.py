@@ -113,18 +113,18 @@ def test_left_padded_equals_unpadded():
 
 # ------------------------------------------------------------------------------------ states that predict answers
 
-ROLLOUT = Rollout.of_answers([[5, 6, 7, 8], [9], [10, 11]], [[12, 13, 14], [3]] + [[15, 16], [17, 18, 19, 20]] + [[21], [22, 23]])
+ROLLOUT = Rollout.of_answers([[5, 6, 7, 8], [9], [10, 11]], [[12, 13, 14], [3], [24]] + [[15, 16], [17, 18, 19, 20], [25, 26, 27]] + [[21], [22, 23], [28]])
 
 
-@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("layer", [None, 2])
-def test_answer_states_are_those_of_each_line_alone(any_model, layer, share_prompts):
-    """Prompts of unequal length, a micro-batch that cuts through groups: every state and the gradient of every weight."""
-    rows = [3, 0, 1, 4]
+def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, monkeypatch):
+    """Prompts of unequal length, a micro-batch that cuts through groups, lines with empty places: every state and the gradient of every weight."""
+    rows = [5, 0, 1, 4, 3, 8]
     any_model.train()
     expected = []
     for r in rows:
-        prompt, answer = [[5, 6, 7, 8], [9], [10, 11]][r // 2], ROLLOUT.answers()[r]
+        prompt, answer = [[5, 6, 7, 8], [9], [10, 11]][r // 3], ROLLOUT.answers()[r]
         line = torch.tensor([prompt + answer])
         expected.append(policy_hidden(any_model, line, torch.ones_like(line), layer, norm=layer is None)[0, len(prompt) - 1 : -1])
     expected = torch.cat(expected)
@@ -132,7 +132,8 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, share_prom
     (expected * weight).sum().backward()
     grads = [None if p.grad is None else p.grad.clone() for p in any_model.parameters()]
     any_model.zero_grad()
-    states = internals.answer_states(any_model, ROLLOUT, rows, layer, layer is None, share_prompts)
+    monkeypatch.setattr(internals, "answers_to_a_line", lambda *sizes: together)
+    states = internals.answer_states(any_model, ROLLOUT, rows, layer, layer is None)
     torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
     (states * weight).sum().backward()
     for p, g in zip(any_model.parameters(), grads):
@@ -144,11 +145,29 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, share_prom
 def test_a_shared_prompt_runs_once():
     model, seen = random_model(), []
     model.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)))
-    internals.answer_states(model, ROLLOUT, [0, 1, 2, 3])
-    assert seen == [(2, 4), (4, 3)]  # two prompts padded to 4; four answers, less the last token of the longest
-    seen.clear()
-    internals.answer_states(model, ROLLOUT, [1, 4])  # answers of one token are predicted by their prompts alone
-    assert seen == [(2, 4)]
+    internals.answer_states(model, ROLLOUT, [0, 1, 3, 4])
+    assert seen == [(2, 10)]  # two prompts padded to 4, behind each two answers of 3, less the last token of the longest
+
+
+def test_answers_to_a_line():
+    """k = sqrt(S (6 D + S)) / T makes (S / k + T) (6 D + S + k T) least; long answers stand alone."""
+    S, D, T = 17, 96, 12
+    k = internals.answers_to_a_line(S, T, D)
+    assert k == 8 == min(range(1, 100), key=lambda k: (S / k + T) * (6 * D + S + k * T))
+    assert internals.answers_to_a_line(100, 1000, 576) == 1 and internals.answers_to_a_line(500, 50, 4096) == 10  # the cap: 500 + 10 * 50 <= 1024
+
+
+@pytest.mark.parametrize("setting", ["eager", "sliding window"])
+def test_models_that_take_no_such_mask_run_every_line_alone(setting):
+    model, seen = random_model(), []
+    expected = internals.answer_states(model, ROLLOUT, [0, 1, 2])
+    if setting == "eager":
+        model.set_attn_implementation("eager")
+    else:
+        model.config.sliding_window = 100
+    model.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)))
+    torch.testing.assert_close(internals.answer_states(model, ROLLOUT, [0, 1, 2]), expected, atol=1e-5, rtol=1e-5)
+    assert seen == [(3, 6)]
 
 
 # -------------------------------------------------------------------------------------------------------- entropy
