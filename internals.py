@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from losses import token_logprobs_and_entropy
-from sampling import position_ids
+from scale.rollout import position_ids
 from tasks import BadInput
 
 # ------------------------------------------------------------------------------------------- the parts of a decoder

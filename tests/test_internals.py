@@ -10,7 +10,7 @@ from conftest import TINY, checkpoint_layers, random_model
 
 import internals
 from internals import boundary_layer, internal_entropy, layer_hidden, layer_logits, layer_similarity, policy_hidden, residual_stream, unembedding
-from sampling import Rollout, position_ids
+from scale.rollout import Rollout, position_ids
 from scripts import internal_report
 from tasks import BadInput
 
