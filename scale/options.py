@@ -41,11 +41,11 @@ def parse(Options, argv, description):
     """Options from the command line, from a resumed run's config.json where one is there, and from each other."""
     parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Options):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + ("" if f.default in ("", 0) and not isinstance(f.default, bool) else f" (default {f.default})")
-        if isinstance(f.default, bool):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + ("" if f.default in ("", 0, None) and f.type is not bool else f" (default {f.default})")
+        if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(flag, type=type(f.default), choices=f.metadata.get("choices"), help=text)
+            parser.add_argument(flag, type=f.type, choices=f.metadata.get("choices"), help=text)
     given = vars(parser.parse_args(argv))
     o = Options(**given)
     o = dataclasses.replace(o, out=o.out or f"runs/{o.algo}-{pathlib.Path(o.data).stem if o.data else o.task}")
@@ -79,14 +79,11 @@ def resumed_options(Options, held, given, o):
 
 def complete(o):
     """Fill in the defaults that depend on other options, and refuse what cannot work: one line each."""
-    o = dataclasses.replace(
-        o,
-        device=o.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        max_new_tokens=o.max_new_tokens or default_cap(o.task, o.data),
-        clip_high=o.clip_high or (0.2 if o.algo == "grpo" else 0.28),
-        tau=o.tau or (0.1 if o.temperature_form == "zscore" else 0.05),
-        loss_mean=o.loss_mean or ("sequence" if o.algo == "grpo" else "token"),
+    defaults = dict(
+        device="cuda" if torch.cuda.is_available() else "cpu", loss_mean="sequence" if o.algo == "grpo" else "token", max_new_tokens=default_cap(o.task, o.data),
+        clip_high=0.2 if o.algo == "grpo" else 0.28, tau=0.1 if o.temperature_form == "zscore" else 0.05,
     )
+    o = dataclasses.replace(o, **{name: value for name, value in defaults.items() if getattr(o, name) in (None, "")})
     at_least = dict(steps=1, prompts_per_step=1, updates_per_rollout=1, max_new_tokens=1, max_rounds=1, eval_prompts=1, eval_every=1, save_every=1, keep=1, max_bad_steps=1, micro_batch=0, micro_tokens=0, warmup_steps=0, diagnose_every=0, bupo_steps=1, overlong_buffer=0, seed=0)
     within = dict(rho=(0, 1), tau=(0, 0.9), clip_low=(0, 1), clip_high=(0, 10), temperature=(0.05, 10), lr=(0, 1), weight_decay=(0, 10), grad_clip=(1e-8, 1e8), kl=(0, 100))
     flag = lambda name: f"--{name.replace('_', '-')} {getattr(o, name)}"

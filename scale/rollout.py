@@ -58,8 +58,11 @@ class Rollout:
     def shared_lines(self, rows, most):
         """Some rows as lines of a prompt and up to `most` of its answers, one behind the other, none of which sees another.
 
-        ids and positions (lines, width), attention mask (lines, 1, width, width), and for each answer token, in the order of
-        `mask`, where in the flattened lines its predecessor stands, (N,): the first tokens of all answers share the prompt's last.
+            ids        p0 p1 p2 a0 a1 b0 b1    a prompt of three tokens and two answers; the last token of the longest
+            positions   0  1  2  3  4  3  4    answer predicts nothing and stays out
+
+        Returns ids and positions (lines, width), the attention mask (lines, 1, width, width), and for each answer token, in the
+        order of `mask`, where in the flattened lines its predecessor stands, (N,): p2 a0 a1 and p2 b0 b1.
         """
         prompts = [r // self.group_size for r in rows]
         largest = max(Counter(prompts).values())
@@ -75,7 +78,7 @@ class Rollout:
         length, S = self.prompt_mask[prompts].sum(1, keepdim=True), self.prompt.shape[1]
         place = torch.arange(int(length.max()), device=device)
         prompt = self.prompt[prompts].gather(1, (place + S - length).clamp_max(S - 1))  # padded on the right
-        S, T = len(place), int(mask.sum(1).max()) - 1  # the last token of the longest answer predicts nothing
+        S, T = len(place), int(mask.sum(1).max()) - 1
         answers, step = prompt.new_zeros(len(lines), most, T), torch.arange(T, device=device)
         answers[line, slot] = self.tokens[rows][:, :T]
         ids = torch.cat([prompt, answers.flatten(1)], 1)

@@ -145,7 +145,7 @@ def load_data(o, tokenizer, config, say):
     if o.eval_data:
         train_set, held_out = read_problems(o.data), read_problems(o.eval_data, "--eval-data")
     else:
-        train_set, held_out = load_problems(o.task, o.data or None, o.difficulty or None, held_out=o.eval_prompts)
+        train_set, held_out = load_problems(o.task, o.data or None, o.difficulty, held_out=o.eval_prompts)
     fitting = [fit_context(problems, tokenizer, config, o.max_new_tokens, say) for problems in (train_set, held_out)]
     return fitting[0], [problem for problem, _ in fitting[1]]
 

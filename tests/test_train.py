@@ -455,7 +455,7 @@ def test_guard_alarms():
     (["--micro-batch", "3"], "--micro-batch 3: must divide the 8 answers of an update"),
     (["--micro-batch", "2", "--micro-tokens", "100"], "not both"),
     (["--rho", "1.5"], "--rho 1.5: must lie between 0 and 1"), (["--tau", "-1"], "--tau -1.0"), (["--clip-low", "1.2"], "--clip-low 1.2"), (["--temperature", "0"], "--temperature 0.0"),
-    (["--steps", "0"], "--steps 0: must be at least 1"), (["--lr", "nan"], "--lr nan"), (["--dual-clip", "0.5"], "--dual-clip 0.5"),
+    (["--steps", "0"], "--steps 0: must be at least 1"), (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"), (["--data", "", "--difficulty", "0"], "--difficulty 0: countdown has the levels"), (["--lr", "nan"], "--lr nan"), (["--dual-clip", "0.5"], "--dual-clip 0.5"),
     (["--frobnicate"], "unrecognized arguments: --frobnicate"), (["--algo", "ppo"], "invalid choice: 'ppo'"), (["--steps", "many"], "invalid int value"),
     (["--model", "/nowhere"], "--model /nowhere: no such folder"), (["--data", "/nowhere.jsonl"], "--data /nowhere.jsonl: no such file"),
     (["--bupo-layer", "99", "--bupo-steps", "1"], "layer 99: this model has the layers 1 to"), (["--bupo-layer", "x"], "--bupo-layer x: must be auto or a layer"),
@@ -513,6 +513,12 @@ def test_damaged_weights_are_one_line(real_verdicts, tiny_folder, tmp_path, caps
     with pytest.raises(SystemExit) as stop:
         options.run_main(lambda: run(tmp_path / "run", "--model", broken))
     assert stop.value.code == 2 and "weights are damaged" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_default_that_depends_on_others_gives_way_to_what_was_asked_for():
+    parse = lambda *args: options.parse(train.Options, ["--estimate", *args], "")
+    assert (parse().tau, parse().clip_high, parse("--algo", "grpo").clip_high, parse("--temperature-form", "zscore").tau) == (0.05, 0.28, 0.2, 0.1)
+    assert (parse("--tau", "0").tau, parse("--clip-high", "0").clip_high, parse("--loss-mean", "fixed").loss_mean) == (0, 0, "fixed")
 
 
 def test_every_option_has_a_flag_and_a_help_text():
