@@ -70,7 +70,7 @@ def modulation(entropy, stats, mask=None, released=False):
     released: the sign of the lower branch is turned (departure 1).
     """
     h = log_entropy(entropy) - stats.pivot
-    below = h / stats.h_min if released else -h / stats.h_min
+    below = h / stats.h_min if released else -h / stats.h_min  # h and h_min are both negative here
     h = torch.where(h > 0, h / stats.h_max, below).clamp(-1.0, 1.0)
     return h if mask is None else torch.where(mask.bool(), h, 0.0)
 
@@ -132,7 +132,7 @@ def redistribute_advantages(advantages, h, ratio, clip_low, clip_high, released=
     ratio, advantages = ratio.detach(), advantages.detach()
     low, high = 1 - clip_low / 2, 1 + clip_high / 2
     inside = (ratio > low) & (ratio < high) if released else (ratio >= low) & (ratio <= high)
-    return torch.where((h > 0) ^ inside, advantages * (1 + h), advantages)
+    return torch.where((h > 0) ^ inside, advantages * (1 + h), advantages)  # uncertain and outside, or sure and inside
 
 
 def adaptive_clip(h, clip_low=0.2, clip_high=0.28):

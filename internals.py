@@ -19,6 +19,8 @@ all L layers; here nothing of transformers is copied or patched, and `layer_hidd
 """
 
 import contextlib
+import math
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -103,25 +105,41 @@ def answer_states(model, rollout, rows, layer=None, norm=True):
     The same function of the weights as `policy_hidden` on one line a row. Where answers are short, several to one prompt share
     a line with it, and a mask hides them from each other: the prompt is computed once for all of them.
     """
-    prompt, answer = rollout.prompt.shape[1], int(rollout.lengths[rows].max())
-    together = answers_to_a_line(prompt, answer, unembedding(model).shape[1])
-    if together == 1 or model.config._attn_implementation != "sdpa" or getattr(model.config, "sliding_window", None):
+    S, T, D = rollout.prompt.shape[1], int(rollout.lengths[rows].max()), unembedding(model).shape[1]
+    counts = Counter(row // rollout.group_size for row in rows).values()
+    per_line = answers_to_a_line(counts, S, T, D) if takes_any_mask(model.config) else 1
+    if per_line == 1:
         ids, attention, predicts = rollout.sequences(rows)
         # the last column predicts nothing; states of prompt tokens are computed and never projected
         return policy_hidden(model, ids[:, :-1], attention[:, :-1], layer, norm)[predicts[:, :-1]]
-    ids, positions, mask, before = rollout.shared_lines(rows, together)
+    ids, positions, mask, predecessors = rollout.shared_lines(rows, per_line)
     with _cut(model, layer, norm):
-        return model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.flatten(0, 1).index_select(0, before)
+        return model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.flatten(0, 1).index_select(0, predecessors)
 
 
-def answers_to_a_line(prompt, answer, hidden):
-    """How many answers of T tokens should share a line with their prompt of S tokens: k = sqrt(S (6 D + S)) / T, at least 1.
+def answers_to_a_line(counts, S, T, D):
+    """How many answers of up to T tokens share a line with their prompt of S tokens; 1: each has a line of its own.
 
-    An answer's part of the line is S / k + T tokens. Each costs about 24 D^2 operations in the matrices of a layer and 4 D in its
-    attention for each of the line's S + k T tokens, hidden ones too, together in proportion to 6 D + S + k T; the product is least
-    at this k. Lines end at 1024 tokens, so that the masks of long ones stay small.
+    With k answers to a line, an answer's part of it is S / k + T tokens. Each of them costs about 24 D^2 operations in the matrices
+    of a layer, and 4 D in its attention for each of the S + k T tokens of the line, hidden ones too. The cost is in proportion to
+
+        (S / k + T) (6 D + S + k T),    least at    k = sqrt(S (6 D + S)) / T
+
+    A line ends at 1024 tokens, so that masks stay small. counts: how many answers each prompt has in this pass; where lines
+    would stay so empty that they hold more tokens than lines of their own, no answers share any.
     """
-    return max(1, min(round((prompt * (6 * hidden + prompt)) ** 0.5 / answer), (1024 - prompt) // answer))
+    best = min(round((S * (6 * D + S)) ** 0.5 / T), (1024 - S) // T, max(counts))
+    if best < 2:
+        return 1
+    per_line = math.ceil(max(counts) / math.ceil(max(counts) / best))  # no more lines than with `best`, equally full
+    shared = sum(math.ceil(n / per_line) for n in counts) * (S + per_line * T)
+    return per_line if shared < sum(counts) * (S + T) else 1
+
+
+def takes_any_mask(config):
+    """PyTorch's attention applies whatever mask it is given; other kinds build their own, and windows slide on theirs."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return config._attn_implementation == "sdpa" and kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
 
 
 def layer_hidden(model, input_ids, attention_mask, layer):

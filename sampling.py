@@ -42,7 +42,7 @@ def rollout_mode(model, rows):
             m.training = flag
 
 
-class _Keys(DynamicLayer):
+class _KeysAndValues(DynamicLayer):
     """One layer's keys and values in a buffer of their final length: a step writes its token, nothing is copied."""
 
     def __init__(self, keys, values, repeats, room):
@@ -102,7 +102,7 @@ def generate(model, prompts, answers_per_prompt=1, max_new_tokens=32, eos_ids=()
         cache = DynamicCache()  # whole, for layers with a sliding window too: their mask does the sliding
         out = model(prompt, attention_mask=prompt_mask if padded else None, position_ids=position_ids(prompt_mask),
                     past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.layers = [_Keys(x.keys, x.values, answers_per_prompt, max_new_tokens - 1) for x in cache.layers]
+        cache.layers = [_KeysAndValues(x.keys, x.values, answers_per_prompt, max_new_tokens - 1) for x in cache.layers]
         logits = out.logits[:, -1].repeat_interleave(answers_per_prompt, 0)
         seen = torch.ones(rows, prompt.shape[1] + max_new_tokens, dtype=torch.bool, device=device)
         seen[:, : prompt.shape[1]] = prompt_mask.repeat_interleave(answers_per_prompt, 0)

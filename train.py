@@ -7,7 +7,8 @@ One step, in the order of `train_step`: draw prompts, sample G answers to each, 
 grades into advantages, update the policy a few times, log. HAPO differs from its baseline DAPO in three visible `if`s
 (`temperature_rule`, the advantages in `train_step`, `policy_loss`), BuPO in `layer`: whose log-probabilities are trained.
 
-A run is a function of its options and its seed: every random draw is seeded by (seed, step), nothing else is random.
+A run is a function of its options and its seed: every random draw is seeded by (seed, step). On a CPU nothing else is random; a
+GPU may add in another order.
 """
 
 import dataclasses
@@ -134,12 +135,12 @@ class Batch:
 
 
 def train_step(step, run):
-    """One rollout batch from prompts to updated weights; returns the step's metrics."""
+    """One rollout batch from prompts to updated weights; returns the step's metrics. `run`: a scale.run.Run, what lives from step to step."""
     o, world, policy = run.options, run.world, run.policy
     clock = [time.perf_counter()]
 
     # Sample answers from the current policy and grade them.
-    shard.refresh_actor(run.actor, policy)
+    shard.refresh_actor(run.actor, policy)  # on a CPU they are one model
     batch = run.last_batch = collect(step, run)
     if world.any(not batch.rewards.isfinite().all()):
         raise NonFinite("a reward is NaN or infinite")
@@ -151,8 +152,8 @@ def train_step(step, run):
         run.optimizer = run.make_optimizer()  # nothing has been updated yet; --bupo-arm layer-lr groups weights by layer
     layer = bupo.target_layer(step, o.bupo_steps, run.layer) if o.bupo_arm == "align" else None
 
-    # Score the answers under the old policy. The full policy's entropy drives HAPO; in phase 1 the
-    # sampler has measured it (temperature_rule sees to that), since the layers above l do not run here.
+    # Score the answers under the old policy, at T_base: rollout.logp is at the temperature each token was drawn at. The full policy's
+    # entropy drives HAPO; in phase 1 the sampler has measured it (temperature_rule sees to that), as no layer above l runs here.
     batch.old_logp, trained_entropy = score(policy, batch, layer, run)
     batch.entropy = trained_entropy if layer is None else batch.rollout.entropy
     if run.reference is not None and layer is None:
@@ -160,14 +161,17 @@ def train_step(step, run):
     if world.any(not (batch.old_logp + batch.entropy)[batch.rollout.mask].isfinite().all()):
         raise NonFinite("a log-probability or entropy of the old policy is NaN or infinite")
 
-    # Advantages: one number a response, or HAPO's one a token.
-    batch.advantages = losses.grpo_advantages(batch.rewards, o.answers_per_prompt)[:, None] * batch.mask
+    # Advantages: one number a response, relative to the group's mean over responses or (HAPO's B) over tokens. HAPO's C makes it one
+    # number a token in policy_loss, since that depends on the ratio.
     if o.algo == "hapo":
-        entropies = world.gather(batch.entropy[batch.rollout.mask])  # of every sampled token, over all processes
+        # of every sampled token, over all processes; tokens of dead groups count here, though not in the loss. The next step samples with them.
+        entropies = world.gather(batch.entropy[batch.rollout.mask])
         run.stats = hapo.entropy_stats(entropies, torch.ones_like(entropies), o.rho)
         batch.h = hapo.modulation(batch.entropy, run.stats, batch.mask, o.released)
-        if o.token_group_average:
-            batch.advantages = hapo.token_group_advantages(batch.rewards, batch.mask, o.answers_per_prompt, o.released)
+    if o.algo == "hapo" and o.token_group_average:
+        batch.advantages = hapo.token_group_advantages(batch.rewards, batch.mask, o.answers_per_prompt, o.released)
+    else:
+        batch.advantages = losses.grpo_advantages(batch.rewards, o.answers_per_prompt)[:, None] * batch.mask
     if o.comparison != "none":
         apply_comparison(batch, run)
     clock.append(time.perf_counter())
@@ -203,18 +207,13 @@ def sample_round(step, attempt, run):
     # the same random numbers whatever the number of processes: each takes the columns of its own answers
     uniform = torch.rand(o.max_new_tokens, o.prompts_per_step, G, generator=torch.Generator().manual_seed(seed_of(o.seed, step, attempt)))
     uniform = uniform[:, world.rank :: world.size].flatten(1)
-    prompts, heat = [ids for _, ids in items], temperature_rule(step, run)
-    rollout = world.together(NonFinite, generate, run.actor, prompts, G, o.max_new_tokens, run.eos_ids, heat, len(run.tokenizer), uniform=uniform)
+    prompts, temperature = [ids for _, ids in items], temperature_rule(step, run)
+    rollout = world.together(NonFinite, generate, run.actor, prompts, G, o.max_new_tokens, run.eos_ids, temperature, len(run.tokenizer), uniform=uniform)
 
     texts = run.tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
     grades = [grade(items[i // G][0], text) for i, text in enumerate(texts)]
     rewards = torch.tensor([float(getattr(g, o.reward)) for g in grades], device=world.device)
-    groups = rewards.view(-1, G)
-    counts = {
-        "answers": len(rewards), "groups": len(groups), "right": int(rewards.sum()), "all_right": int((groups.amin(1) == 1).sum()), "all_wrong": int((groups.amax(1) == 0).sum()),
-        "strict": sum(g.strict for g in grades), "lenient": sum(g.lenient for g in grades),
-        "finished": int(rollout.finished.sum()), "finished_right": int(rewards[rollout.finished].sum()), "finished_tokens": int(rollout.lengths[rollout.finished].sum()), "tokens": int(rollout.mask.sum()),
-    }
+    counts = report.counts_of(rollout, grades, rewards)
     if o.overlong_buffer:
         rewards = rewards + losses.overlong_penalty(rollout.lengths, o.max_new_tokens, o.overlong_buffer)
     return Batch([problem for problem, _ in items], texts, rollout, rewards, rollout.mask, counts)
@@ -241,7 +240,7 @@ def temperature_rule(step, run):
     o = run.options
     if o.algo == "hapo" and o.adaptive_temperature:
         return lambda entropy: hapo.adaptive_temperature(entropy, run.stats, o.temperature, o.tau, o.temperature_form, o.released)
-    if o.bupo_arm == "align" and bupo.target_layer(step, o.bupo_steps, o.bupo_layer or None):
+    if o.bupo_layer and o.bupo_arm == "align" and step <= o.bupo_steps:  # phase 1
         return lambda entropy: torch.full_like(entropy, o.temperature)  # a function, so that the sampler measures the entropy that scoring cannot
     return o.temperature
 
@@ -299,10 +298,11 @@ def update(run, batch, rows, layer):
     mask = batch.mask[rows]
     # the whole update's normalisers, fixed before it is cut into micro-batches
     tokens, responses = int(world.sum(mask.sum())), int(world.sum(len(rows)))
-    if not world.any(batch.advantages[rows][mask].any()) and batch.ref_logp is None:
+    something_to_learn = world.any(batch.advantages[rows][mask].any()) or batch.ref_logp is not None
+    if not something_to_learn:
         return {"dead": 1, "tokens": 0, "loss": 0.0, "grad_norm": 0.0}  # all groups dead: no gradient, and no weight decay in its name
     sums, ratio_max = {"loss": 0.0}, 0.0
-    for part, real in world.even(batch.rollout.micro_batches(rows, o.micro_batch, o.micro_tokens)):
+    for part, real in world.even(batch.rollout.micro_batches(rows, o.micro_batch, o.micro_tokens)):  # real: 0 for a pass that only keeps other processes company
         logp, _ = token_scores(policy, batch.rollout, part, layer, run)
         per_token, seen, highest = policy_loss(logp, batch, part, o)
         if batch.ref_logp is not None:
@@ -318,7 +318,7 @@ def update(run, batch, rows, layer):
     if accepted:
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return sums | {"tokens": tokens, "ratio_max": float(world.max(ratio_max)), "grad_norm": grad_norm, "applied" if accepted else "skipped": 1}
+    return sums | {"tokens": tokens, "ratio_max": float(world.max(ratio_max)), "grad_norm": grad_norm, ("applied" if accepted else "skipped"): 1}
 
 
 def mean_loss(per_token, mask, tokens, responses, o):

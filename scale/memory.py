@@ -3,7 +3,7 @@
     weights     4 bytes a parameter, float32           gradients  4          AdamW's two moments  8
     replica     2 bytes a parameter on CUDA (the bfloat16 copy that answers are drawn from; sharded: on every rank)
     activations of one micro-batch in the update: with gradient checkpointing one hidden state a layer and one layer's insides,
-                without it every layer's insides
+                without it every layer's insides; short answers share lines with their prompts, and those need a mask in every layer
     logits      one chunk of float32 logits and what its backward pass holds beside it
     KV cache    keys and values of every answer at full length, in the compute dtype
 The largest sum of what is alive at the same time is the peak: sampling or updating.
@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import losses
-from internals import decoder_body
+from internals import answers_to_a_line, decoder_body
 
 GIB = 2**30
 
@@ -65,14 +65,14 @@ def estimate(config, o, prompt_tokens=256, world_size=1, cuda=True):
     rows = min(o.micro_batch or rows, rows)
     if o.micro_tokens:
         rows = min(rows, max(1, o.micro_tokens // sequence))
-    tokens, repeated = rows * sequence, 0
-    if not (o.gradient_checkpointing or sharded):  # a prompt runs once; its keys and values are repeated for every answer
-        prompts = rows if o.micro_tokens else math.ceil(rows / o.answers_per_prompt)  # --micro-tokens sorts by length, across groups
-        tokens, repeated = rows * o.max_new_tokens + prompts * prompt_tokens, rows * prompt_tokens
+    together = 1 if o.micro_tokens else min(rows, o.answers_per_prompt)  # --micro-tokens sorts by length, across groups
+    per_line = answers_to_a_line([together], prompt_tokens, o.max_new_tokens, hidden)
+    lines, width = math.ceil(rows / per_line), prompt_tokens + per_line * o.max_new_tokens
+    tokens, mask = lines * width, compute * lines * width**2 if per_line > 1 else 0
     # what one layer keeps for its backward pass, in numbers a token: two norms' inputs and outputs (float32 under autocast: the
     # residual stream), q k v and attention's output, three of the feed-forward's inner size
     inner = 3 * config.intermediate_size + 2 * heads * head_dim + 2 * kv_heads * head_dim
-    layer_bytes = tokens * (compute * inner + (4 + compute) * 4 * hidden) + repeated * compute * 2 * kv_heads * head_dim
+    layer_bytes = tokens * (compute * inner + (4 + compute) * 4 * hidden) + mask
     autocast_weights = compute * parameters if cuda and not sharded else 0  # autocast's cast copies live until the pass ends
     activations = (tokens * 4 * hidden * layers + 2 * layer_bytes if o.gradient_checkpointing else layers * layer_bytes) + gathered + autocast_weights
 

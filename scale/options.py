@@ -11,7 +11,7 @@ import torch
 
 from sampling import NonFinite
 from scale.load import check_device
-from tasks import BadInput, default_cap
+from tasks import BUILT_IN, BadInput, default_cap
 
 
 def run_main(main):
@@ -81,6 +81,7 @@ def complete(o):
     """Fill in the defaults that depend on other options, and refuse what cannot work: one line each."""
     defaults = dict(
         device="cuda" if torch.cuda.is_available() else "cpu", loss_mean="sequence" if o.algo == "grpo" else "token", max_new_tokens=default_cap(o.task, o.data),
+        difficulty=None if o.data else BUILT_IN[o.task][1][0],
         clip_high=0.2 if o.algo == "grpo" else 0.28, tau=0.1 if o.temperature_form == "zscore" else 0.05,
     )
     o = dataclasses.replace(o, **{name: value for name, value in defaults.items() if getattr(o, name) in (None, "")})

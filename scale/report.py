@@ -17,6 +17,16 @@ def weight_sample(policy):
     return torch.cat([p.flatten()[:: max(1, p.numel() // 1000)].cpu() for p in local])
 
 
+def counts_of(rollout, grades, rewards):
+    """What one round of sampling adds to the step's counts; verdicts as they are before any length penalty."""
+    groups = rewards.view(-1, rollout.group_size)
+    return {
+        "answers": len(rewards), "groups": len(groups), "right": int(rewards.sum()), "all_right": int((groups.amin(1) == 1).sum()), "all_wrong": int((groups.amax(1) == 0).sum()),
+        "strict": sum(g.strict for g in grades), "lenient": sum(g.lenient for g in grades),
+        "finished": int(rollout.finished.sum()), "finished_right": int(rewards[rollout.finished].sum()), "finished_tokens": int(rollout.lengths[rollout.finished].sum()), "tokens": int(rollout.mask.sum()),
+    }
+
+
 def step_metrics(step, run, batch, layer, trained_entropy, updates, before, clock):
     """The line of metrics.jsonl. Token shares are over every token of every update, sums over all processes."""
     world = run.world

@@ -55,41 +55,42 @@ class Rollout:
         attention = place < start + answer
         return ids.gather(1, shifted) * attention, attention, (place >= start - 1) & (place < start + answer - 1)
 
-    def shared_lines(self, rows, most):
-        """Some rows as lines of a prompt and up to `most` of its answers, one behind the other, none of which sees another.
+    def shared_lines(self, rows, per_line):
+        """Some rows as lines of a prompt and up to `per_line` of its answers, one behind the other, none of which sees another.
 
-            ids        p0 p1 p2 a0 a1 b0 b1    a prompt of three tokens and two answers; the last token of the longest
-            positions   0  1  2  3  4  3  4    answer predicts nothing and stays out
+            ids        p0 p1 p2 a0 a1 b0 b1    prompt p with two answers of three tokens,
+            positions   0  1  2  3  4  3  4    whose last, a2 and b2, predict nothing and stay out
 
-        Returns ids and positions (lines, width), the attention mask (lines, 1, width, width), and for each answer token, in the
-        order of `mask`, where in the flattened lines its predecessor stands, (N,): p2 a0 a1 and p2 b0 b1.
+        Returns ids and positions (lines, width), the attention mask (lines, 1, width, width), and where in the flattened lines the
+        predecessor of each answer token stands, (N,) in the order of `mask`: here p2 a0 a1 p2 b0 b1.
         """
-        prompts = [r // self.group_size for r in rows]
-        largest = max(Counter(prompts).values())
-        most = -(-largest // -(-largest // most))  # as few lines as `most` allows, equally full
-        count, lines, line, slot = Counter(), {}, [], []
-        for p in prompts:
-            line.append(lines.setdefault((p, count[p] // most), len(lines)))
-            slot.append(count[p] % most)
+        # which line each row is in, and at which place behind the prompt
+        count, lines, line, place = Counter(), {}, [], []
+        for row in rows:
+            p = row // self.group_size
+            line.append(lines.setdefault((p, count[p] // per_line), len(lines)))
+            place.append(count[p] % per_line)
             count[p] += 1
-        device, prompts, mask = self.tokens.device, [p for p, _ in lines], self.mask[rows]
-        line, slot = torch.tensor([line, slot], device=device)
+        device, mask = self.tokens.device, self.mask[rows]
+        line, place = torch.tensor([line, place], device=device)
 
-        length, S = self.prompt_mask[prompts].sum(1, keepdim=True), self.prompt.shape[1]
-        place = torch.arange(int(length.max()), device=device)
-        prompt = self.prompt[prompts].gather(1, (place + S - length).clamp_max(S - 1))  # padded on the right
-        S, T = len(place), int(mask.sum(1).max()) - 1
-        answers, step = prompt.new_zeros(len(lines), most, T), torch.arange(T, device=device)
-        answers[line, slot] = self.tokens[rows][:, :T]
+        prompts, width = [p for p, _ in lines], self.prompt.shape[1]
+        length = self.prompt_mask[prompts].sum(1, keepdim=True)
+        S, T = int(length.max()), int(mask.sum(1).max()) - 1
+        in_prompt, in_answer = torch.arange(S, device=device), torch.arange(T, device=device)
+        prompt = self.prompt[prompts].gather(1, (in_prompt + width - length).clamp_max(width - 1))  # padded on the right
+        answers = prompt.new_zeros(len(lines), per_line, T)
+        answers[line, place] = self.tokens[rows][:, :T]
         ids = torch.cat([prompt, answers.flatten(1)], 1)
-        positions = torch.cat([place.expand(len(lines), -1), (length + step).repeat(1, most)], 1)
+        positions = torch.cat([in_prompt.expand(len(lines), -1), (length + in_answer).repeat(1, per_line)], 1)
 
-        owner = torch.cat([torch.full_like(place, -1), torch.arange(most, device=device).repeat_interleave(T)])  # -1: the prompt
-        causal = torch.ones(len(owner), len(owner), dtype=torch.bool, device=device).tril()
-        visible = causal & ((owner == owner[:, None]) | (owner == -1))
-        padding = torch.nn.functional.pad(place >= length, (0, most * T))
-        before = torch.cat([length[line] - 1, S + slot[:, None] * T + step], 1)
-        return ids, positions, visible & ~padding[:, None, None], (line[:, None] * len(owner) + before)[mask[:, : T + 1]]
+        # a token sees what stands before it, of its prompt and of its own answer
+        owner = torch.cat([torch.full_like(in_prompt, -1), torch.arange(per_line, device=device).repeat_interleave(T)])
+        before = torch.ones(len(owner), len(owner), dtype=torch.bool, device=device).tril()
+        visible = before & ((owner == -1) | (owner == owner[:, None]))
+        padding = torch.nn.functional.pad(in_prompt >= length, (0, per_line * T))
+        predecessors = line[:, None] * len(owner) + torch.cat([length[line] - 1, S + place[:, None] * T + in_answer], 1)
+        return ids, positions, visible & ~padding[:, None, None], predecessors[mask[:, : T + 1]]
 
     def micro_batches(self, rows, sequences=0, tokens=0):
         """Cut rows into lists of at most `sequences` rows, or of at most `tokens` tokens, padding included; 0: no limit."""

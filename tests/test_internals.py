@@ -116,11 +116,11 @@ def test_left_padded_equals_unpadded():
 ROLLOUT = Rollout.of_answers([[5, 6, 7, 8], [9], [10, 11]], [[12, 13, 14], [3], [24]] + [[15, 16], [17, 18, 19, 20], [25, 26, 27]] + [[21], [22, 23], [28]])
 
 
+@pytest.mark.parametrize("rows", [[5, 0, 1, 4, 3, 8], [1, 2, 6, 6]], ids=["rows of three groups", "answers of one token"])
 @pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("layer", [None, 2])
-def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, monkeypatch):
+def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, rows, monkeypatch):
     """Prompts of unequal length, a micro-batch that cuts through groups, lines with empty places: every state and the gradient of every weight."""
-    rows = [5, 0, 1, 4, 3, 8]
     any_model.train()
     expected = []
     for r in rows:
@@ -151,10 +151,24 @@ def test_a_shared_prompt_runs_once():
 
 def test_answers_to_a_line():
     """k = sqrt(S (6 D + S)) / T makes (S / k + T) (6 D + S + k T) least; long answers stand alone."""
-    S, D, T = 17, 96, 12
-    k = internals.answers_to_a_line(S, T, D)
-    assert k == 8 == min(range(1, 100), key=lambda k: (S / k + T) * (6 * D + S + k * T))
-    assert internals.answers_to_a_line(100, 1000, 576) == 1 and internals.answers_to_a_line(500, 50, 4096) == 10  # the cap: 500 + 10 * 50 <= 1024
+    f, (S, T, D) = internals.answers_to_a_line, (17, 12, 96)
+    assert f([16, 16], S, T, D) == 8 == min(range(1, 100), key=lambda k: (S / k + T) * (6 * D + S + k * T))
+    assert f([9], S, T, D) == 5  # two lines of 5 and 4, not of 8 and 1
+    assert f([8], 100, 1000, 576) == 1 and f([32], 500, 50, 4096) == 8  # at most (1024 - 500) / 50 = 10; 32 answers take four lines even so
+    # one prompt with 7 answers, 19 with one: 20 lines of 100 + 7 x 100 would hold 16,000 tokens, lines of their own 26 x 200 = 5,200
+    assert f([7] + [1] * 19, 100, 100, 896) == 1
+
+
+def test_no_pass_holds_more_tokens_than_asked_for():
+    """--micro-tokens puts answers of like length together, whatever their prompts: shared lines must not outgrow the limit."""
+    torch.manual_seed(3)
+    lengths = torch.randint(1, 33, (96,)).tolist()
+    rollout, model, seen = Rollout.of_answers([[5] * n for n in torch.randint(10, 40, (12,)).tolist()], [[7] * n for n in lengths]), random_model(), []
+    model.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].numel()))
+    parts = rollout.micro_batches(range(96), tokens=700)
+    for part in parts:
+        internals.answer_states(model, rollout, part)
+    assert len(seen) == len(parts) and max(seen) <= 700 and sorted(sum(parts, [])) == list(range(96))
 
 
 @pytest.mark.parametrize("setting", ["eager", "sliding window"])

@@ -25,13 +25,16 @@ def test_parts_by_hand():
     assert e.kv_cache == 8 * 16 * 3 * 2 * 2 * model.config.head_dim * 2
     # the logits chunk is never larger than an update's answers, 4 x 10; three float32 copies and the unembedding's gradient
     assert e.logits == 40 * 50 * 4 * 3 + 4 * 50 * 32
-    # 4 answers of 10 tokens and their 2 prompts of 6, whose keys and values exist once more for each answer; bfloat16 weights
+    # 4 answers of 10 tokens, two to a line with their prompt of 6, and the lines' masks; bfloat16 weights
     size = model.config.head_dim
     a_token = 2 * (3 * 64 + 2 * 4 * size + 2 * 2 * size) + (4 + 2) * 4 * 32
-    assert e.activations == 3 * (52 * a_token + 24 * 2 * 2 * 2 * size) + 2 * parameters
-    # with checkpointing each answer has its own copy: one hidden state a layer, two layers' insides
+    assert e.activations == 3 * (2 * 26 * a_token + 2 * 26 * 26 * 2) + 2 * parameters
+    # with checkpointing: one hidden state a layer, two layers' insides
     less = memory.estimate(model.config, some_options("--gradient-checkpointing"), prompt_tokens=6, cuda=True)
-    assert less.activations == 64 * 4 * 32 * 3 + 2 * 64 * a_token + 2 * parameters
+    assert less.activations == 52 * 4 * 32 * 3 + 2 * (52 * a_token + 2 * 26 * 26 * 2) + 2 * parameters
+    # answers of 100 tokens stand alone: 4 lines of 106
+    alone = memory.estimate(model.config, some_options("--max-new-tokens", "100"), prompt_tokens=6, cuda=True)
+    assert alone.activations == 3 * 4 * 106 * a_token + 2 * parameters
     assert e.peak == e.weights + e.moments + e.replica + max(e.gradients + e.activations + e.logits, e.kv_cache + e.sampling)
 
 

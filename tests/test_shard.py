@@ -63,6 +63,7 @@ def result(out):
 
 
 def test_one_process_hands_over_to_two(handed_over):
+    """Runs first of all (conftest.py), so that the two processes work beside the other tests."""
     folder, _ = handed_over
     assert (folder / "one" / "final").is_dir() and (folder / "two" / "checkpoint-1").is_dir()
 

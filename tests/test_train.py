@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, TINY
 from safetensors.torch import load_file, save_file
 
+import internals
 import train
 from evaluate import Accuracy, Answer
 from scale import checkpoint, options, report
@@ -43,8 +44,8 @@ def verdicts(monkeypatch, request):
 
 
 def invent_verdicts(monkeypatch):
-    """Verdicts that depend on the answer alone, since random weights are never right; and no evaluation, most of a short run's time."""
-    monkeypatch.setattr(train, "grade", lambda problem, text: Grade(*[sum(text.encode()) % 2 == 0] * 2))
+    """Verdicts that depend on question and answer only, since random weights are never right; and no evaluation, most of a short run's time."""
+    monkeypatch.setattr(train, "grade", lambda problem, text: Grade(*[sum((problem.question + text).encode()) % 2 == 0] * 2))
     monkeypatch.setattr(report, "evaluate_over", lambda *args: Accuracy(0.5, 0.5, 0.1, 0.1, 1.0, 7.0))
 
 
@@ -104,7 +105,7 @@ def test_the_same_seed_gives_the_same_metrics(real_verdicts, tmp_path):
     shipped = ["--model", TINY]
     a, b, c = run(tmp_path / "a", *shipped), run(tmp_path / "b", *shipped), run(tmp_path / "c", *shipped, "--seed", 1, steps=1)
     assert same(a[0], b[0]) and a[1] == b[1]
-    assert not same(a[0], c[0])
+    assert not same(load_file(tmp_path / "a" / "checkpoint-1" / "model.safetensors"), c[0])
 
 
 # --------------------------------------------------------------------------------------------------- reductions
@@ -140,15 +141,18 @@ def gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("algo", ["hapo", "grpo"])
-def test_micro_batches_change_no_gradient(tmp_path, gradients, algo):
-    settings = ([], ["--micro-batch", "1"], ["--micro-batch", "2"], ["--micro-tokens", "60", "--gradient-checkpointing"])
+def test_micro_batches_change_no_gradient(tmp_path, gradients, algo, monkeypatch):
+    """Nor do answers that share lines: they do in whole passes (the shipped model's are of unequal length), and in the last run nowhere."""
+    settings = ([], ["--micro-batch", "1"], ["--micro-batch", "2"], ["--micro-tokens", "60", "--gradient-checkpointing"], [])
     for i, extra in enumerate(settings):
-        run(tmp_path / str(i), "--algo", algo, *extra, steps=1)
+        if i == len(settings) - 1:
+            monkeypatch.setattr(internals, "answers_to_a_line", lambda *sizes: 1)
+        run(tmp_path / str(i), "--model", TINY, "--algo", algo, "--grad-clip", "1e6", *extra, steps=1)
     assert len(gradients) == 2 * len(settings)
     for i in range(1, len(settings)):
         for update in (0, 1):
             for a, b in zip(gradients[update], gradients[2 * i + update]):
-                torch.testing.assert_close(a, b, atol=5e-6, rtol=1e-4)
+                torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
 
 
 def test_nothing_is_outside_the_clip_range_before_the_first_update(tmp_path):
