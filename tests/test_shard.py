@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) against one: the same losses, gradients and weights to 1e-5, and a run that resumes elsewhere."""
+"""Programs in processes of their own: two (gloo, CPU) against one, with a run that moves between them; and one that is refused."""
 
 import json
 import os
@@ -58,12 +58,19 @@ def handed_over(tmp_path_factory):
         worker.kill()
 
 
+@pytest.fixture(scope="session")
+def refused(tmp_path_factory):
+    process = subprocess.Popen([sys.executable, "train.py", "--answers-per-prompt", "1", "--out", str(tmp_path_factory.mktemp("refused"))], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+
+
 def result(out):
     return load_file(out / "final" / "model.safetensors"), [json.loads(line) for line in open(out / "metrics.jsonl")]
 
 
-def test_one_process_hands_over_to_two(handed_over):
-    """Runs first of all (conftest.py), so that the two processes work beside the other tests."""
+def test_one_process_hands_over_to_two(handed_over, refused):
+    """Runs first of all (conftest.py), so that the other processes work beside the other tests."""
     folder, _ = handed_over
     assert (folder / "one" / "final").is_dir() and (folder / "two" / "checkpoint-1").is_dir()
 
@@ -87,6 +94,11 @@ def test_two_processes_are_one(handed_over):
     for name in aligned:  # bit-identical above layer 2
         upper = name == "model.norm.weight" or (name.startswith("model.layers.") and int(name.split(".")[2]) >= 2)
         assert start[name].equal(aligned[name]) == upper, name
+
+
+def test_the_program_exits_with_two_and_no_traceback(refused):
+    _, errors = refused.communicate(timeout=80)
+    assert refused.returncode == 2 and errors.count("\n") == 1 and errors.startswith("train.py: --answers-per-prompt 1")
 
 
 def test_more_processes_than_prompts_is_one_line():

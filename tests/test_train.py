@@ -5,13 +5,12 @@ import json
 import math
 import pathlib
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 from safetensors.torch import load_file, save_file
 
 import internals
@@ -496,11 +495,6 @@ def test_models_that_cannot_be_used(tmp_path, tiny_folder):
         with pytest.raises(BadInput, match=message) as error:
             run(tmp_path / "run", "--model", tmp_path / name)
         assert "\n" not in str(error.value)
-
-
-def test_the_program_exits_with_two_and_no_traceback(tmp_path):
-    result = subprocess.run([sys.executable, "train.py", "--answers-per-prompt", "1", "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("train.py: --answers-per-prompt 1")
 
 
 def test_a_folder_that_is_not_a_run_is_never_deleted(tiny_folder):
