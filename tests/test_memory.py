@@ -35,6 +35,9 @@ def test_parts_by_hand():
     # answers of 100 tokens stand alone: 4 lines of 106
     alone = memory.estimate(model.config, some_options("--max-new-tokens", "100"), prompt_tokens=6, cuda=True)
     assert alone.activations == 3 * 4 * 106 * a_token + 2 * parameters
+    # passes of at most 50 tokens are full, however long an answer could be; 4 answers of 16 are not more than 64
+    some = lambda limit: memory.estimate(model.config, some_options("--micro-tokens", limit), prompt_tokens=6, cuda=True).activations
+    assert some("50") == 3 * 50 * a_token + 2 * parameters and some("1000") == 3 * 64 * a_token + 2 * parameters and some("5") == 3 * 16 * a_token + 2 * parameters
     assert e.peak == e.weights + e.moments + e.replica + max(e.gradients + e.activations + e.logits, e.kv_cache + e.sampling)
 
 
