@@ -26,6 +26,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from scale.latex import has_math_verify, latex_equal
+from scale.numbers import last_number, only_number, parse_number
 
 LONGEST_TEXT = 20_000  # characters of an answer that are looked at, from its end
 LONGEST_EXPRESSION = 200
@@ -68,55 +69,6 @@ def grade(problem, text):
     if stated is None:
         stated = last_number(text)
     return Grade(strict, stated is not None and stated == target)
-
-
-# ASCII digits only; \d, which also matches other scripts', stands where a digit forbids: a number ends where no digit, decimal,
-# fraction or exponent goes on. Groups of three behind commas, or a plain run of digits. A minus belongs to the number unless a
-# digit or letter stands before it: 10-4 ends in 4, x = -4 in -4.
-_NUMBER = re.compile(
-    r"(?<![\dA-Za-z.])(-?)[$€£]?(-?)((?:[0-9]{1,3}(?:,[0-9]{3}){1,13}|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
-    r"(?:\s?/\s?([0-9]{1,40})(?![0-9.]))?(?!\d|\.\d|\s?/\s?\d|[eE][+-]?\d)"
-)
-_WHOLE = re.compile(r"[$€£\s]*" + _NUMBER.pattern.removeprefix(r"(?<![\dA-Za-z.])") + r"\s*(?:%|\\%|dollars?|cents?|[$€£])?[\s.]*")
-_FRAC = re.compile(r"(-?)\s*\\d?frac\{(-?[0-9]{1,40})\}\{(-?[0-9]{1,40})\}")
-
-
-def _fraction(match):
-    sign, sign_after_currency, digits, denominator = match.groups()
-    value = Fraction(digits.replace(",", ""))
-    if denominator is not None:
-        if int(denominator) == 0:
-            return None
-        value /= int(denominator)
-    return -value if sign or sign_after_currency else value
-
-
-def parse_number(text):
-    """The number a string consists of, as a Fraction: sign, commas, decimals, a currency, 3/4, \\frac{3}{4}; or None."""
-    if len(text) > 200:
-        return None
-    text = text.strip().strip("$*").replace("\u2212", "-").replace("\\$", "").replace("\\!", "").replace("\\,", "").strip()
-    if match := _FRAC.fullmatch(text):
-        sign, top, bottom = match.groups()
-        return None if int(bottom) == 0 else Fraction(int(top), int(bottom)) * (-1 if sign else 1)
-    match = _WHOLE.fullmatch(text)
-    return _fraction(match) if match else None
-
-
-def last_number(text):
-    """The last number anywhere in a text, as a Fraction, or None."""
-    matches = list(_NUMBER.finditer(text.replace("\u2212", "-")))
-    return _fraction(matches[-1]) if matches else None
-
-
-def only_number(text):
-    """The number of a sentence that holds exactly one and no mathematics ("72 apples", "x = 5"), as a Fraction; else None."""
-    match = _NUMBER.search(text)
-    if match is None:
-        return None
-    before, after = text[: match.start()], text[match.end() :]
-    # 2k, 4_6, 2^10, (3, 4): the number is not the answer, only a part of it
-    return None if re.search(r"[\d()\[\]{}^_+*/<>|\\]", before + after) or re.match(r"[A-Za-z]", after) else _fraction(match)
 
 
 def _explicit_answer(text):

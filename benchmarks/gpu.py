@@ -48,7 +48,7 @@ def main():
     if a.gradient_checkpointing:
         getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)({"use_reentrant": False})
     with tempfile.TemporaryDirectory() as folder:
-        o = options.parse(train.Options, ["--out", folder, "--prompts-per-step", str(a.prompts), "--answers-per-prompt", str(a.answers), "--updates-per-rollout", "1", "--max-new-tokens", str(a.answer), "--micro-tokens", str(a.micro_tokens), "--lr", "1e-6"] + (["--gradient-checkpointing"] if a.gradient_checkpointing else []), "")
+        o = options.parse(["--out", folder, "--prompts-per-step", str(a.prompts), "--answers-per-prompt", str(a.answers), "--updates-per-rollout", "1", "--max-new-tokens", str(a.answer), "--micro-tokens", str(a.micro_tokens), "--lr", "1e-6"] + (["--gradient-checkpointing"] if a.gradient_checkpointing else []), "")
     world = shard.World("cuda")
     actor = shard.make_actor(policy, world)
     shard.refresh_actor(actor, policy)

@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        o = options.parse(train.Options, ["--out", folder, "--device", "cpu", "--lr", "1e-9"], "")
+        o = options.parse(["--out", folder, "--device", "cpu", "--lr", "1e-9"], "")
         run, _ = open_run(o, shard.World(o.device))
     algos = {"dapo": dataclasses.replace(o, algo="dapo"), "hapo": o}
     for name in ("hapo", "dapo"):  # one real step each, for statistics and moments

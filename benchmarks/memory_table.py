@@ -8,12 +8,11 @@ import dataclasses
 from common import Qwen2Config
 from gpu import SHAPES
 
-import train
 from scale import memory, options
 
 
 def main():
-    o = options.parse(train.Options, ["--estimate", "--prompts-per-step", "64", "--answers-per-prompt", "8", "--updates-per-rollout", "2", "--max-new-tokens", "512", "--micro-tokens", "16384", "--gradient-checkpointing"], "")
+    o = options.parse(["--estimate", "--prompts-per-step", "64", "--answers-per-prompt", "8", "--updates-per-rollout", "2", "--max-new-tokens", "512", "--micro-tokens", "16384", "--gradient-checkpointing"], "")
     parts = ("weights", "gradients", "moments", "replica", "activations", "logits", "kv_cache", "peak")
     print(f"| shape | processes | {' | '.join(p.replace('_', ' ') for p in parts)} |\n|{'---|' * (len(parts) + 2)}")
     for name, shape in SHAPES.items():

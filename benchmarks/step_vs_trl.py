@@ -24,7 +24,7 @@ TINY = str(pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny-qwe
 
 def ours(folder, algo, steps):
     out = tempfile.mkdtemp()
-    o = options.parse(train.Options, ["--model", folder, "--out", out, "--algo", algo, "--prompts-per-step", "16", "--answers-per-prompt", "16", "--max-new-tokens", "12", "--lr", "1e-6", "--device", "cpu"], "")
+    o = options.parse(["--model", folder, "--out", out, "--algo", algo, "--prompts-per-step", "16", "--answers-per-prompt", "16", "--max-new-tokens", "12", "--lr", "1e-6", "--device", "cpu"], "")
     run, _ = open_run(o, shard.World(o.device))
     coin = random.Random(0)
     train.grade = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)

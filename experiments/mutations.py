@@ -61,7 +61,7 @@ FAULTS = [
     ("scale/report.py", "by_question.setdefault(question, [])", "by_question.setdefault((question, len(by_question)), [])", "tests/test_train.py -k twice"),
     ("evaluate.py", "failure *= (n - c - i) / (n - i)", "failure *= (n - c) / n", "tests/test_evaluate.py -k pass_at"),
     ("tasks.py", "Counter(found[1]) == Counter(problem.numbers)", "True", "tests/test_tasks.py"),
-    ("tasks.py", "|[eE][+-]?\\d)", ")", "tests/test_tasks.py"),
+    ("scale/numbers.py", "|[eE][+-]?\\d)", ")", "tests/test_tasks.py"),
 ]
 
 

@@ -65,12 +65,12 @@ def estimate(config, o, prompt_tokens=256, world_size=1, cuda=True):
     rows = min(o.micro_batch or rows, rows)
     if o.micro_tokens:
         rows = min(rows, max(1, o.micro_tokens // sequence))
-    together = 1 if o.micro_tokens else min(rows, o.answers_per_prompt)  # --micro-tokens sorts by length, across groups
-    per_line = answers_to_a_line([together], prompt_tokens, o.max_new_tokens, hidden)
-    lines, width = math.ceil(rows / per_line), prompt_tokens + per_line * o.max_new_tokens
-    tokens, mask = lines * width, compute * lines * width**2 if per_line > 1 else 0
-    if o.micro_tokens:  # shorter answers fill a pass up to its limit
-        tokens = max(sequence, min(o.micro_tokens, sequence * o.answers_per_update // world_size))
+    if o.micro_tokens:  # shorter answers fill a pass up to its limit, sorted by length across groups: they seldom share lines
+        tokens, mask = max(sequence, min(o.micro_tokens, sequence * o.answers_per_update // world_size)), 0
+    else:
+        per_line = answers_to_a_line([min(rows, o.answers_per_prompt)], prompt_tokens, o.max_new_tokens, hidden)
+        lines, width = math.ceil(rows / per_line), prompt_tokens + per_line * o.max_new_tokens
+        tokens, mask = lines * width, compute * lines * width**2 if per_line > 1 else 0
     # what one layer keeps for its backward pass, in numbers a token: two norms' inputs and outputs (float32 under autocast: the
     # residual stream), q k v and attention's output, three of the feed-forward's inner size
     inner = 3 * config.intermediate_size + 2 * heads * head_dim + 2 * kv_heads * head_dim

@@ -1,4 +1,4 @@
-"""The command line: argparse made from the dataclass of options, and one line for every setting that cannot work."""
+"""Every setting of a run, the command line that argparse makes of them, and one line for each that cannot work."""
 
 import argparse
 import dataclasses
@@ -6,12 +6,96 @@ import json
 import os
 import pathlib
 import sys
+from dataclasses import dataclass
 
 import torch
 
 from sampling import NonFinite
 from scale.load import check_device
 from tasks import BUILT_IN, BadInput, default_cap
+
+
+def opt(default, help, **more):
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every setting of a run, saved with it as config.json. Symbols are the papers'."""
+
+    # what is trained, and on what
+    model: str = opt("assets/tiny-qwen3", "Hugging Face folder or hub name")
+    task: str = opt("countdown", "built-in task", choices=sorted(BUILT_IN))
+    difficulty: int = opt(None, "level of the built-in task; default its first")
+    data: str = opt("", "JSONL or parquet file of questions instead of a built-in task")
+    eval_data: str = opt("", "file of held-out questions; without it some rows of --data are kept apart")
+    reward: str = opt("lenient", "which verdict is the reward", choices=["strict", "lenient"])
+    out: str = opt("", "output folder; default runs/ALGO-TASK")
+    resume: bool = opt(False, "continue the run in --out exactly where its newest whole checkpoint stands")
+    overwrite: bool = opt(False, "delete the run that --out already holds")
+    seed: int = opt(0, "every random draw of the run follows from it (the split of the questions is fixed)")
+    steps: int = opt(120, "rollout batches")
+    device: str = opt("", "cpu or cuda; default cuda where there is one")
+
+    # the batch
+    prompts_per_step: int = opt(32, "P, prompts a step")
+    answers_per_prompt: int = opt(8, "G, answers a prompt")
+    updates_per_rollout: int = opt(4, "optimiser steps on one batch of answers")
+    micro_batch: int = opt(0, "sequences in one forward and backward pass; 0: all at once (never changes the result)")
+    micro_tokens: int = opt(0, "instead of --micro-batch: tokens in one pass, padding included")
+    max_new_tokens: int = opt(None, "length cap of an answer; default 16 countdown, 32 arithmetic, 512 files")
+    temperature: float = opt(1.0, "T_base")
+    dynamic_sampling: bool = opt(False, "replace groups whose rewards are all equal by new ones (DAPO)")
+    max_rounds: int = opt(3, "rounds of dynamic sampling; then train on what there is")
+    overlong_buffer: int = opt(0, "DAPO's soft punishment over the last so many tokens before the cap; 0: off")
+
+    # the objective
+    algo: str = opt("hapo", "grpo: clip 0.2/0.2, sequence mean; dapo: clip-higher 0.2/0.28, token mean; hapo: dapo and the four parts", choices=["grpo", "dapo", "hapo"])
+    adaptive_temperature: bool = opt(True, "HAPO A: temperature by token entropy (Eq. 8)")
+    token_group_average: bool = opt(True, "HAPO B: token-level group average (Eq. 9)")
+    advantage_redistribution: bool = opt(True, "HAPO C: differential advantage redistribution (Eq. 10-11)")
+    adaptive_clip: bool = opt(True, "HAPO D: asymmetric adaptive clipping (Eq. 12-13)")
+    released: bool = opt(False, "behave as HAPO's released code where it departs from the paper")
+    rho: float = opt(0.8, "rho, quantile of the entropy pivot")
+    tau: float = opt(None, "tau, strength of the adaptive temperature; default 0.05 bounded, 0.1 zscore")
+    temperature_form: str = opt("bounded", "form of Eq. 8", choices=["bounded", "zscore"])
+    clip_low: float = opt(0.2, "eps_low")
+    clip_high: float = opt(None, "eps_high; default 0.2 grpo, 0.28 dapo and hapo")
+    dual_clip: float = opt(0.0, "c > 1: a token with A < 0 costs at most -c A; 0: off (HAPO's runs: 10)")
+    loss_mean: str = opt("", "default: sequence for grpo, token otherwise", choices=["token", "sequence", "fixed"])
+    kl: float = opt(0.0, "coefficient of the k3 KL to the initial model (phase 2); 0: no reference model is held")
+    comparison: str = opt("none", "another use of entropy, for comparison", choices=["none", "forking", "archer", "entropy-advantage", "edge"])
+
+    # BuPO
+    bupo_layer: str = opt("", "align this layer's policy first: 1 ... L, or auto for the boundary layer")
+    bupo_steps: int = opt(30, "s_inter, steps of the first phase")
+    bupo_norm: bool = opt(False, "final norm on the internal policy too")
+    bupo_arm: str = opt("align", "align: BuPO; comparison arms: freeze layers 1 ... l in the first phase, or layer-lr: upper layers learn at 0.1 x lr", choices=["align", "freeze", "layer-lr"])
+    diagnose_every: int = opt(0, "log similarity, KL and entropy change of the layers every so many steps; 0: never")
+
+    # the optimiser
+    lr: float = opt(1e-4, "AdamW; 1e-6 is the papers' for 1.5B to 14B")
+    weight_decay: float = opt(0.1, "AdamW")
+    warmup_steps: int = opt(10, "linear warm-up")
+    grad_clip: float = opt(1.0, "largest gradient norm")
+    gradient_checkpointing: bool = opt(False, "recompute layers in the backward pass: less memory, a third more time")
+    offload: bool = opt(False, "with torchrun: weights, gradients and moments in main memory")
+    estimate: bool = opt(False, "print what the run would need in memory and stop; loads no weights")
+
+    # looking at it
+    eval_prompts: int = opt(512, "held-out answers an evaluation")
+    eval_every: int = opt(30, "steps; step 0 and the last are always evaluated")
+    save_every: int = opt(1, "steps between checkpoints: what a killed run may lose (raise it for large models)")
+    keep: int = opt(2, "checkpoints that are kept")
+    max_bad_steps: int = opt(5, "stop after so many steps in a row with NaN or infinity")
+
+    @property
+    def answers_per_step(self):
+        return self.prompts_per_step * self.answers_per_prompt
+
+    @property
+    def answers_per_update(self):
+        return self.answers_per_step // self.updates_per_rollout
 
 
 def run_main(main):
@@ -37,7 +121,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise BadInput(f"{message} (see --help)")
 
 
-def parse(Options, argv, description):
+def parse(argv, description):
     """Options from the command line, from a resumed run's config.json where one is there, and from each other."""
     parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Options):
@@ -55,7 +139,7 @@ def parse(Options, argv, description):
     if held.exists() and "prompts_per_step" not in held.read_text(errors="replace"):
         raise BadInput(f"--out {o.out}: holds something that is not a run (its config.json is another program's); name another folder")
     if held.exists() and o.resume:
-        return complete(resumed_options(Options, held, given, o))
+        return complete(resumed_options(held, given, o))
     if held.exists() and not o.overwrite:
         raise BadInput(f"--out {o.out}: already holds a run; --resume continues it, --overwrite deletes it, or name another folder")
     return complete(o)
@@ -64,7 +148,7 @@ def parse(Options, argv, description):
 MAY_CHANGE = {"steps", "device", "micro_batch", "micro_tokens", "gradient_checkpointing", "offload", "eval_every", "save_every", "keep", "max_bad_steps", "resume", "overwrite", "out", "diagnose_every", "model"}
 
 
-def resumed_options(Options, held, given, o):
+def resumed_options(held, given, o):
     """A resumed run's own options; those given again must agree, except where changing them changes no result."""
     try:
         stored = json.loads(held.read_text())

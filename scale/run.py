@@ -17,6 +17,7 @@ from sampling import eos_ids_of
 from scale import checkpoint, memory, shard
 from scale.guard import Guard
 from scale.load import fit_context, load_config, load_model, load_tokenizer
+from scale.options import Options
 from scale.report import samples_of, write_lines
 from scale.seeds import seed_of
 from tasks import BadInput, load_problems, read_problems
@@ -26,7 +27,7 @@ from tasks import BadInput, load_problems, read_problems
 class Run:
     """What lives from step to step. `drawn`, `layer`, `stats` and the guard's numbers are saved with every checkpoint."""
 
-    options: object  # train.Options
+    options: Options
     world: shard.World
     policy: torch.nn.Module
     actor: torch.nn.Module  # draws the answers: the policy itself on a CPU, else its replica in the compute dtype

@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-import train
 from conftest import TINY, random_model
 
 import losses
@@ -13,7 +12,7 @@ from tasks import BadInput
 
 
 def some_options(*more):
-    return options.parse(train.Options, ["--estimate", "--prompts-per-step", "4", "--answers-per-prompt", "2", "--updates-per-rollout", "2", "--max-new-tokens", "10", *more], "")
+    return options.parse(["--estimate", "--prompts-per-step", "4", "--answers-per-prompt", "2", "--updates-per-rollout", "2", "--max-new-tokens", "10", *more], "")
 
 
 def test_parts_by_hand():

@@ -168,7 +168,7 @@ def one_update(tmp_path):
 
     def loss(advantage, shift, *args, h=0.0, ref=None):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        run, _ = open_run(options.parse(train.Options, [*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], ""), World("cpu"))
+        run, _ = open_run(options.parse([*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], ""), World("cpu"))
         batch = train.collect(1, run)
         logp, batch.entropy = train.score(run.policy, batch, None, run)
         batch.old_logp = logp - shift
@@ -514,15 +514,15 @@ def test_damaged_weights_are_one_line(real_verdicts, tiny_folder, tmp_path, caps
 
 
 def test_a_default_that_depends_on_others_gives_way_to_what_was_asked_for():
-    parse = lambda *args: options.parse(train.Options, ["--estimate", *args], "")
+    parse = lambda *args: options.parse(["--estimate", *args], "")
     assert (parse().tau, parse().clip_high, parse("--algo", "grpo").clip_high, parse("--temperature-form", "zscore").tau) == (0.05, 0.28, 0.2, 0.1)
     assert (parse("--tau", "0").tau, parse("--clip-high", "0").clip_high, parse("--loss-mean", "fixed").loss_mean) == (0, 0, "fixed")
 
 
 def test_every_option_has_a_flag_and_a_help_text():
-    for field in dataclasses.fields(train.Options):
+    for field in dataclasses.fields(options.Options):
         assert field.metadata["help"]
-    assert options.parse(train.Options, ["--no-adaptive-clip", "--estimate"], "").adaptive_clip is False
+    assert options.parse(["--no-adaptive-clip", "--estimate"], "").adaptive_clip is False
 
 
 def test_estimate_needs_no_weights(capsys, tmp_path):
