@@ -9,8 +9,8 @@ from conftest import checkpoint_layers, random_model
 
 from losses import token_logprobs_and_entropy
 from sampling import AdaptiveTemperature, NonFinite, Rollout, draw, entropy_of, eos_ids_of, generate, invert_cdf
-from scale.rollout import position_ids
 from scale import cpu
+from scale.rollout import position_ids
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 
