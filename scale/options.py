@@ -133,16 +133,16 @@ def parse(argv, description):
     given = vars(parser.parse_args(argv))
     o = Options(**given)
     o = dataclasses.replace(o, out=o.out or f"runs/{o.algo}-{pathlib.Path(o.data).stem if o.data else o.task}")
-    if o.estimate:
-        return complete(o)
     held = pathlib.Path(o.out) / "config.json"
-    if held.exists() and "prompts_per_step" not in held.read_text(errors="replace"):
+    taken = held.exists() and not o.estimate
+    if taken and "prompts_per_step" not in held.read_text(errors="replace"):
         raise BadInput(f"--out {o.out}: holds something that is not a run (its config.json is another program's); name another folder")
-    if held.exists() and o.resume:
+    if taken and o.resume:
         return complete(resumed_options(held, given, o))
-    if held.exists() and not o.overwrite:
+    o = complete(o)  # a setting that cannot work is named before the folder is
+    if taken and not o.overwrite:
         raise BadInput(f"--out {o.out}: already holds a run; --resume continues it, --overwrite deletes it, or name another folder")
-    return complete(o)
+    return o
 
 
 MAY_CHANGE = {"steps", "device", "micro_batch", "micro_tokens", "gradient_checkpointing", "offload", "eval_every", "save_every", "keep", "max_bad_steps", "resume", "overwrite", "out", "diagnose_every", "model"}

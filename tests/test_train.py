@@ -351,6 +351,8 @@ def test_resume_refuses_other_options_models_and_tokenizers(tmp_path, tiny_folde
         train.main(["--out", str(tmp_path / "run"), "--resume", "--model", str(other)])
     with pytest.raises(BadInput, match="already holds a run; --resume continues it, --overwrite deletes it"):
         run(tmp_path / "run")
+    with pytest.raises(BadInput, match="--tau 3.0"):
+        run(tmp_path / "run", "--tau", 3)  # not the folder first and the option after it
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, capsys):
