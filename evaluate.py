@@ -1,12 +1,15 @@
-"""How good is a model: avg@k and unbiased pass@k on any task or file, strict and lenient, with standard errors.
+"""How good is a model: avg@k and unbiased pass@k on any task or file, with standard errors.
 
     python evaluate.py --model runs/hapo-countdown/final --task countdown --samples 16
     python evaluate.py --model DIR --data test.jsonl --samples 8 --temperature 0.5 --out result.json
 
 avg@k   the mean over k sampled answers a question, then over questions
-pass@k  1 - C(n - c, k) / C(n, k): the chance that k answers drawn without replacement from the n sampled ones, c of them
-        right, hold a right one (Chen et al. 2021, arXiv 2107.03374); unbiased, unlike 1 - (1 - c / n)^k
-The reward of training is graded by the same function, so the two can be compared.
+pass@k  1 - C(n - c, k) / C(n, k): the chance that k answers drawn without replacement from the n
+        sampled ones, c of them right, hold a right one (Chen et al. 2021, arXiv 2107.03374);
+        unbiased, unlike 1 - (1 - c / n)^k
+
+Strict and lenient verdicts (tasks.py) stand side by side. The reward of training is graded by the
+same function, so the two can be compared.
 """
 
 import json
@@ -15,16 +18,28 @@ import pathlib
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from grading.latex import LATEX
+from program.command import OneLineParser, run_main
+from program.errors import BadInput
+from program.models import check_device, load_model
 from sampling import eos_ids_of, generate
-from scale.latex import LATEX
-from scale.load import check_device, fit_context, load_model
-from scale.options import OneLineParser, run_main
-from tasks import BUILT_IN, BadInput, Grade, default_cap, grade, load_problems, read_problems, render_prompt
+from tasks import (
+    BUILT_IN,
+    Grade,
+    Problem,
+    default_cap,
+    fit_context,
+    grade,
+    load_problems,
+    read_problems,
+    render_prompt,
+)
 
 
-def valid_json(thing, **style):
+def valid_json(thing: object, **style) -> str:
     """json.dumps with null for NaN and infinity, which JSON does not have."""
 
     def clean(x):
@@ -42,7 +57,7 @@ class Accuracy(NamedTuple):
 
     strict: float
     lenient: float
-    strict_error: float  # standard error over questions; the answers to one question are not independent
+    strict_error: float  # standard error over questions: answers to one are not independent
     lenient_error: float
     finished: float  # share of answers that ended before the length cap
     length: float  # mean tokens of an answer
@@ -55,37 +70,61 @@ class Answer(NamedTuple):
     finished: bool
 
 
-def sample_answers(model, tokenizer, problems, samples, max_new_tokens, eos_ids, temperature=1.0, seed=0, rows_at_once=512, progress=None):
+def sample_answers(
+    model: nn.Module,
+    tokenizer: object,
+    problems: list[Problem],
+    samples: int,
+    max_new_tokens: int,
+    eos_ids: list[int],
+    temperature: float = 1.0,
+    seed: int = 0,
+    rows_at_once: int = 512,
+    progress: str | None = None,
+    plain: bool = False,
+) -> list[list[Answer]]:
     """For each problem a list of `samples` Answers. `progress` names a bar, or None."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, answers = torch.Generator().manual_seed(seed), []
     chunk = max(1, rows_at_once // samples)
-    answers = []
+    size = (samples, max_new_tokens, eos_ids, temperature, len(tokenizer), generator)
     with tqdm(total=len(problems), desc=progress, disable=progress is None, leave=False) as bar:
         for i in range(0, len(problems), chunk):
             part = problems[i : i + chunk]
             prompts = [render_prompt(p.question, tokenizer)[1] for p in part]
-            rollout = generate(model, prompts, samples, max_new_tokens, eos_ids, temperature, len(tokenizer), generator)
+            rollout = generate(model, prompts, *size, plain=plain)
             texts = tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
             rows = list(zip(texts, rollout.lengths.tolist(), rollout.finished.tolist()))
             for j, problem in enumerate(part):
-                answers.append([Answer(text, grade(problem, text), n, done) for text, n, done in rows[j * samples : (j + 1) * samples]])
+                own = rows[j * samples : (j + 1) * samples]
+                answers.append([Answer(text, grade(problem, text), *more) for text, *more in own])
             bar.update(len(part))
     return answers
 
 
-def summarise(answers):
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error over questions; NaN for a single one."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
+
+
+def summarise(answers: list[list[Answer]]) -> Accuracy:
     """Accuracy over problems from sample_answers' lists."""
     flat = [a for row in answers for a in row]
+    strict, lenient = (
+        mean_and_error([sum(getattr(a.grade, verdict) for a in row) / len(row) for row in answers])
+        for verdict in Grade._fields
+    )
+    return Accuracy(
+        strict[0],
+        lenient[0],
+        strict[1],
+        lenient[1],
+        sum(a.finished for a in flat) / len(flat),
+        sum(a.tokens for a in flat) / len(flat),
+    )
 
-    def mean_and_error(verdict):
-        means = torch.tensor([sum(getattr(a.grade, verdict) for a in row) / len(row) for row in answers], dtype=torch.float64)
-        return means.mean().item(), (means.std() / len(means) ** 0.5).item() if len(means) > 1 else float("nan")
 
-    strict, lenient = mean_and_error("strict"), mean_and_error("lenient")
-    return Accuracy(strict[0], lenient[0], strict[1], lenient[1], sum(a.finished for a in flat) / len(flat), sum(a.tokens for a in flat) / len(flat))
-
-
-def pass_at_k(n, c, k):
+def pass_at_k(n: int, c: int, k: int) -> float:
     """1 - C(n - c, k) / C(n, k), as a product of k factors that never overflows."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
@@ -97,51 +136,96 @@ def pass_at_k(n, c, k):
     return 1.0 - failure
 
 
-def main(argv=None):
+def parse(argv: list[str] | None) -> object:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="a Hugging Face folder or name")
-    parser.add_argument("--task", choices=sorted(BUILT_IN), default="countdown", help="built-in task; its held-out problems are used")
-    parser.add_argument("--difficulty", type=int, default=None)
-    parser.add_argument("--data", default=None, metavar="FILE", help="JSONL or parquet instead of a built-in task; all its rows are used")
-    parser.add_argument("--samples", type=int, default=8, metavar="K", help="answers a question, 1 to 256")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    parser.add_argument("--max-new-tokens", type=int, default=None, help="default 16 for countdown, 32 for arithmetic, 512 for files")
-    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N questions")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows-at-once", type=int, default=512, help="answers decoded together")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", default=None, metavar="FILE.json")
+    add = parser.add_argument
+    add("--model", required=True, help="a Hugging Face folder or name")
+    add("--task", choices=sorted(BUILT_IN), default="countdown", help="its held-out problems")
+    add("--difficulty", type=int, default=None, help="level of the built-in task")
+    add("--data", metavar="FILE", help="JSONL or parquet instead; all its rows are used")
+    add("--samples", type=int, default=8, metavar="K", help="answers a question, 1 to 256")
+    add("--temperature", type=float, default=1.0, help="0 is greedy")
+    add("--max-new-tokens", type=int, default=None, help="default: the task's, 512 for files")
+    add("--limit", type=int, default=None, metavar="N", help="only the first N questions")
+    add("--seed", type=int, default=0)
+    add("--rows-at-once", type=int, default=512, help="answers decoded together")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", default=None, metavar="FILE.json")
     args = parser.parse_args(argv)
-    for name, low, high in (("samples", 1, 256), ("limit", 1, None), ("max_new_tokens", 1, None), ("rows_at_once", 1, None)):
-        value = getattr(args, name)
-        if value is not None and (value < low or (high and value > high)):
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least {low}" + (f" and at most {high}" if high else ""))
+    least = ("samples", "limit", "max_new_tokens", "rows_at_once")
+    for name in least:
+        value, high = getattr(args, name), 256 if name == "samples" else math.inf
+        if value is not None and not 1 <= value <= high:
+            most = " and at most 256" if name == "samples" else ""
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1{most}")
     check_device(args.device)
     if args.out and (pathlib.Path(args.out).is_dir() or pathlib.Path(args.out).parent.is_file()):
-        raise BadInput(f"--out {args.out}: not a file that can be written; name one, such as result.json")
+        raise BadInput(
+            f"--out {args.out}: not a file that can be written; name one, such as result.json"
+        )
     if not 0 <= args.temperature <= 100:
         raise BadInput(f"--temperature {args.temperature}: must lie between 0 (greedy) and 100")
     if args.temperature == 0 and args.samples > 1:
-        raise BadInput(f"--samples {args.samples}: greedy decoding (--temperature 0) has one answer a question; use --samples 1")
+        raise BadInput(
+            f"--samples {args.samples}: greedy decoding (--temperature 0) has one answer a "
+            "question; use --samples 1"
+        )
+    return args
 
-    problems = (read_problems(args.data) if args.data else load_problems(args.task, difficulty=args.difficulty)[1])[: args.limit]
+
+def accuracy_table(answers: list[list[Answer]], samples: int) -> tuple[dict, str]:
+    """avg@k and pass@k as numbers by name, and as a table for people."""
+    result = summarise(answers)._asdict()
+    lines = [f"{'':14s}{'strict':>16s}{'lenient':>18s}"]
+    ks = [k for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= samples]
+    for name, k in [(f"avg@{samples}", None), *((f"pass@{k}", k) for k in ks)]:
+        cells = []
+        for verdict in Grade._fields:
+            key = verdict if k is None else f"{name}_{verdict}"
+            if k is not None:
+                right = [sum(getattr(a.grade, verdict) for a in row) for row in answers]
+                shares = [pass_at_k(samples, c, k) for c in right]
+                result[key], result[f"{key}_error"] = mean_and_error(shares)
+            cells.append(f"{result[key]:.3f} ± {result[f'{key}_error']:.3f}")
+        lines.append(f"{name:14s}{cells[0]:>16s}{cells[1]:>18s}")
+    return result, "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    if args.data:
+        problems = read_problems(args.data)[: args.limit]
+    else:
+        problems = load_problems(args.task, difficulty=args.difficulty)[1][: args.limit]
     cap = args.max_new_tokens or default_cap(args.task, args.data)
-    model, tokenizer = load_model(args.model, args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    model, tokenizer = load_model(args.model, args.device, dtype)
     problems = [problem for problem, _ in fit_context(problems, tokenizer, model.config, cap)]
     text, ids = render_prompt(problems[0].question, tokenizer)
-    print(f"{len(problems)} questions, {args.samples} answers each, at most {cap} tokens; the first prompt ({len(ids)} tokens):\n{text}")
-    answers = sample_answers(model, tokenizer, problems, args.samples, cap, eos_ids_of(model, tokenizer), args.temperature, args.seed, args.rows_at_once, "answering")
-
-    result = {"model": args.model, "task": args.data or args.task, "questions": len(problems), "samples": args.samples, "temperature": args.temperature, "seed": args.seed, "max_new_tokens": cap, **summarise(answers)._asdict()}
-    print(f"\n{'':14s}{'strict':>16s}{'lenient':>18s}")
-    print(f"{'avg@' + str(args.samples):14s}{result['strict']:>8.3f} ± {result['strict_error']:.3f}{result['lenient']:>10.3f} ± {result['lenient_error']:.3f}")
-    for k in (k for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= args.samples):
-        for verdict in ("strict", "lenient"):
-            values = torch.tensor([pass_at_k(args.samples, sum(getattr(a.grade, verdict) for a in row), k) for row in answers], dtype=torch.float64)
-            result[f"pass@{k}_{verdict}"] = values.mean().item()
-            result[f"pass@{k}_{verdict}_error"] = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
-        print(f"{'pass@' + str(k):14s}{result[f'pass@{k}_strict']:>8.3f} ± {result[f'pass@{k}_strict_error']:.3f}{result[f'pass@{k}_lenient']:>10.3f} ± {result[f'pass@{k}_lenient_error']:.3f}")
-    print(f"finished within the cap: {result['finished']:.1%}; mean length {result['length']:.1f} tokens; ± is one standard error over questions")
+    print(
+        f"{len(problems)} questions, {args.samples} answers each, at most {cap} tokens; "
+        f"the first prompt ({len(ids)} tokens):\n{text}"
+    )
+    answers = sample_answers(
+        model,
+        tokenizer,
+        problems,
+        args.samples,
+        cap,
+        eos_ids_of(model, tokenizer),
+        args.temperature,
+        args.seed,
+        args.rows_at_once,
+        "answering",
+    )
+    accuracy, table = accuracy_table(answers, args.samples)
+    result = {"model": args.model, "task": args.data or args.task, "questions": len(problems)}
+    result |= {name: getattr(args, name) for name in ("samples", "temperature", "seed")}
+    result |= {"max_new_tokens": cap, **accuracy}
+    print(
+        f"\n{table}\nfinished within the cap: {result['finished']:.1%}; mean length "
+        f"{result['length']:.1f} tokens; ± is one standard error over questions"
+    )
     if LATEX.failures:
         print(f"{LATEX.failures} LaTeX comparisons failed or ran out of time and count as wrong")
     if args.out:

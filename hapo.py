@@ -1,56 +1,67 @@
 """HAPO: token entropy drives sampling, advantages and clipping.
 
-"From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature", Liu et al., arXiv 2509.16591.
-Equation numbers are those of version 2. Four mechanisms, one function each, all fed by one set of statistics:
+"From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature", Liu et al.,
+arXiv 2509.16591, equation numbers of version 2. Four mechanisms, one function each, fed by one set
+of statistics:
 
     A  adaptive temperature sampling             Eq. 8       adaptive_temperature
     B  token-level group average                 Eq. 9       token_group_advantages
     C  differential advantage redistribution     Eq. 10-11   redistribute_advantages
     D  asymmetric adaptive clipping              Eq. 12-13   adaptive_clip
 
-Shapes as in losses.py: B responses in groups of G adjacent rows, T positions, mask 1 at response tokens (end of
-sequence included), entropies in nats. No function changes an input, none lets a gradient through entropy or ratio.
+Shapes as in losses.py: B responses in groups of G adjacent rows, T positions, mask 1 at response
+tokens (end of sequence included), entropies in nats. No function changes an input, none lets a
+gradient through entropy or ratio.
 
-Departures from the released code (starriver030515/HAPO, commit 7671dde), which `released=True` restores:
-1. Low-entropy modulation is negative here (-1 .. 0), as the paper's text and figures say. The release divides a
-   negative number by a negative one, so its low-entropy tokens come out positive: heated instead of cooled, given a
-   wider *upper* bound instead of a wider lower one, and never damped.
-2. The neutral zone is closed and built from the base clip values. The release builds it, open, from adapted ones.
-3. Eq. 9 is used as printed. The release replaces a whole group by its GRPO advantages wherever some |A| >= 5.
-Not switchable: statistics are computed once per rollout batch from the old policy (the release refits them in every
-micro-batch from the current one, so its objective depends on the micro-batch size), and padding holds zeros.
+Where the paper disagrees with itself, and what we follow: Eq. 6 as printed in version 2 (by two
+readers' transcriptions) has -h / |h_min| in its lower branch, which is never negative. The range
+[-1, 1] and the text on the same pages, and Eq. 8 and 10-13, need it negative for low entropy: the
+branches h <= 0 could never be met otherwise. We follow range, text and Eq. 8, 10-13.
+
+Departures from the released code (starriver030515/HAPO, 7671dde), which `released=True` restores:
+1. It has the sign of Eq. 6 as printed: a negative number divided by a negative one, so low-entropy
+   tokens come out positive. They are heated instead of cooled, given a wider *upper* bound instead
+   of a wider lower one, and never damped.
+2. The neutral zone is closed and built from the base clip values here. The release builds it, open,
+   from adapted ones.
+3. Eq. 9 is used as printed here. The release replaces a whole group by its GRPO advantages wherever
+   some |A| >= 5.
+Not switchable: statistics are computed once per rollout batch from the old policy (the release
+refits them in every micro-batch from the current one, so its objective depends on the micro-batch
+size), and padding holds zeros.
 """
 
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from losses import grpo_advantages, split_groups
 
 ENTROPY_FLOOR = 1e-8  # nats; keeps the logarithm of a certain token finite
-SPREAD_FLOOR = 1e-8  # the smallest sigma^2, h_max and -h_min: a batch whose entropies are all equal has h = 0
+SPREAD_FLOOR = 1e-8  # the smallest sigma^2, h_max and -h_min: equal entropies give h = 0
 
 
 class EntropyStats(NamedTuple):
     """Statistics of x = log H over a rollout batch (Eq. 5): four scalar tensors."""
 
-    pivot: torch.Tensor  # the rho-quantile of x: tokens above it are "high entropy"
-    sigma: torch.Tensor  # root mean square of x - pivot
-    h_max: torch.Tensor  # largest x - pivot, > 0
-    h_min: torch.Tensor  # smallest x - pivot, < 0
+    pivot: Tensor  # the rho-quantile of x: tokens above it are "high entropy"
+    sigma: Tensor  # root mean square of x - pivot
+    h_max: Tensor  # largest x - pivot, > 0
+    h_min: Tensor  # smallest x - pivot, < 0
 
 
-def log_entropy(entropy):
-    """x = log(max(H, 1e-8)), detached: entropy steers the objective and is never itself optimised."""
+def log_entropy(entropy: Tensor) -> Tensor:
+    """x = log(max(H, 1e-8)), detached: entropy steers the objective and is never optimised."""
     return entropy.detach().clamp_min(ENTROPY_FLOOR).log()
 
 
-def entropy_stats(entropy, mask, rho=0.8):
+def entropy_stats(entropy: Tensor, mask: Tensor, rho: float = 0.8) -> EntropyStats:
     """Eq. 5: pivot and spread of the log-entropy over the valid tokens of one rollout batch.
 
-    entropy, mask (B, T), entropy of the *old* policy. The pivot is the nearest-rank quantile: position round(rho (n - 1))
-    of the n sorted values, halves to even. Computed once per rollout batch; the same numbers then serve every update of
-    that batch and the sampler of the next one.
+    entropy, mask (B, T), entropy of the *old* policy. The pivot is the nearest-rank quantile:
+    position round(rho (n - 1)) of the n sorted values, halves to even. Computed once per rollout
+    batch; the same numbers serve every update of that batch and the sampler of the next one.
     """
     if not 0 <= rho <= 1:
         raise ValueError(f"rho is a quantile and must lie in [0, 1], not {rho}")
@@ -60,13 +71,17 @@ def entropy_stats(entropy, mask, rho=0.8):
     pivot = x.sort().values[round(rho * (x.numel() - 1))]
     h = x - pivot
     sigma = h.square().mean().clamp_min(SPREAD_FLOOR).sqrt()
-    return EntropyStats(pivot, sigma, h.max().clamp_min(SPREAD_FLOOR), h.min().clamp_max(-SPREAD_FLOOR))
+    h_max, h_min = h.max().clamp_min(SPREAD_FLOOR), h.min().clamp_max(-SPREAD_FLOOR)
+    return EntropyStats(pivot, sigma, h_max, h_min)
 
 
-def modulation(entropy, stats, mask=None, released=False):
-    """Eq. 6: h = (x - pivot) / h_max above the pivot, (x - pivot) / |h_min| below; in [-1, 1], high entropy positive.
+def modulation(
+    entropy: Tensor, stats: EntropyStats, mask: Tensor | None = None, released: bool = False
+) -> Tensor:
+    """Eq. 6: h = (x - pivot) / h_max above the pivot, (x - pivot) / |h_min| below.
 
-    Any shape; 0 where `mask` is 0. The clamp only bites when the statistics come from another batch, as in the sampler.
+    In [-1, 1], high entropy positive, low entropy negative. Any shape; 0 where `mask` is 0. The
+    clamp only bites when the statistics come from another batch, as in the sampler.
     released: the sign of the lower branch is turned (departure 1).
     """
     h = log_entropy(entropy) - stats.pivot
@@ -75,14 +90,22 @@ def modulation(entropy, stats, mask=None, released=False):
     return h if mask is None else torch.where(mask.bool(), h, 0.0)
 
 
-def adaptive_temperature(entropy, stats, base=1.0, tau=0.05, form="bounded", released=False):
+def adaptive_temperature(
+    entropy: Tensor,
+    stats: EntropyStats | None,
+    base: float = 1.0,
+    tau: float = 0.05,
+    form: str = "bounded",
+    released: bool = False,
+) -> Tensor:
     """A, Eq. 8: the temperature of one decoding step, from the entropy of that step's raw logits.
 
-        bounded (as in the published runs):  T = base (1 + tau h)
-        zscore  (as printed):                T = max(base (1 + tau z), base / 10),   z = (x - pivot) / sigma
+        bounded (published runs)   T = base (1 + tau h)
+        zscore  (as printed)       T = max(base (1 + tau z), base / 10),   z = (x - pivot) / sigma
 
-    entropy any shape; stats are the previous batch's, or None for the first batch, which is sampled at `base`.
-    released: the sign of the lower branch is turned (bounded form), so sure tokens are heated.
+    entropy any shape; stats are the previous batch's, or None for the first batch, which is sampled
+    at `base`. released: the sign of the lower branch is turned (bounded form): sure tokens are
+    heated.
     """
     if stats is None:
         return torch.zeros_like(entropy) + base
@@ -94,14 +117,21 @@ def adaptive_temperature(entropy, stats, base=1.0, tau=0.05, form="bounded", rel
     raise ValueError(f"form must be 'bounded' or 'zscore', not {form!r}")
 
 
-def token_group_advantages(rewards, mask, group_size, released=False, divide_by_std=True):
-    """B, Eq. 9: every token of response b carries R[b]; centre and scale over all valid tokens of the group.
+def token_group_advantages(
+    rewards: Tensor,
+    mask: Tensor,
+    group_size: int,
+    released: bool = False,
+    divide_by_std: bool = True,
+) -> Tensor:
+    """B, Eq. 9: every token of response b carries R[b]; centre and scale over the group's tokens.
 
-        A[b, t] = (R[b] - mu) / (s + 1e-6),   mu and s (population) over the group's tokens
+        A[b, t] = (R[b] - mu) / (s + 1e-6),   mu and s (population) over all valid tokens
 
-    A long response weighs more than a short one, and the advantages of a group sum to 0 over its tokens. rewards (B,),
-    mask (B, T); returns (B, T), 0 at padding and in groups whose rewards are all equal. divide_by_std=False leaves out
-    the division (Dr. GRPO's choice). released: a group with some |A| >= 5 gets its GRPO advantages instead (departure 3).
+    A long response weighs more than a short one, and the advantages of a group sum to 0 over its
+    tokens. rewards (B,), mask (B, T); returns (B, T), 0 at padding and in groups whose rewards are
+    all equal. divide_by_std=False leaves out the division (Dr. GRPO's choice).
+    released: a group with some |A| >= 5 gets its GRPO advantages instead (departure 3).
     """
     groups = split_groups(rewards, group_size)
     weight = mask.to(rewards.dtype).sum(1).view_as(groups)  # tokens of each response
@@ -110,36 +140,49 @@ def token_group_advantages(rewards, mask, group_size, released=False, divide_by_
     centred = groups - mean
     std = ((centred.square() * weight).sum(1, keepdim=True) / tokens).sqrt()
     advantages = centred / (std + 1e-6) if divide_by_std else centred
-    # equal rewards (of the responses that have tokens) mean exactly 0, whatever the mean was rounded to
+    # equal rewards (of responses that have tokens) mean exactly 0, whatever the mean's rounding
     has_tokens = weight > 0
     highest = groups.masked_fill(~has_tokens, -torch.inf).amax(1, keepdim=True)
     lowest = groups.masked_fill(~has_tokens, torch.inf).amin(1, keepdim=True)
     advantages = torch.where((highest > lowest) & has_tokens, advantages, 0.0)
     if released:
         fall_back = (advantages.abs() >= 5).any(1, keepdim=True)
-        advantages = torch.where(fall_back, grpo_advantages(rewards, group_size).view_as(groups), advantages)
+        grpo = grpo_advantages(rewards, group_size).view_as(groups)
+        advantages = torch.where(fall_back, grpo, advantages)
     return torch.where(mask.bool(), advantages.view(-1, 1), 0.0)
 
 
-def redistribute_advantages(advantages, h, ratio, clip_low, clip_high, released=False):
-    """C, Eq. 10-11: A (1 + h) for high-entropy tokens (h > 0) outside the neutral zone and for low-entropy ones
-    (h <= 0) inside it; A elsewhere.
+def redistribute_advantages(
+    advantages: Tensor,
+    h: Tensor,
+    ratio: Tensor,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    released: bool = False,
+) -> Tensor:
+    """C, Eq. 10-11: A (1 + h) for uncertain tokens that moved and for sure tokens that did not.
 
-    The zone is [1 - clip_low / 2, 1 + clip_high / 2]. Uncertain tokens that moved learn more, sure tokens that did not
-    move learn less. All (B, T), the bounds numbers or (B, T). The ratio enters by comparison only: no gradient.
-    released: the zone is open, and the caller hands in the adapted bounds (departure 2).
+    That is, where h > 0 outside the neutral zone [1 - clip_low / 2, 1 + clip_high / 2], and where
+    h <= 0 inside it; A elsewhere. Uncertain tokens that moved learn more, sure tokens that did not
+    move learn less. All (B, T), the bounds numbers or (B, T). The ratio enters by comparison only:
+    no gradient. released: the zone is open, and the caller hands in the adapted bounds
+    (departure 2).
     """
     ratio, advantages = ratio.detach(), advantages.detach()
     low, high = 1 - clip_low / 2, 1 + clip_high / 2
-    inside = (ratio > low) & (ratio < high) if released else (ratio >= low) & (ratio <= high)
-    return torch.where((h > 0) ^ inside, advantages * (1 + h), advantages)  # uncertain and outside, or sure and inside
+    inside = (ratio >= low) & (ratio <= high)
+    if released:
+        inside = (ratio > low) & (ratio < high)
+    return torch.where((h > 0) ^ inside, advantages * (1 + h), advantages)
 
 
-def adaptive_clip(h, clip_low=0.2, clip_high=0.28):
+def adaptive_clip(
+    h: Tensor, clip_low: float = 0.2, clip_high: float = 0.28
+) -> tuple[Tensor, Tensor]:
     """D, Eq. 12-13: per-token clip distances (low, high), each (B, T).
 
-        low  = clip_low (1 - h)  where h <= 0: sure tokens may fall further
-        high = clip_high (1 + h) where h > 0:  uncertain tokens may rise further
+    low  = clip_low (1 - h)  where h <= 0: sure tokens may fall further
+    high = clip_high (1 + h) where h > 0:  uncertain tokens may rise further
     """
     h = h.detach()
     return clip_low * (1 - h.clamp_max(0.0)), clip_high * (1 + h.clamp_min(0.0))

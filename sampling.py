@@ -1,39 +1,258 @@
 """Drawing answers: a decoder of our own on any Hugging Face causal language model with a KV cache.
 
-Every prompt runs through the model once; its keys and values are then repeated for the G answers. Each step draws one
-token for every unfinished row by inverting the cumulative distribution of softmax(logits / T) — nothing else: no top-k, no
-top-p, no repetition penalty, whatever the model's generation_config says. T is a number, or a function that gets
-the entropy of the step's raw logits and returns one temperature a row (HAPO's Eq. 8, for example; this module does
-not know it). A row that draws an end-of-sequence id is dropped from the batch, so short answers cost nothing more.
+Every prompt runs through the model once; its keys and values are then repeated for its G answers.
+Each step draws one token for every unfinished row from softmax(logits / T), and from nothing else:
+no top-k, no top-p, no repetition penalty, whatever the model's generation_config says. T is a
+number, or a function from the entropy of the step's raw logits to a temperature (HAPO's Eq. 8, for
+example; this module does not know it). Rows that draw an end-of-sequence id leave the batch.
 
-Shapes: P prompts, G answers each, B = P G rows (answers of a prompt adjacent), S prompt positions (left-padded), T answer
-positions (right-padded), V vocabulary.
+Here stand the plain steps: `repeat_cache`, `draw`, `drop_finished`. fast/decoding.py has the same
+three without copies; `generate` takes those unless plain=True. Both draw the same tokens.
+
+Shapes: P prompts, G answers each, B = P G rows (answers of a prompt adjacent), S prompt positions
+(left-padded), T answer positions (right-padded), V vocabulary, R rows still in flight.
 """
 
 import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
 
 import torch
+from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor
-from transformers.cache_utils import DynamicLayer
 
-from scale.cpu import few_rows
-from scale.rollout import Rollout, pad_prompts, position_ids
+from fast import cpu, decoding
+from fast.decoding import Drawn
+from program.errors import NonFinite
+
+# ----------------------------------------------------------------------------------------- answers
 
 
-class NonFinite(ArithmeticError):
-    """A NaN or an infinity where a number must be, in logits for example: no distribution can be drawn from them."""
+@dataclass(kw_only=True)
+class Rollout:
+    """A batch of answers. Masks come from lengths, never from token values."""
+
+    prompt: Tensor  # (P, S) int64, left-padded
+    prompt_mask: Tensor  # (P, S) bool
+    tokens: Tensor  # (B, T) int64, 0 after the end
+    mask: Tensor  # (B, T) bool, true up to and including the end-of-sequence token
+    temperature: Tensor  # (B, T) what each token was drawn at, 0 after the end
+    logp: Tensor  # (B, T) its log-probability under the distribution it was drawn from
+    entropy: Tensor  # (B, T) of that step's raw logits, nats; NaN where nobody asked for it
+    finished: Tensor  # (B,) bool, false where the length cap cut the answer
+
+    @property
+    def group_size(self) -> int:
+        return len(self.tokens) // len(self.prompt)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.mask.sum(1)
+
+    def answers(self) -> list[list[int]]:
+        """The answers as lists of ids, end-of-sequence token included."""
+        return [row[:n].tolist() for row, n in zip(self.tokens, self.lengths.tolist())]
+
+    def sequences(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompt and answer in one line for some rows, padded on the right alone: (rows, width).
+
+        ids, attention mask, and `predicts`: true at each state whose successor is an answer token,
+        row by row in the order of `mask`.
+        """
+        prompts = [r // self.group_size for r in rows]
+        ids = torch.cat([self.prompt[prompts], self.tokens[rows]], 1)
+        start = self.prompt_mask[prompts].sum(1, keepdim=True)
+        end = start + self.mask[rows].sum(1, keepdim=True)
+        place = torch.arange(int(end.max()), device=ids.device)
+        shifted = place + self.prompt.shape[1] - start  # skips the padding on the left
+        attention = place < end
+        ids = ids.gather(1, shifted.clamp_max(ids.shape[1] - 1)) * attention
+        return ids, attention, (place >= start - 1) & (place < end - 1)
+
+    def with_response_mask(self, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """At most `most` answers spread over the batch: ids, attention and response mask."""
+        rows = list(range(len(self.tokens)))[:: max(1, len(self.tokens) // most)][:most]
+        ids, attention, predicts = self.sequences(rows)
+        return ids, attention, predicts.roll(1, 1)  # a token stands right of what predicts it
+
+    def select(self, groups: list[int]) -> "Rollout":
+        """The rollout of some of its prompts, in that order."""
+        rows = rows_of(groups, self.group_size)
+        index = {f.name: groups if f.name.startswith("prompt") else rows for f in fields(self)}
+        return Rollout(**{name: getattr(self, name)[of] for name, of in index.items()})
+
+    @staticmethod
+    def join(parts: list["Rollout"]) -> "Rollout":
+        """Several rollouts with the same G as one, padded to the longest."""
+        joined = {}
+        for f in fields(Rollout):
+            tensors = [getattr(p, f.name) for p in parts]
+            if tensors[0].dim() == 2:
+                tensors = pad_to_longest(tensors, left=f.name.startswith("prompt"))
+            joined[f.name] = torch.cat(tensors)
+        return Rollout(**joined)
+
+    @staticmethod
+    def of_answers(
+        prompts: list[list[int]], answers: list[list[int]], device: str = "cpu"
+    ) -> "Rollout":
+        """Finished answers, one to each prompt; temperature 0, log-probabilities unknown."""
+        prompt, prompt_mask = pad_prompts(prompts, device)
+        width = max(map(len, answers))
+        tokens = torch.tensor([a + [0] * (width - len(a)) for a in answers], device=device)
+        lengths = torch.tensor([len(a) for a in answers], device=device)
+        blank = torch.zeros(tokens.shape, device=device)
+        return Rollout(
+            prompt=prompt,
+            prompt_mask=prompt_mask,
+            tokens=tokens,
+            mask=torch.arange(width, device=device) < lengths[:, None],
+            temperature=blank,
+            logp=blank + torch.nan,
+            entropy=blank + torch.nan,
+            finished=torch.ones(len(answers), dtype=torch.bool, device=device),
+        )
+
+
+def rows_of(groups: list[int], group_size: int) -> list[int]:
+    """The rows of some groups: G adjacent rows each."""
+    return [p * group_size + g for p in groups for g in range(group_size)]
+
+
+def pad_to_longest(tensors: list[Tensor], left: bool = False) -> list[Tensor]:
+    """(n_i, T_i) tensors, all padded with 0 to the largest T."""
+    width = max(t.shape[1] for t in tensors)
+    gaps = [width - t.shape[1] for t in tensors]
+    return [nn.functional.pad(t, (n, 0) if left else (0, n)) for t, n in zip(tensors, gaps)]
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that count real tokens only: a left-padded row sees those of an unpadded one."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def pad_prompts(prompts: list[list[int]], device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> (P, S) ids and mask, padded on the left with 0; only the mask tells."""
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt needs at least one token")
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+# ---------------------------------------------------------------------------------------- decoding
+
+
+def generate(
+    model: nn.Module,
+    prompts: list[list[int]],
+    answers_per_prompt: int = 1,
+    max_new_tokens: int = 32,
+    eos_ids: Iterable[int] = (),
+    temperature: float | Callable[[Tensor], Tensor] = 1.0,
+    vocab_size: int | None = None,
+    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
+    measure_entropy: bool = False,
+    plain: bool = False,
+) -> Rollout:
+    """Draw `answers_per_prompt` answers to each prompt.
+
+    prompts          lists of token ids, of any lengths
+    eos_ids          every id that ends an answer (see eos_ids_of)
+    temperature      a number, 0 for greedy; or a function, entropy (R,) -> temperature (R,)
+    vocab_size       ids from here on (a padded vocabulary) have probability 0
+    generator        a CPU torch.Generator; a row's draws do not depend on when other rows finish
+    uniform          instead of it: the random numbers, (max_new_tokens, B) in [0, 1)
+    measure_entropy  record the entropy of every step, also where no temperature asks for it
+    """
+    rows = len(prompts) * answers_per_prompt
+    if uniform is None:
+        uniform = torch.rand(max_new_tokens, rows, generator=generator)
+    products = contextlib.nullcontext() if plain else cpu.few_rows(model, rows)
+    steps = (repeat_cache, draw, drop_finished)
+    if not plain:
+        steps = (decoding.repeat_cache, decoding.Draw(), decoding.drop_finished)
+    with rollout_mode(model), products:
+        device = model.get_input_embeddings().weight.device
+        prompt, prompt_mask = pad_prompts(prompts, device)
+        eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
+        size = (answers_per_prompt, max_new_tokens, vocab_size)
+        how = (temperature, uniform.to(device), measure_entropy)
+        kept = _decode(model, prompt, prompt_mask, eos, size, how, steps)
+        width = int(kept["lengths"].max())
+        mask = torch.arange(width, device=device) < kept.pop("lengths")[:, None]
+        kept = {name: x[:, :width] if x.dim() == 2 else x for name, x in kept.items()}
+        return Rollout(prompt=prompt, prompt_mask=prompt_mask, mask=mask, **kept)
+
+
+def _decode(model, prompt, prompt_mask, eos, size, how, steps):
+    """The loop of `generate`; returns the tensors of the rollout by name."""
+    (G, most, vocab_size), (temperature, uniform, measure_entropy) = size, how
+    repeat, draw_token, drop = steps
+    B, S, device = len(prompt) * G, prompt.shape[1], prompt.device
+    kept = {name: torch.zeros(B, most, device=device) for name in Drawn._fields[1:]}
+    tokens = torch.zeros(B, most, dtype=torch.long, device=device)
+    lengths = torch.zeros(B, dtype=torch.long, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+
+    # Prefill: each prompt once, then its state G times. Without padding no mask is needed.
+    padded, cache = not bool(prompt_mask.all()), DynamicCache()
+    mask, position = prompt_mask if padded else None, position_ids(prompt_mask)
+    logits = next_logits(model, prompt, mask, position, cache).repeat_interleave(G, 0)
+    repeat(cache, G, most - 1)
+    seen = torch.ones(B, S + most, dtype=torch.bool, device=device)
+    seen[:, :S] = prompt_mask.repeat_interleave(G, 0)
+    position = seen[:, :S].sum(1, keepdim=True)
+    row = torch.arange(B, device=device)  # which row of the rollout each row in flight is
+
+    for t in range(most):
+        drawn = draw_token(
+            logits[:, :vocab_size].float(), temperature, uniform[t, row], measure_entropy
+        )
+        if not bool(drawn.logp.isfinite().all()):
+            raise NonFinite(f"the model's logits are NaN or infinite at answer position {t}")
+        token, tokens[row, t], lengths[row] = drawn.token, drawn.token, t + 1
+        for name, table in kept.items():
+            table[row, t] = getattr(drawn, name)
+        ended = torch.isin(token, eos)
+        finished[row] = ended
+        if t + 1 == most or bool(ended.all()):
+            break
+        if bool(ended.any()):
+            row, token, position, seen = drop(ended, cache, row, token, position, seen)
+        mask = seen[:, : S + t + 1] if padded else None
+        logits = next_logits(model, token[:, None], mask, position, cache)
+        position = position + 1
+    return {"tokens": tokens, "lengths": lengths, "finished": finished, **kept}
+
+
+def next_logits(model, ids, mask, position, cache):
+    """The logits behind the last of some new tokens, (R, V); their keys and values join the cache.
+
+    The cache holds whole lines for layers with a sliding window too: their mask does the sliding.
+    """
+    return model(
+        ids,
+        attention_mask=mask,
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
 
 
 @contextlib.contextmanager
-def rollout_mode(model, rows):
-    """eval, no gradient, gradient checkpointing off (it silently drops the KV cache); all restored afterwards. `rows`: decoded together."""
+def rollout_mode(model: nn.Module) -> Iterator[None]:
+    """eval, no gradient, and no gradient checkpointing, which silently drops the KV cache."""
     training = [(m, m.training) for m in model.modules()]
     checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     model.eval()
     for m in checkpointed:
         m.gradient_checkpointing = False
     try:
-        with torch.no_grad(), few_rows(model, rows):
+        with torch.no_grad():
             yield
     finally:
         for m in checkpointed:
@@ -42,191 +261,78 @@ def rollout_mode(model, rows):
             m.training = flag
 
 
-class _KeysAndValues(DynamicLayer):
-    """One layer's keys and values in a buffer of their final length: a step writes its token, nothing is copied."""
-
-    def __init__(self, keys, values, repeats, room):
-        super().__init__()
-        self.filled, self.is_initialized = keys.shape[-2], True
-        self.buffers = [self._buffer(x, repeats, room) for x in (keys, values)]
-        self._show()
-
-    @staticmethod
-    def _buffer(x, repeats, room):
-        rows, heads, length, size = x.shape
-        buffer = x.new_empty(rows * repeats, heads, length + room, size)
-        buffer[:, :, :length] = x.repeat_interleave(repeats, 0)
-        return buffer
-
-    def _show(self):
-        self.keys, self.values = (b[:, :, : self.filled] for b in self.buffers)
-
-    def update(self, keys, values, *args, **kwargs):
-        end = self.filled + keys.shape[-2]
-        for buffer, new in zip(self.buffers, (keys, values)):
-            buffer[:, :, self.filled : end] = new
-        self.filled = end
-        self._show()
-        return self.keys, self.values
-
-    def fill_holes(self, holes, movers, count):
-        """Rows `movers` move into `holes`, then only the first `count` rows live on: copies as many rows as ended."""
-        self.buffers = [b.index_copy_(0, holes, b[movers])[:count] for b in self.buffers]
-        self._show()
+# -------------------------------------------------------------------------------- the plain steps
 
 
-def generate(model, prompts, answers_per_prompt=1, max_new_tokens=32, eos_ids=(), temperature=1.0, vocab_size=None, generator=None, uniform=None):
-    """Draw `answers_per_prompt` answers to each prompt; returns a Rollout.
+def repeat_cache(cache: DynamicCache, repeats: int, room: int) -> None:
+    """Every row's keys and values `repeats` times. (`room` is for the version with buffers.)"""
+    cache.batch_repeat_interleave(repeats)
 
-    prompts      lists of token ids, of any lengths
-    eos_ids      every id that ends an answer (see eos_ids_of)
-    temperature  a number; 0 for greedy decoding; or a callable, entropy (rows,) in nats -> temperature (rows,)
-    vocab_size   ids from here on (a padded vocabulary) have probability 0
-    generator    a CPU torch.Generator; the draws of a row do not depend on when other rows finish
-    uniform      instead of a generator: the random numbers themselves, (max_new_tokens, B) in [0, 1)
+
+def drop_finished(ended: Tensor, cache: DynamicCache, *per_row: Tensor) -> list[Tensor]:
+    """Rows that ended leave the cache and each tensor of `per_row`."""
+    keep = (~ended).nonzero().squeeze(1)
+    cache.batch_select_indices(keep)
+    return [x[keep] for x in per_row]
+
+
+def draw(
+    logits: Tensor,
+    temperature: float | Callable[[Tensor], Tensor],
+    uniform: Tensor,
+    measure_entropy: bool = False,
+) -> Drawn:
+    """One token a row from softmax(logits / T), by inverting its cumulative distribution.
+
+    logits (R, V), uniform (R,) in [0, 1).
     """
-    rows = len(prompts) * answers_per_prompt
-    with rollout_mode(model, rows):
-        device = model.get_input_embeddings().weight.device
-        prompt, prompt_mask = pad_prompts(prompts, device)
-        uniform = (torch.rand(max_new_tokens, rows, generator=generator) if uniform is None else uniform).to(device)
-        eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
-
-        tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-        heat, logp, entropy = (torch.zeros(rows, max_new_tokens, device=device) for _ in range(3))
-        lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        finished = torch.zeros(rows, dtype=torch.bool, device=device)
-
-        # Prefill: each prompt once. Then its state is repeated for its G answers, with room for the new tokens.
-        padded = not bool(prompt_mask.all())
-        cache = DynamicCache()  # whole, for layers with a sliding window too: their mask does the sliding
-        out = model(prompt, attention_mask=prompt_mask if padded else None, position_ids=position_ids(prompt_mask),
-                    past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.layers = [_KeysAndValues(x.keys, x.values, answers_per_prompt, max_new_tokens - 1) for x in cache.layers]
-        logits = out.logits[:, -1].repeat_interleave(answers_per_prompt, 0)
-        seen = torch.ones(rows, prompt.shape[1] + max_new_tokens, dtype=torch.bool, device=device)
-        seen[:, : prompt.shape[1]] = prompt_mask.repeat_interleave(answers_per_prompt, 0)
-        position = seen[:, : prompt.shape[1]].sum(1, keepdim=True)
-        alive = torch.arange(rows, device=device)  # which row of the rollout each row of the batch is
-        buffer = None
-
-        for t in range(max_new_tokens):
-            logits = logits[:, :vocab_size].float()
-            buffer = torch.empty_like(logits) if buffer is None else buffer[: len(logits)]
-            token, drawn = draw(logits, temperature, uniform[t, alive], buffer)
-            if not bool(drawn[1].isfinite().all()):
-                raise NonFinite(f"the model's logits are NaN or infinite at answer position {t}")
-            tokens[alive, t] = token
-            for kept, value in zip((heat, logp, entropy), drawn):
-                kept[alive, t] = value
-            lengths[alive] = t + 1
-            ended = torch.isin(token, eos)
-            finished[alive] = ended
-            if t + 1 == max_new_tokens:
-                break
-            if bool(ended.any()):
-                keep = (~ended).nonzero().squeeze(1)
-                count = len(keep)
-                if count == 0:
-                    break
-                # live rows behind position `count` fill the holes in front of it
-                holes, movers = ended[:count].nonzero().squeeze(1), keep[keep >= count]
-                for layer in cache.layers:
-                    layer.fill_holes(holes, movers, count)
-                order = torch.arange(count, device=device)
-                order[holes] = movers
-                alive, token, position, seen = alive[order], token[order], position[order], seen[order]
-            out = model(token[:, None], attention_mask=seen[:, : prompt.shape[1] + t + 1] if padded else None,
-                        position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits, position = out.logits[:, -1], position + 1
-
-        width = int(lengths.max())
-        mask = torch.arange(width, device=device) < lengths[:, None]
-        return Rollout(prompt, prompt_mask, tokens[:, :width], mask, heat[:, :width], logp[:, :width], entropy[:, :width], finished)
-
-
-def draw(logits, temperature, uniform, buffer=None):
-    """One token a row from softmax(logits / T), by inverting the cumulative distribution at `uniform` in [0, 1).
-
-    logits (rows, V), uniform (rows,). Returns token (rows,) and (T, log-probability, entropy), each (rows,).
-    buffer: room for (rows, V) numbers; a decoder that brings the same one to every step need not allocate it again.
-    """
-    buffer = torch.empty_like(logits) if buffer is None else buffer
-    entropy = torch.full_like(uniform, torch.nan)
-    if callable(temperature):
-        entropy = entropy_of(logits, buffer)
-        heat = temperature(entropy)
-        logits = torch.div(logits, heat[:, None], out=buffer)
+    asked = measure_entropy or callable(temperature)
+    entropy = entropy_of(logits) if asked else torch.full_like(uniform, torch.nan)
+    heat = temperature(entropy) if callable(temperature) else torch.full_like(uniform, temperature)
+    if bool((heat == 0).all()):  # greedy: the distribution is a single token
+        log_probs = logits.log_softmax(-1)
+        token = logits.argmax(-1)
     else:
-        heat = torch.full_like(uniform, temperature)
-        if temperature == 0:  # greedy: the distribution is a single token
-            token = logits.argmax(-1)
-            return token, (heat, logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1), entropy)
-        if temperature != 1:
-            logits = torch.div(logits, temperature, out=buffer)
-    probs = torch.softmax(logits, -1, out=buffer)
-    token = invert_cdf(probs, uniform)
-    return token, (heat, probs.gather(-1, token[:, None]).squeeze(-1).log(), entropy)
+        log_probs = (logits / heat[:, None]).log_softmax(-1)
+        token = invert_cdf(log_probs.exp(), uniform)
+    return Drawn(token, heat, log_probs.gather(-1, token[:, None]).squeeze(-1), entropy)
 
 
-def invert_cdf(probs, uniform):
-    """The smallest index whose cumulative probability exceeds `uniform`; (rows, V), (rows,) -> (rows,).
-
-    In two levels, blocks of about sqrt(V) and then inside the block drawn: two short cumulative sums instead of one
-    as long as the vocabulary, and no multinomial, which draws V random numbers a row.
-    """
-    rows, size = probs.shape
-    block = max(1, round(size**0.5))
-    whole = size // block * block
-    sums = probs[:, :whole].unflatten(1, (-1, block)).sum(-1)
-    if whole < size:
-        sums = torch.cat([sums, probs[:, whole:].sum(-1, keepdim=True)], 1)
-    chosen, rest = _first_above(sums, uniform[:, None] * sums.sum(-1, keepdim=True))
-    inside = chosen * block + torch.arange(block, device=probs.device)
-    weights = probs.gather(1, inside.clamp_max(size - 1)).masked_fill(inside >= size, 0.0)
-    offset, _ = _first_above(weights, rest)
-    return (chosen * block + offset).squeeze(1).clamp_max(size - 1)
-
-
-def _first_above(weights, threshold):
-    """First index whose cumulative weight exceeds the threshold, and what of the threshold is left; both (rows, 1)."""
-    cumulative = weights.cumsum(-1)
+def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    """The smallest index whose cumulative probability exceeds `uniform`; (R, V), (R,) -> (R,)."""
+    cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
-    # rounding may carry the threshold up to the total; kept below it, an index of weight 0 is never chosen
-    threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cumulative, threshold, right=True).clamp_max(weights.shape[1] - 1)
-    return index, (threshold - (cumulative - weights).gather(1, index)).clamp_min(0)
+    # rounding may carry the threshold up to the total; below it, no id of probability 0 is drawn
+    below = torch.nextafter(total, torch.zeros_like(total))
+    threshold = torch.minimum(uniform[:, None] * total, below)
+    index = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+    return index.clamp_max(probs.shape[1] - 1)
 
 
-def entropy_of(logits, buffer=None):
-    """Entropy in nats of softmax(logits), (rows, V) -> (rows,). Logits of -inf have probability 0."""
-    probs = torch.softmax(logits, -1, out=buffer)
-    # H = log Z - E[logit], and the likeliest token says log Z = max logit - log max p
-    log_z = logits.amax(-1) - probs.amax(-1).log()
-    mean = probs.mul_(logits).sum(-1)
-    if not bool(mean.isfinite().all()):  # a masked id: keep 0 * -inf out of the mean
-        mean = torch.linalg.vecdot(logits.softmax(-1), logits.clamp_min(torch.finfo(logits.dtype).min))
-    return (log_z - mean).clamp_min(0)
+def entropy_of(logits: Tensor) -> Tensor:
+    """Entropy in nats of softmax(logits), (R, V) -> (R,). Logits of -inf have probability 0."""
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs.clamp_min(torch.finfo(logits.dtype).min)).sum(-1)
 
 
 class AdaptiveTemperature(LogitsProcessor):
-    """The same rule for transformers' own generate: divides each row's logits by rule(entropy of that row's logits).
+    """The same rule for transformers' own generate: divides a row's logits by rule(their entropy).
 
-        rule = lambda entropy: hapo.adaptive_temperature(entropy, stats)
-        model.generate(..., do_sample=True, top_k=0, logits_processor=[AdaptiveTemperature(rule)])
+    rule = lambda entropy: hapo.adaptive_temperature(entropy, stats)
+    model.generate(..., do_sample=True, top_k=0, logits_processor=[AdaptiveTemperature(rule)])
     """
 
-    def __init__(self, rule):
+    def __init__(self, rule: Callable[[Tensor], Tensor]):
         self.rule = rule
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores.float()
         return (logits / self.rule(entropy_of(logits))[:, None]).to(scores.dtype)
 
 
-def eos_ids_of(model, tokenizer):
-    """Every id that ends an answer: those of the model's generation_config and config, and the tokenizer's own."""
-    found = set()
-    for ids in (getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+def eos_ids_of(model: nn.Module, tokenizer: object) -> list[int]:
+    """Every id that ends an answer: of generation_config, of config, and the tokenizer's own."""
+    config, found = getattr(model.generation_config, "eos_token_id", None), set()
+    for ids in (config, model.config.eos_token_id, tokenizer.eos_token_id):
         found.update(ids if isinstance(ids, (list, tuple)) else [ids])
     return sorted(found - {None})

@@ -1,39 +1,39 @@
 """Prompts and verifiable rewards: a question goes in, a text comes out, and a check says 0 or 1.
 
-    countdown    built in: reach a target with the given numbers, each used once; several solutions are right
-    arithmetic   built in: sums in plain English, in four levels of difficulty
-    a file       JSONL with `question` or `prompt` and `answer`, or parquet with `prompt` and `reward_model`
+Built-in tasks stand in BUILT_IN; a file of questions is JSONL with `question` or `prompt` and
+`answer`, or parquet with `prompt` and `reward_model`.
 
 The same `grade` serves as reward and as evaluation. It returns two verdicts:
-    strict   the answer stands where the instructions ask for it (after ####, in \\boxed{}, or alone)
-    lenient  it may also stand at the end of a sentence: the last number (or expression) of the text counts
+    strict   the answer stands where it was asked for (after ####, in \\boxed{}, or alone)
+    lenient  it may also end a sentence: the last number (or expression) of the text counts
 Parsers alone can move a score by tens of points, so both are always reported.
 
-An answer written by a model is hostile input. Nothing here is evaluated as code: numbers are matched by one regular
-expression and compared as fractions, Countdown is a walk over a syntax tree of at most 200 characters that knows
-four operators, and a LaTeX comparison runs in a process that is killed when its time is up.
+An answer written by a model is hostile input. Nothing here is evaluated as code: numbers are
+matched by one regular expression and compared as fractions, Countdown is a walk over a syntax tree
+that knows four operators, and LaTeX is compared in a process that is killed when its time is up.
+All of it lives in grading/.
 """
 
-import ast
-import json
-import operator
-import pathlib
+import math
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from scale.latex import has_math_verify, latex_equal
-from scale.numbers import last_number, only_number, parse_number
+from tqdm import tqdm
+
+from grading.countdown import EXPRESSION, evaluate_expression, random_expression
+from grading.files import rows_of
+from grading.latex import has_math_verify, latex_equal
+from grading.numbers import last_number, only_number, parse_number
+from program.errors import BadInput
 
 LONGEST_TEXT = 20_000  # characters of an answer that are looked at, from its end
-LONGEST_EXPRESSION = 200
-
-
-class BadInput(ValueError):
-    """Something the user can mend: one line that names it and says what to do. The programs exit with 2."""
+FILE_CAP = 512  # tokens an answer to a file's question may have where nobody says
+QUESTIONS = 20_000  # drawn for a built-in task; many are equal
 
 
 class Grade(NamedTuple):
@@ -43,27 +43,33 @@ class Grade(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `kind` says how an answer is checked: "number", "latex" or "countdown"."""
+    """One question. `kind` says how an answer is checked: an entry of CHECKS."""
 
     question: str
     answer: str  # the number, the LaTeX answer, or Countdown's target
     kind: str = "number"
-    numbers: tuple = ()  # Countdown: the numbers that must be used
+    numbers: tuple[int, ...] = ()  # Countdown: the numbers that must be used
 
 
-# ------------------------------------------------------------------------------------------------------- grading
+class Task(NamedTuple):
+    """A built-in task: how a problem is drawn, its levels, and how long an answer may be."""
+
+    draw: Callable[[random.Random, int], Problem]  # (random numbers, level) -> Problem
+    levels: dict[int, str]  # level: what is asked there; the first is the default
+    cap: int  # tokens an answer needs, and no more
+    help: str
 
 
-def grade(problem, text):
+# ------------------------------------------------------------------------------------------ grading
+
+
+def grade(problem: Problem, text: str) -> Grade:
     """Strict and lenient verdict on an answer; bounded in time whatever the text is."""
-    text = text[-LONGEST_TEXT:].strip()
-    if problem.kind == "countdown":
-        return _grade_countdown(problem, text)
-    explicit = _explicit_answer(text)
-    if problem.kind == "latex":
-        right = explicit is not None and latex_equal(explicit, problem.answer)
-        return Grade(right, right)
-    target = parse_number(problem.answer)
+    return CHECKS[problem.kind](problem, text[-LONGEST_TEXT:].strip())
+
+
+def _grade_number(problem, text):
+    explicit, target = _explicit_answer(text), parse_number(problem.answer)
     stated = parse_number(explicit) if explicit is not None else None
     strict = stated is not None and stated == target
     if stated is None:
@@ -71,10 +77,34 @@ def grade(problem, text):
     return Grade(strict, stated is not None and stated == target)
 
 
+def _grade_latex(problem, text):
+    explicit = _explicit_answer(text)
+    right = explicit is not None and latex_equal(explicit, problem.answer)
+    return Grade(right, right)
+
+
+def _grade_countdown(problem, text):
+    def right(expression):
+        found = evaluate_expression(expression.split("=")[0].strip())
+        if found is None:
+            return False
+        value, used = found
+        return value == Fraction(problem.answer) and Counter(used) == Counter(problem.numbers)
+
+    explicit = _explicit_answer(text)
+    if explicit is not None and right(explicit):
+        return Grade(True, True)
+    candidates = [c.strip() for c in EXPRESSION.findall(text) if any(o in c for o in "+-*/")]
+    return Grade(False, bool(candidates) and right(candidates[-1]))
+
+
+CHECKS = {"number": _grade_number, "latex": _grade_latex, "countdown": _grade_countdown}
+
+
 def _explicit_answer(text):
-    """What stands behind the last ####, in the last \\boxed{...}, or the whole text if it is one line; else None."""
-    marked = [(text.rfind("####"), "####"), (max(text.rfind("\\boxed{"), text.rfind("\\boxed ")), "boxed")]
-    place, mark = max(marked)
+    """What stands behind the last ####, in the last \\boxed{}, or a text of one line; or None."""
+    boxed = max(text.rfind("\\boxed{"), text.rfind("\\boxed "))
+    place, mark = max((text.rfind("####"), "####"), (boxed, "boxed"))
     if place < 0:
         return text if text and "\n" not in text else None
     if mark == "####":
@@ -83,7 +113,7 @@ def _explicit_answer(text):
 
 
 def _braced(text, start):
-    """The content of the braces that open at `start`, nested braces and all; None if they never close."""
+    """The content of the braces that open at `start`, nested or not; None if they never close."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "{") - (text[i] == "}")
@@ -92,218 +122,187 @@ def _braced(text, start):
     return None
 
 
-# ------------------------------------------------------------------------------------------------------ countdown
-
-_EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
-_OPERATORS = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b, ast.Div: lambda a, b: a / b if b else None}
+# ----------------------------------------------------------------------------------- built-in tasks
 
 
-def evaluate_expression(text):
-    """(value, numbers used) of an expression over + - * / and brackets, or None; exact, bounded, never `eval`."""
-    if len(text) > LONGEST_EXPRESSION or not _EXPRESSION.fullmatch(text) or text.count("(") > 20:
-        return None
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    numbers = []
-
-    def value(node):
-        if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 10**6:
-            numbers.append(node.value)
-            return Fraction(node.value)
-        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            left, right = value(node.left), value(node.right)
-            return None if left is None or right is None else _OPERATORS[type(node.op)](left, right)
-        return None  # **, //, unary signs, names, calls: not part of the game
-
-    result = value(tree)
-    return None if result is None else (result, numbers)
-
-
-def _grade_countdown(problem, text):
-    def right(expression):
-        found = evaluate_expression(expression.split("=")[0].strip())
-        return found is not None and found[0] == Fraction(problem.answer) and Counter(found[1]) == Counter(problem.numbers)
-
-    explicit = _explicit_answer(text)
-    strict = explicit is not None and right(explicit)
-    if strict:
-        return Grade(True, True)
-    candidates = [c.strip() for c in _EXPRESSION.findall(text) if any(o in c for o in "+-*/")]
-    return Grade(False, bool(candidates) and right(candidates[-1]))
-
-
-def _countdown_problem(rng, difficulty):
-    """`difficulty` numbers from 1 to 12 and a target that some expression over all of them reaches."""
-    numbers = tuple(rng.randint(1, 12) for _ in range(difficulty))
+def countdown_problem(rng: random.Random, level: int) -> Problem:
+    """`level` numbers from 1 to 12 and a target that some expression over all of them reaches."""
+    numbers = tuple(rng.randint(1, 12) for _ in range(level))
     while True:
-        _, target = random_expression(numbers, rng)  # division is allowed in answers, never needed
+        _, target = random_expression(numbers, rng)  # division is allowed, never needed
         if 1 <= target <= 50:
             break
     listed = ", ".join(map(str, numbers))
-    return Problem(f"Use {listed} once each with + - * / to make {target}. Reply with the expression only.", str(target), "countdown", numbers)
+    question = (
+        f"Use {listed} once each with + - * / to make {target}. Reply with the expression only."
+    )
+    return Problem(question, str(target), "countdown", numbers)
 
 
-_APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+def arithmetic_problem(rng: random.Random, level: int) -> Problem:
+    """A sum, difference or product in plain English."""
+    limit = {1: 9, 2: 19, 3: 99, 4: 99}[level]
+    if level == 4:
+        a, b = rng.randint(10, limit), rng.randint(2, 9)
+        return Problem(f"What is {a} times {b}?", str(a * b))
+    a, b = rng.randint(0, limit), rng.randint(0, limit)
+    if level > 1 and rng.random() < 0.5:
+        a, b = max(a, b), min(a, b)
+        return Problem(f"What is {a} minus {b}?", str(a - b))
+    return Problem(f"What is {a} plus {b}?", str(a + b))
 
 
-def random_expression(numbers, rng):
-    """(text, value) of a random expression with + - * over all the numbers, each used once, with brackets where they are needed."""
-    terms = [(str(n), "", n) for n in rng.sample(numbers, len(numbers))]
-    while len(terms) > 1:
-        left, right = terms.pop(rng.randrange(len(terms))), terms.pop(rng.randrange(len(terms)))
-        sign = rng.choice("+-*")
-        a = f"({left[0]})" if left[1] in ("+", "-") and sign == "*" else left[0]
-        b = f"({right[0]})" if right[1] and (sign == "*" or (sign == "-" and right[1] in "+-")) else right[0]
-        terms.append((f"{a}{sign}{b}", sign, _APPLY[sign](left[2], right[2])))
-    return terms[0][0], terms[0][2]
-
-
-# ----------------------------------------------------------------------------------------------------- arithmetic
-
-ARITHMETIC = {
-    1: "sums of two one-digit numbers",
-    2: "sums and differences of numbers below 20",
-    3: "sums and differences of two-digit numbers",
-    4: "products of a one-digit and a two-digit number",
+BUILT_IN = {
+    "countdown": Task(
+        countdown_problem,
+        {3: "three numbers", 4: "four numbers", 5: "five numbers"},
+        cap=16,
+        help="reach a target with the given numbers, each used once; several solutions are right",
+    ),
+    "arithmetic": Task(
+        arithmetic_problem,
+        {
+            1: "sums of two one-digit numbers",
+            2: "sums and differences of numbers below 20",
+            3: "sums and differences of two-digit numbers",
+            4: "products of a one-digit and a two-digit number",
+        },
+        cap=32,
+        help="sums in plain English",
+    ),
 }
 
 
-def _arithmetic_problem(rng, difficulty):
-    limit = {1: 9, 2: 19, 3: 99, 4: 99}[difficulty]
-    a, b = (rng.randint(10, limit), rng.randint(2, 9)) if difficulty == 4 else (rng.randint(0, limit), rng.randint(0, limit))
-    if difficulty == 4:
-        question, answer = f"What is {a} times {b}?", a * b
-    elif difficulty > 1 and rng.random() < 0.5:
-        a, b = max(a, b), min(a, b)
-        question, answer = f"What is {a} minus {b}?", a - b
-    else:
-        question, answer = f"What is {a} plus {b}?", a + b
-    return Problem(question, str(answer))
+def default_cap(task: str, data: str | None) -> int:
+    """Tokens an answer may have where nobody says."""
+    return FILE_CAP if data else BUILT_IN[task].cap
 
 
-# ---------------------------------------------------------------------------------------------------------- tasks
-
-QUESTIONS = 20_000  # drawn for a built-in task; many are equal
-BUILT_IN = {"countdown": (_countdown_problem, (3, 4, 5)), "arithmetic": (_arithmetic_problem, (1, 2, 3, 4))}
+# ---------------------------------------------------------------------------------------- questions
 
 
-def load_problems(task="countdown", data=None, difficulty=None, held_out=512):
-    """(training problems, held-out problems), disjoint; both lists, the same in every run, so that runs can be compared.
+def load_problems(
+    task: str = "countdown",
+    data: str | None = None,
+    difficulty: int | None = None,
+    held_out: int = 512,
+) -> tuple[list[Problem], list[Problem]]:
+    """(training problems, held-out problems), disjoint, and the same in every run.
 
-    Built-in tasks draw QUESTIONS questions and hold out a fifth of the different ones (word order apart). A file's rows are shuffled,
-    and the last `held_out` of them (at most a fifth) are kept apart. Raises BadInput with one line that says what to do.
+    Built-in tasks draw QUESTIONS questions and hold out a fifth of the different ones (word order
+    apart). A file's rows are shuffled, and the last `held_out` of them (at most a fifth) are kept
+    apart. BadInput says in one line what to do.
     """
     rng = random.Random(f"{task} 0")
     if data is not None:
-        problems = list({p.question: p for p in read_problems(data)}.values())  # a question stands on one side only
+        # a question stands on one side only
+        problems = list({p.question: p for p in read_problems(data)}.values())
         rng.shuffle(problems)
         if len(problems) < 2:
-            raise BadInput(f"--data {data}: one usable row; training and held-out evaluation need at least 2")
+            raise BadInput(
+                f"--data {data}: one usable row; training and held-out evaluation need at least 2"
+            )
         keep = max(1, min(held_out, len(problems) // 5))
         return problems[:-keep], problems[-keep:]
-    make, levels = BUILT_IN[task]
-    difficulty = levels[0] if difficulty is None else difficulty
+    levels = BUILT_IN[task].levels
+    difficulty = next(iter(levels)) if difficulty is None else difficulty
     if difficulty not in levels:
-        raise BadInput(f"--difficulty {difficulty}: {task} has the levels {', '.join(map(str, levels))}")
-    # held out are bags of words, not questions: "3 plus 4" held out must not be trained on as "4 plus 3"
-    bag = lambda p: (tuple(sorted(re.findall(r"\w+", p.question))), p.answer)
-    drawn = list(dict.fromkeys(make(rng, difficulty) for _ in range(QUESTIONS)))
-    bag_of = {p: bag(p) for p in drawn}
+        raise BadInput(
+            f"--difficulty {difficulty}: {task} has the levels {', '.join(map(str, levels))}"
+        )
+    drawn = list(dict.fromkeys(BUILT_IN[task].draw(rng, difficulty) for _ in range(QUESTIONS)))
+    bag_of = {p: _bag(p) for p in drawn}
     bags = list(dict.fromkeys(bag_of.values()))
     rng.shuffle(bags)
     apart = set(bags[: max(1, len(bags) // 5)])
-    held_out = {bag_of[p]: p for p in drawn if bag_of[p] in apart}
-    return [p for p in drawn if bag_of[p] not in apart], list(held_out.values())
+    kept_apart = {bag_of[p]: p for p in drawn if bag_of[p] in apart}
+    return [p for p in drawn if bag_of[p] not in apart], list(kept_apart.values())
 
 
-def default_cap(task, data):
-    """Tokens an answer may have where nobody says: enough for the task's instructions, no more."""
-    return 512 if data else {"countdown": 16, "arithmetic": 32}[task]
+def _bag(problem):
+    """Its words without their order: "3 plus 4" held out must not be trained on as "4 plus 3"."""
+    return tuple(sorted(re.findall(r"\w+", problem.question))), problem.answer
 
 
-def read_problems(path, flag="--data"):
-    """All usable rows of a JSONL or parquet file. Rows whose answer cannot be checked are counted and reported."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise BadInput(f"{flag} {path}: no such file")
-    rows = _parquet_rows(path, flag) if path.suffix == ".parquet" else _jsonl_rows(path, flag)
+def read_problems(path: str, flag: str = "--data") -> list[Problem]:
+    """All usable rows of a file. Rows whose answer cannot be checked are counted and reported."""
     problems, unusable, example = [], 0, None
-    for place, question, answer in rows:
+    for place, question, answer in rows_of(path, flag):
         problem = _problem_of(question, answer)
         if problem is None:
             unusable, example = unusable + 1, example or (place, answer)
         else:
             problems.append(problem)
     if unusable:
-        why = "no number" if has_math_verify() else "no number (LaTeX answers need: pip install math-verify)"
-        print(f"{path}: {unusable} of {unusable + len(problems)} rows skipped, their answer holds {why}; the first is {example[0]}: {example[1][:60]!r}")
+        why = "no number"
+        if not has_math_verify():
+            why += " (LaTeX answers need: pip install math-verify)"
+        print(
+            f"{path}: {unusable} of {unusable + len(problems)} rows skipped, their answer holds "
+            f"{why}; the first is {example[0]}: {example[1][:60]!r}"
+        )
     if not problems:
-        raise BadInput(f"{flag} {path}: no row has an answer that can be checked" if unusable else f"{flag} {path}: the file is empty")
+        what = "no row has an answer that can be checked" if unusable else "the file is empty"
+        raise BadInput(f"{flag} {path}: {what}")
     return problems
 
 
 def _problem_of(question, answer):
-    explicit = _explicit_answer(answer) if "####" in answer or "\\boxed" in answer else answer.strip()
+    marked = "####" in answer or "\\boxed" in answer
+    explicit = _explicit_answer(answer) if marked else answer.strip()
     if explicit is None:
         return None
     if parse_number(explicit) is not None:
         return Problem(question, explicit)
     if (number := only_number(explicit)) is not None:
         return Problem(question, str(number))
-    return Problem(question, explicit, "latex") if has_math_verify() and re.search(r"[0-9\\+*/^=(-]", explicit) else None
+    if has_math_verify() and re.search(r"[0-9\\+*/^=(-]", explicit):
+        return Problem(question, explicit, "latex")
+    return None
 
 
-def _jsonl_rows(path, flag):
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{flag} {path}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number without end
-                raise BadInput(f"{where}: not JSON ({error}); every line must be one JSON object") from None
-            if not isinstance(row, dict):
-                raise BadInput(f"{where}: not a JSON object with the keys question (or prompt) and answer")
-            question = row.get("question", row.get("prompt"))
-            if question is None or "answer" not in row:
-                raise BadInput(f"{where}: needs the keys question (or prompt) and answer; it has {', '.join(sorted(map(str, row))) or 'none'}")
-            if not isinstance(question, str) or not question.strip():
-                raise BadInput(f"{where}: the question is empty; remove the line or fill it in")
-            yield f"line {number}", question.strip(), str(row["answer"])
+# ------------------------------------------------------------------------------------------ prompts
 
 
-def _parquet_rows(path, flag):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise BadInput(f"{flag} {path}: reading parquet needs pyarrow; pip install pyarrow, or convert the file to JSONL") from None
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{flag} {path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-    for number, row in enumerate(rows, 1):
-        try:
-            question, answer = row["prompt"], row["reward_model"]["ground_truth"]
-            question = question if isinstance(question, str) else "\n\n".join(m["content"] for m in question if m["role"] != "system")
-        except (KeyError, TypeError):
-            raise BadInput(f"{flag} {path}, row {number}: needs prompt (messages) and reward_model.ground_truth; it has {', '.join(sorted(row))}") from None
-        if not question.strip():
-            raise BadInput(f"{flag} {path}, row {number}: the question is empty; remove the row or fill it in")
-        yield f"row {number}", question.strip(), str(answer)
-
-
-# -------------------------------------------------------------------------------------------------------- prompts
-
-
-def render_prompt(question, tokenizer):
-    """(text, token ids) of one question: through the tokenizer's chat template if it has one, else a plain template."""
+def render_prompt(question: str, tokenizer: object) -> tuple[str, list[int]]:
+    """(text, token ids) of one question: through the tokenizer's chat template if it has one."""
     if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": question}]
         # enable_thinking is Qwen3's switch; templates that do not know it ignore it
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
         return text, tokenizer(text, add_special_tokens=False).input_ids
     text = f"Question: {question}\nAnswer:"
     return text, tokenizer(text).input_ids
+
+
+def fit_context(
+    problems: list[Problem],
+    tokenizer: object,
+    config: object,
+    max_new_tokens: int,
+    say: Callable[[str], None] = print,
+) -> list[tuple[Problem, list[int]]]:
+    """[(problem, prompt ids)] whose prompt leaves room for an answer in the model's context.
+
+    Says how many do not.
+    """
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    room = context - max_new_tokens
+    bar = tqdm(problems, desc="rendering prompts", leave=False, disable=len(problems) < 2000)
+    items = [(p, render_prompt(p.question, tokenizer)[1]) for p in bar]
+    fitting = [item for item in items if 0 < len(item[1]) <= room]
+    if not fitting:
+        raise BadInput(
+            f"--max-new-tokens {max_new_tokens}: no prompt fits the model's context of {context} "
+            f"tokens beside it; the shortest has {min(len(ids) for _, ids in items)}"
+        )
+    if len(fitting) < len(items):
+        say(
+            f"warning: {len(items) - len(fitting)} of {len(items)} prompts are longer than the "
+            f"model's context less --max-new-tokens ({room} tokens) and are left out"
+        )
+    return fitting

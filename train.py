@@ -1,335 +1,484 @@
-"""Reinforcement learning of a causal language model with GRPO, DAPO or HAPO, bottom-up (BuPO) if asked to.
+"""Reinforcement learning of a causal language model with GRPO, DAPO or HAPO; bottom-up with BuPO.
 
-    python train.py                                             a 1-million-parameter Qwen3 learns Countdown on a laptop
-    python train.py --model Qwen/Qwen3-0.6B --data train.jsonl  the same loop on a real model and a file of questions
+    python train.py                                             a tiny Qwen3 learns on a laptop
+    python train.py --model Qwen/Qwen3-0.6B --data train.jsonl  a real model, a file of questions
 
-One step, in the order of `train_step`: draw prompts, sample G answers to each, grade them, score them under the old policy, turn
-grades into advantages, update the policy a few times, log. HAPO differs from its baseline DAPO in three visible `if`s
-(`temperature_rule`, the advantages in `train_step`, `policy_loss`), BuPO in `layer`: whose log-probabilities are trained.
+Read `train_step` first: six paragraphs, in the order in which things happen. HAPO differs from its
+baseline DAPO at four places, marked HAPO A to D; BuPO at seven, marked BuPO 1 to 7. The settings
+stand in run/options.py, what lives from step to step in run/state.py. Everything that serves speed
+is in fast/, and `--plain` runs without it.
 
-A run is a function of its options and its seed: every random draw is seeded by (seed, step). On a CPU nothing else is random; a
-GPU may add in another order.
+A run is a function of its options and its seed: every random draw is seeded by (seed, step). On a
+CPU nothing else is random; a GPU may add in another order.
+
+Shapes: P prompts a step, G answers each, B = P G answers, T positions of the longest answer.
 """
 
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import bupo
 import hapo
 import internals
 import losses
-from sampling import NonFinite, Rollout, generate
-from scale import checkpoint, memory, options, report, shard
-from scale.guard import StopRequest
-from scale.load import load_config
-from scale.run import draw_items, finish, give_up, open_run
-from scale.seeds import seed_of
+from program.command import run_main
+from program.errors import NonFinite
+from program.models import load_config
+from run import checkpoint, report
+from run.ending import finish, give_up
+from run.guard import StopRequest
+from run.opening import open_run
+from run.options import Options, parse
+from run.state import Run
+from sampling import Rollout, generate, rows_of
+from scale import memory, shard
 from tasks import grade
 
-# ------------------------------------------------------------------------------------------------------- one step
+# ---------------------------------------------------------------------------------------- one step
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Batch:
-    """The answers of one step on their way from sampling to the update. (B, T) unless said otherwise."""
+    """The answers of one step on their way from sampling to the update.
 
-    problems: list  # P
-    texts: list  # B decoded answers
+    One value an answer (B,) or a token (B, T); `problems` one a prompt. A new quantity is one line
+    here: `select` and `join` carry it along.
+    """
+
+    problems: list  # (P,)
+    texts: list  # (B,) decoded answers
     rollout: Rollout
-    rewards: torch.Tensor  # (B,)
-    mask: torch.Tensor  # tokens that enter the loss: the rollout's, less groups that stayed dead under dynamic sampling
-    counts: dict  # of answers, groups, verdicts and lengths, for the metrics
-    entropy: torch.Tensor = None  # of the old full policy
-    old_logp: torch.Tensor = None  # of the policy that is trained, before the first update
-    ref_logp: torch.Tensor = None
-    advantages: torch.Tensor = None
-    h: torch.Tensor = None  # HAPO's modulation
-    bounds: torch.Tensor = None  # clip distances of --comparison archer
+    strict: Tensor  # (B,) bool, the two verdicts of every answer
+    lenient: Tensor  # (B,) bool
+    right: Tensor  # (B,) bool, the verdict that is paid (--reward)
+    rewards: Tensor  # (B,) what it is paid: the verdict, less any length penalty
+    counts: dict = None  # sums over all answers that were drawn, for the metrics
+    # what follows is there once the step has got to it
+    loss_mask: Tensor = None  # (B, T) bool, tokens in the loss
+    in_loss: Tensor = None  # (B,) bool, false in groups that stayed dead under dynamic sampling
+    entropy: Tensor = None  # (B, T) of the full policy before the first update
+    old_logp: Tensor = None  # (B, T) of the trained policy before the first update
+    ref_logp: Tensor = None  # (B, T) of the initial model
+    h: Tensor = None  # (B, T) HAPO's modulation
+    advantages: Tensor = None  # (B, T)
+    bounds: Tensor = None  # (B, T) clip distances of --comparison archer
+
+    def select(self, groups: list[int]) -> "Batch":
+        """The batch of some of its groups, in that order, as it comes from sampling."""
+        rows = rows_of(groups, self.rollout.group_size)
+        chosen = {"problems": [self.problems[p] for p in groups]}
+        for name, value in self._present():
+            if isinstance(value, Rollout):
+                chosen[name] = value.select(groups)
+            elif isinstance(value, list) and name not in chosen:
+                chosen[name] = [value[row] for row in rows]
+            elif isinstance(value, Tensor):
+                chosen[name] = value[rows]
+        return Batch(**chosen)
+
+    @staticmethod
+    def join(parts: list["Batch"]) -> "Batch":
+        """Several batches with the same G as one, as they come from sampling."""
+        joined = {}
+        for name, value in parts[0]._present():
+            values = [getattr(part, name) for part in parts]
+            if isinstance(value, Rollout):
+                joined[name] = Rollout.join(values)
+            elif isinstance(value, list):
+                joined[name] = sum(values, [])
+            elif isinstance(value, Tensor):
+                joined[name] = torch.cat(values)
+        return Batch(**joined)
+
+    def _present(self):
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return [(name, value) for name, value in values if value is not None]
 
 
-def train_step(step, run):
-    """One rollout batch from prompts to updated weights; returns the step's metrics. `run`: a scale.run.Run, what lives from step to step."""
-    o, world, policy = run.options, run.world, run.policy
-    clock = [time.perf_counter()]
+class Update(NamedTuple):
+    """What one update did, over all processes. The defaults are those of a dead one."""
 
-    # Sample answers from the current policy and grade them.
-    shard.refresh_actor(run.actor, policy)  # on a CPU they are one model
+    outcome: str = "dead"  # applied; skipped: NaN or infinity; dead: nothing to learn from
+    tokens: int = 0  # in the loss
+    loss: float = 0.0
+    grad_norm: float = 0.0  # before clipping
+    ratio_max: float = 0.0
+    # sums over tokens
+    clip_low: float = 0.0  # whose gradient the lower bound removed
+    clip_high: float = 0.0  # whose gradient the upper bound removed
+    outside: float = 0.0  # whose ratio is outside the bounds
+    kl_old: float = 0.0  # k3 of new and old log-probability
+
+
+def train_step(step: int, run: Run) -> dict:
+    """One batch of answers, from prompts to updated weights; returns the step's metrics."""
+    options, clock = run.options, report.Stopwatch()
+
+    # 1. Sample G answers to each prompt from the policy as it is, and grade them right or wrong.
+    shard.refresh_actor(run.actor, run.policy)  # on a CPU the two are one model
     batch = run.last_batch = collect(step, run)
-    if world.any(not batch.rewards.isfinite().all()):
-        raise NonFinite("a reward is NaN or infinite")
-    clock.append(time.perf_counter())
+    run.check_finite(batch.rewards, "a reward")
+    clock.lap("generate")
 
-    # BuPO: in phase 1 the policy that is trained is layer l's, and nothing above layer l runs.
-    if o.bupo_layer and run.layer is None:
-        run.layer = choose_layer(batch, run)
-        run.optimizer = run.make_optimizer()  # nothing has been updated yet; --bupo-arm layer-lr groups weights by layer
-    layer = bupo.target_layer(step, o.bupo_steps, run.layer) if o.bupo_arm == "align" else None
+    # 2. Choose whose policy learns: the model's own (None) or, in BuPO's first phase, layer l's.
+    layer = trained_layer(step, batch, run)
 
-    # Score the answers under the old policy, at T_base: rollout.logp is at the temperature each token was drawn at. The full policy's
-    # entropy drives HAPO; in phase 1 the sampler has measured it (temperature_rule sees to that), as no layer above l runs here.
-    batch.old_logp, trained_entropy = score(policy, batch, layer, run)
+    # 3. Score every token under that policy before its first update: the ratio's denominator.
+    # It is not rollout.logp, since every token was drawn at a temperature of its own: a ratio must
+    # compare one function before and after, and that is this one, at T_base. What is left is a
+    # known mismatch: the answers come from a slightly different distribution, uncorrected.
+    batch.old_logp, trained_entropy = score(run.policy, batch.rollout, layer, run)
+    # BuPO 1: no layer above l runs in phase 1; the full policy's entropy is what the sampler saw
     batch.entropy = trained_entropy if layer is None else batch.rollout.entropy
-    if run.reference is not None and layer is None:
-        batch.ref_logp, _ = score(run.reference, batch, None, run)
-    if world.any(not (batch.old_logp + batch.entropy)[batch.rollout.mask].isfinite().all()):
-        raise NonFinite("a log-probability or entropy of the old policy is NaN or infinite")
+    if run.reference is not None and layer is None:  # BuPO 2: no reference in phase 1
+        batch.ref_logp, _ = score(run.reference, batch.rollout, None, run)
+    scored = (batch.old_logp + batch.entropy)[batch.rollout.mask]
+    run.check_finite(scored, "a log-probability or entropy of the old policy")
 
-    # Advantages: one number a response, relative to the group's mean over responses or (HAPO's B) over tokens. HAPO's C makes it one
-    # number a token in policy_loss, since that depends on the ratio.
-    if o.algo == "hapo":
-        # of every sampled token, over all processes; tokens of dead groups count here, though not in the loss. The next step samples with them.
-        entropies = world.gather(batch.entropy[batch.rollout.mask])
-        run.stats = hapo.entropy_stats(entropies, torch.ones_like(entropies), o.rho)
-        batch.h = hapo.modulation(batch.entropy, run.stats, batch.mask, o.released)
-    if o.algo == "hapo" and o.token_group_average:
-        batch.advantages = hapo.token_group_advantages(batch.rewards, batch.mask, o.answers_per_prompt, o.released)
-    else:
-        batch.advantages = losses.grpo_advantages(batch.rewards, o.answers_per_prompt)[:, None] * batch.mask
-    if o.comparison != "none":
-        apply_comparison(batch, run)
-    clock.append(time.perf_counter())
+    # 4. Where does HAPO stand? One h in [-1, 1] a token, from the statistics of all entropies.
+    if options.algo == "hapo":
+        entropies = run.world.gather(batch.entropy[batch.rollout.mask])  # dead groups' too
+        stats = hapo.entropy_stats(entropies, torch.ones_like(entropies), options.rho)
+        batch.h = hapo.modulation(batch.entropy, stats, batch.loss_mask, options.released)
+        run.sampler_stats = stats  # the next step's answers are drawn with them
 
-    # Update the policy on equal parts of the batch; every part is made of whole groups.
-    prepare_updates(run, step)
-    before = report.weight_sample(policy)
-    rows = torch.arange(len(batch.rewards)).view(o.updates_per_rollout, -1)
-    updates = [update(run, batch, part.tolist(), layer) for part in rows]
-    clock.append(time.perf_counter())
-    return report.step_metrics(step, run, batch, layer, trained_entropy, updates, before, clock)
+    # 5. Advantages: how much better is an answer than the others to its prompt?
+    batch.advantages = advantages(batch, run)
+    other_uses_of_entropy(batch, run)
+    clock.lap("score")
+
+    # 6. Update the policy on equal parts of the batch, whole groups each. They need no shuffling:
+    # prompts came in random order, and a group must not be torn apart.
+    prepare_updates(step, run)
+    weights_before, updates = report.weight_sample(run.policy), []
+    for rows in torch.arange(len(batch.texts)).view(options.updates_per_rollout, -1).tolist():
+        updates.append(update(batch, rows, layer, run))
+    clock.lap("update")
+    return report.step_metrics(
+        step, run, batch, layer, trained_entropy, updates, weights_before, clock
+    )
 
 
-def collect(step, run):
-    """The step's answers; with dynamic sampling, groups whose rewards are all equal make room for new ones (DAPO)."""
-    o, world = run.options, run.world
-    batch = sample_round(step, 0, run)
-    if o.dynamic_sampling:
-        for attempt in range(1, o.max_rounds):
-            if not world.any(not live_groups(batch, o).all()):
+# ------------------------------------------------------------------------------ 1. sample and grade
+
+
+def collect(step: int, run: Run) -> Batch:
+    """The step's answers. With dynamic sampling, groups whose rewards are all equal make room for
+    new ones (DAPO); those that stay dead keep their place and stay out of the loss."""
+    options = run.options
+    batch = drawn = sample_round(step, 0, run)
+    groups = len(drawn.problems)
+    if options.dynamic_sampling:
+        for attempt in range(1, options.max_rounds):
+            if not run.world.any(live_groups(drawn).sum() < groups):
                 break
-            batch = keep_live(batch, sample_round(step, attempt, run), o)
-        live = live_groups(batch, o).repeat_interleave(o.answers_per_prompt)
-        batch.mask = batch.mask & live[:, None]  # groups that are still dead keep their place and stay out of the loss
-        batch.counts["not_filled"] = int((~live).sum()) // o.answers_per_prompt
+            drawn = Batch.join([drawn, sample_round(step, attempt, run)])
+        if len(drawn.problems) > groups:
+            live_first = live_groups(drawn).int().argsort(descending=True, stable=True)
+            batch = drawn.select(live_first[:groups].tolist())
+    batch.counts = report.tally(drawn)
+    batch.in_loss = torch.ones_like(batch.right)
+    if options.dynamic_sampling:
+        batch.in_loss = live_groups(batch).repeat_interleave(options.answers_per_prompt)
+        batch.counts["not_filled"] = int((~live_groups(batch)).sum())
+    batch.loss_mask = batch.rollout.mask & batch.in_loss[:, None]
     return batch
 
 
-def sample_round(step, attempt, run):
-    """Draw P prompts, sample G answers to each, grade them."""
-    o, world, G = run.options, run.world, run.options.answers_per_prompt
-    items = world.mine(draw_items(run))
-    # the same random numbers whatever the number of processes: each takes the columns of its own answers
-    uniform = torch.rand(o.max_new_tokens, o.prompts_per_step, G, generator=torch.Generator().manual_seed(seed_of(o.seed, step, attempt)))
-    uniform = uniform[:, world.rank :: world.size].flatten(1)
-    prompts, temperature = [ids for _, ids in items], temperature_rule(step, run)
-    rollout = world.together(NonFinite, generate, run.actor, prompts, G, o.max_new_tokens, run.eos_ids, temperature, len(run.tokenizer), uniform=uniform)
-
-    texts = run.tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
-    grades = [grade(items[i // G][0], text) for i, text in enumerate(texts)]
-    rewards = torch.tensor([float(getattr(g, o.reward)) for g in grades], device=world.device)
-    counts = report.counts_of(rollout, grades, rewards)
-    if o.overlong_buffer:
-        rewards = rewards + losses.overlong_penalty(rollout.lengths, o.max_new_tokens, o.overlong_buffer)
-    return Batch([problem for problem, _ in items], texts, rollout, rewards, rollout.mask, counts)
-
-
-def live_groups(batch, o):
-    groups = batch.rewards.view(-1, o.answers_per_prompt)
+def live_groups(batch: Batch) -> Tensor:
+    """Groups whose rewards differ, (P,): the others have no gradient."""
+    groups = batch.rewards.view(-1, batch.rollout.group_size)
     return groups.amax(1) > groups.amin(1)
 
 
-def keep_live(batch, more, o):
-    """As many groups as `batch` has, taken from both batches, live ones first."""
-    counts = {key: batch.counts[key] + more.counts[key] for key in batch.counts}
-    G, wanted = o.answers_per_prompt, len(batch.problems)
-    both = Batch(batch.problems + more.problems, batch.texts + more.texts, Rollout.join([batch.rollout, more.rollout]), torch.cat([batch.rewards, more.rewards]), None, counts)
-    chosen = live_groups(both, o).int().argsort(descending=True, stable=True)[:wanted].tolist()
-    rollout = both.rollout.select(chosen)
-    texts = [both.texts[p * G + g] for p in chosen for g in range(G)]
-    return Batch([both.problems[p] for p in chosen], texts, rollout, both.rewards.view(-1, G)[chosen].flatten(), rollout.mask, counts)
+def sample_round(step: int, attempt: int, run: Run) -> Batch:
+    """Draw P prompts, sample G answers to each, grade them."""
+    options, device = run.options, run.world.device
+    problems, prompts = (list(x) for x in zip(*run.draw_items()))
+    # BuPO 3: scoring cannot see the full policy's entropy in phase 1, so the sampler measures it
+    phase_one = options.bupo_layer and options.bupo_arm == "align" and step <= options.bupo_steps
+    rollout = run.together(
+        generate,
+        run.actor,
+        prompts,
+        options.answers_per_prompt,
+        options.max_new_tokens,
+        run.eos_ids,
+        temperature_rule(run),
+        run.vocab_size,
+        uniform=run.uniform(step, attempt),
+        measure_entropy=bool(phase_one),
+        plain=options.plain,
+    )
+    texts = run.tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
+    G = options.answers_per_prompt
+    grades = [grade(problems[row // G], text) for row, text in enumerate(texts)]
+    strict, lenient = (torch.tensor(verdicts, device=device) for verdicts in zip(*grades))
+    right = strict if options.reward == "strict" else lenient
+    rewards = right.float()
+    if options.overlong_buffer:
+        cap, buffer = options.max_new_tokens, options.overlong_buffer
+        rewards = rewards + losses.overlong_penalty(rollout.lengths, cap, buffer)
+    return Batch(
+        problems=problems,
+        texts=texts,
+        rollout=rollout,
+        strict=strict,
+        lenient=lenient,
+        right=right,
+        rewards=rewards,
+    )
 
 
-def temperature_rule(step, run):
-    """What the sampler divides logits by: HAPO's adaptive temperature (A), or the base temperature."""
+def temperature_rule(run: Run):
+    """What the sampler divides logits by: T_base, or a function of each step's entropy."""
     o = run.options
-    if o.algo == "hapo" and o.adaptive_temperature:
-        return lambda entropy: hapo.adaptive_temperature(entropy, run.stats, o.temperature, o.tau, o.temperature_form, o.released)
-    if o.bupo_layer and o.bupo_arm == "align" and step <= o.bupo_steps:  # phase 1
-        return lambda entropy: torch.full_like(entropy, o.temperature)  # a function, so that the sampler measures the entropy that scoring cannot
+    if o.algo == "hapo" and o.adaptive_temperature:  # HAPO A
+        return lambda entropy: hapo.adaptive_temperature(
+            entropy, run.sampler_stats, o.temperature, o.tau, o.temperature_form, o.released
+        )
     return o.temperature
 
 
-def token_scores(model, rollout, rows, layer, run):
-    """Log-probability and entropy of the answers `rows` at T_base, (rows, T), 0 at padding: one function for old, new and reference.
-
-    layer None: the model's own policy; l: the internal policy of layer l, computing layers 1 ... l alone.
-    """
-    o, mask = run.options, rollout.mask[rows]
-    with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.world.device.type == "cuda"):
-        hidden = internals.answer_states(model, rollout, rows, layer, layer is None or o.bupo_norm)
-        weight = internals.unembedding(model)[: len(run.tokenizer)]  # a padded vocabulary's ids have probability 0
-        logp, entropy = losses.token_logprobs_and_entropy(hidden, weight, rollout.tokens[rows][mask], o.temperature)
-    blank = torch.zeros(mask.shape, device=mask.device)
-    return blank.masked_scatter(mask, logp), blank.masked_scatter(mask, entropy.detach())
+# ------------------------------------------------------------------------------ 2. whose policy
 
 
-@torch.no_grad()
-def score(model, batch, layer, run):
-    """token_scores of the whole batch, without gradient."""
-    logp, entropy = torch.zeros(2, *batch.rollout.mask.shape, device=run.world.device)
-    for rows, _ in run.world.even(batch.rollout.micro_batches(range(len(batch.rewards)), run.options.micro_batch, run.options.micro_tokens)):
-        logp[rows], entropy[rows] = token_scores(model, batch.rollout, rows, layer, run)
-    shard.reshard(model)
-    return logp, entropy
+def trained_layer(step: int, batch: Batch, run: Run) -> int | None:
+    """BuPO 4: layer l while its policy is aligned, else None, the model's own policy."""
+    options = run.options
+    if options.bupo_layer and run.layer is None:
+        run.layer = choose_layer(batch, run)
+        run.optimizer = run.make_optimizer()  # nothing was updated yet; layer-lr groups by layer
+    aligns = options.bupo_arm == "align"
+    return bupo.target_layer(step, options.bupo_steps, run.layer) if aligns else None
 
 
-def policy_loss(logp, batch, rows, o):
-    """The surrogate of some rows, one value a token; sums over them for metrics.jsonl; the largest ratio."""
-    ratio = torch.exp(logp - batch.old_logp[rows])
-    advantages, low, high = batch.advantages[rows], o.clip_low, o.clip_high
-    if o.algo == "hapo":
-        h = batch.h[rows]
-        if o.adaptive_clip:
-            low, high = hapo.adaptive_clip(h, o.clip_low, o.clip_high)
-        if o.advantage_redistribution:
-            zone = (low, high) if o.released else (o.clip_low, o.clip_high)
-            advantages = hapo.redistribute_advantages(advantages, h, ratio, *zone, o.released)
-    if batch.bounds is not None:
-        low = high = batch.bounds[rows]
-    loss = losses.clipped_surrogate(ratio, advantages, low, high, o.dual_clip or None)
-    with torch.no_grad():
-        valid, below, above = batch.mask[rows], ratio < 1 - low, ratio > 1 + high
-        seen = {
-            "clip_low": (valid & below & (advantages < 0)).sum(), "clip_high": (valid & above & (advantages > 0)).sum(),
-            "outside": (valid & (below | above)).sum(), "kl_old": losses.kl_k3(logp, batch.old_logp[rows])[valid].sum(),
-        }
-    return loss, {key: float(value) for key, value in seen.items()}, float(torch.where(valid, ratio.detach(), 0.0).max())
-
-
-def update(run, batch, rows, layer):
-    """One optimiser step on some rows; returns its numbers, over all processes."""
-    o, world, policy = run.options, run.world, run.policy
-    mask = batch.mask[rows]
-    # the whole update's normalisers, fixed before it is cut into micro-batches
-    tokens, responses = int(world.sum(mask.sum())), int(world.sum(len(rows)))
-    something_to_learn = world.any(batch.advantages[rows][mask].any()) or batch.ref_logp is not None
-    if not something_to_learn:
-        return {"dead": 1, "tokens": 0, "loss": 0.0, "grad_norm": 0.0}  # all groups dead: no gradient, and no weight decay in its name
-    sums, ratio_max = {"loss": 0.0}, 0.0
-    for part, real in world.even(batch.rollout.micro_batches(rows, o.micro_batch, o.micro_tokens)):  # real: 0 for a pass that only keeps other processes company
-        logp, _ = token_scores(policy, batch.rollout, part, layer, run)
-        per_token, seen, highest = policy_loss(logp, batch, part, o)
-        if batch.ref_logp is not None:
-            per_token = per_token + o.kl * losses.kl_k3(logp, batch.ref_logp[part])
-        loss = mean_loss(per_token, batch.mask[part], tokens, responses, o) * real
-        (loss * world.size).backward()  # sharded gradients are averaged over processes; this makes the average a sum
-        for key, value in (seen | {"loss": loss.item()}).items():
-            sums[key] = sums.get(key, 0.0) + value * real
-        ratio_max = max(ratio_max, highest)
-    sums = dict(zip(sums, world.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
-    grad_norm = shard.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), o.grad_clip)).item()
-    accepted = run.guard.accepts(sums["loss"], grad_norm)
-    if accepted:
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return sums | {"tokens": tokens, "ratio_max": float(world.max(ratio_max)), "grad_norm": grad_norm, ("applied" if accepted else "skipped"): 1}
-
-
-def mean_loss(per_token, mask, tokens, responses, o):
-    if o.loss_mean == "token":
-        return losses.masked_mean(per_token, mask, tokens)
-    if o.loss_mean == "sequence":
-        return losses.sequence_mean(per_token, mask, responses)
-    return losses.fixed_length_mean(per_token, mask, o.max_new_tokens, responses)
-
-
-def apply_comparison(batch, run):
-    """The other uses of entropy that the HAPO paper compares with: each replaces the mask, the bounds or the advantages."""
-    o, entropies = run.options, run.world.gather(batch.entropy[batch.mask])
-    if o.comparison == "forking":
-        batch.mask = losses.forking_token_mask(batch.entropy, batch.mask, pool=entropies)
-    elif o.comparison == "archer":
-        batch.bounds = losses.archer_bounds(batch.entropy, batch.mask, pool=entropies)
-    elif o.comparison == "entropy-advantage":
-        batch.advantages = losses.entropy_advantage(batch.advantages, batch.entropy)
-    elif o.comparison == "edge":
-        mean_entropy = (batch.entropy * batch.mask).sum(1) / batch.mask.sum(1).clamp_min(1)
-        advantages = losses.grpo_advantages(batch.rewards, o.answers_per_prompt)
-        batch.advantages = losses.edge_advantages(advantages, mean_entropy, o.answers_per_prompt)[:, None] * batch.mask
-
-
-def choose_layer(batch, run):
-    """--bupo-layer: the number given, or the boundary layer, measured on 64 answers spread over the first step's."""
-    o, (ids, attention, response) = run.options, batch.rollout.with_response_mask(64)
-    if o.bupo_layer != "auto":
-        with torch.no_grad():
-            internals.residual_stream(run.policy, ids[:2], attention[:2])  # refuses blocks that are not pre-norm residual
+def choose_layer(batch: Batch, run: Run) -> int:
+    """--bupo-layer: the number given, or the boundary layer measured on 64 of the answers."""
+    options = run.options
+    ids, attention, response = batch.rollout.with_response_mask(64)
+    if options.bupo_layer != "auto":
+        with torch.no_grad():  # refuses blocks that are not pre-norm residual
+            internals.residual_stream(run.policy, ids[:2], attention[:2])
         shard.reshard(run.policy)
-        return int(o.bupo_layer)
-    entropy = internals.internal_entropy(run.policy, ids, attention, response, len(run.tokenizer))
+        return int(options.bupo_layer)
+    entropy = internals.internal_entropy(run.policy, ids, attention, response, run.vocab_size)
     shard.reshard(run.policy)
     change = run.world.sum(entropy.feed_forward_change) / run.world.size
     layer, found = bupo.boundary_or_fallback(change)
     where = f"{layer} of {len(change)} ({change[layer - 1]:+.3f} nats)"
     if found:
-        run.say(f"boundary layer: {where}, the last whose feed-forward block raises entropy; its policy is trained for {o.bupo_steps} steps")
+        run.say(
+            f"boundary layer: {where}, the last whose feed-forward block raises entropy; "
+            f"its policy is trained for {options.bupo_steps} steps"
+        )
     else:
-        run.say(f"warning: --bupo-layer auto: no feed-forward block raises entropy; falling back to layer {where}, where it falls least")
+        run.say(
+            "warning: --bupo-layer auto: no feed-forward block raises entropy; "
+            f"falling back to layer {where}, where it falls least"
+        )
     return layer
 
 
-def prepare_updates(run, step):
+# ---------------------------------------------------------------------------------------- 3. score
+
+
+@torch.no_grad()
+def score(model, rollout: Rollout, layer: int | None, run: Run) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every token of every answer, (B, T), without gradient."""
+    logp, entropy = torch.zeros(2, *rollout.mask.shape, device=run.world.device)
+    for rows, _ in run.passes(rollout, range(len(logp))):
+        logp[rows], entropy[rows] = token_scores(model, rollout, rows, layer, run)
+    shard.reshard(model)
+    return logp, entropy
+
+
+def token_scores(model, rollout: Rollout, rows: list[int], layer: int | None, run: Run):
+    """Log-probability and entropy of some answers at T_base, (rows, T), 0 at padding.
+
+    One function for old, new and reference. layer None: the model's own policy; l: the internal
+    policy of layer l, computing layers 1 ... l alone.
+    """
+    options, mask = run.options, rollout.mask[rows]
+    norm = layer is None or options.bupo_norm  # BuPO 5: an internal policy has no final norm
+    with run.autocast():
+        states = internals.answer_states(model, rollout, rows, layer, norm, options.plain)
+        weight = internals.unembedding(model)[: run.vocab_size]  # padding ids: probability 0
+        logp, entropy = losses.token_logprobs_and_entropy(
+            states, weight, rollout.tokens[rows][mask], options.temperature, plain=options.plain
+        )
+    blank = torch.zeros(mask.shape, device=mask.device)
+    return blank.masked_scatter(mask, logp), blank.masked_scatter(mask, entropy.detach())
+
+
+# ----------------------------------------------------------------------------------- 5. advantages
+
+
+def advantages(batch: Batch, run: Run) -> Tensor:
+    """(B, T): a group rule, or HAPO's B in its place; then the comparison arms."""
+    options, G, mask = run.options, run.options.answers_per_prompt, batch.loss_mask
+    per_answer = losses.GROUP_RULES[options.advantage](batch.rewards, G)
+    result = per_answer[:, None] * mask
+    if options.algo == "hapo" and options.token_group_average:  # HAPO B
+        result = hapo.token_group_advantages(batch.rewards, mask, G, options.released)
+    if options.comparison == "entropy-advantage":
+        result = losses.entropy_advantage(result, batch.entropy)
+    if options.comparison == "edge":
+        mean_entropy = (batch.entropy * mask).sum(1) / mask.sum(1).clamp_min(1)
+        result = losses.edge_advantages(per_answer, mean_entropy, G)[:, None] * mask
+    return result
+
+
+def other_uses_of_entropy(batch: Batch, run: Run) -> None:
+    """The comparison arms that change tokens or bounds instead of advantages."""
+    comparison = run.options.comparison
+    if comparison not in ("forking", "archer"):
+        return
+    entropies = run.world.gather(batch.entropy[batch.loss_mask])
+    if comparison == "forking":
+        batch.loss_mask = losses.forking_token_mask(batch.entropy, batch.loss_mask, pool=entropies)
+    else:
+        batch.bounds = losses.archer_bounds(batch.entropy, batch.loss_mask, pool=entropies)
+
+
+# --------------------------------------------------------------------------------------- 6. update
+
+
+def prepare_updates(step: int, run: Run) -> None:
     """Linear warm-up; and what the arm "freeze" may not move in its first phase."""
-    o = run.options
+    options = run.options
     for group in run.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * min(1.0, step / max(1, o.warmup_steps))
-    if run.layer is not None and o.bupo_arm == "freeze":
+        group["lr"] = group["peak_lr"] * min(1.0, step / max(1, options.warmup_steps))
+    if run.layer is not None and options.bupo_arm == "freeze":  # BuPO 6: a comparison arm
         for p in bupo.lower_layers(run.policy, run.layer):
-            p.requires_grad_(step > o.bupo_steps)
+            p.requires_grad_(step > options.bupo_steps)
 
 
-# --------------------------------------------------------------------------------------------------------- the run
+def update(batch: Batch, rows: list[int], layer: int | None, run: Run) -> Update:
+    """One optimiser step on some rows. An update in which every group is dead is skipped, weight
+    decay included."""
+    options, policy, mask = run.options, run.policy, batch.loss_mask[rows]
+    learns = batch.advantages[rows][mask].any() or (options.kl and batch.ref_logp is not None)
+    # The loss is divided by the whole update's numbers, fixed before it is cut into passes.
+    tokens = int(run.world.sum(mask.sum()))
+    responses = int(run.world.sum(batch.in_loss[rows].sum()))
+    if not run.world.any(learns):
+        return Update()
+    sums, ratio_max = {}, 0.0
+    for part, weight in run.passes(batch.rollout, rows):
+        logp, _ = token_scores(policy, batch.rollout, part, layer, run)
+        per_token, seen, highest = policy_loss(logp, batch, part, options)
+        loss = mean_loss(per_token, batch.loss_mask[part], tokens, responses, options) * weight
+        run.backward(loss)
+        for name, value in (seen | {"loss": loss}).items():
+            sums[name] = sums.get(name, 0.0) + float(value) * weight
+        ratio_max = max(ratio_max, highest)
+    sums, ratio_max = run.total(sums), float(run.world.max(ratio_max))
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), options.grad_clip)
+    grad_norm = shard.whole(norm).item()
+    accepted = run.guard.accepts(sums["loss"], grad_norm)
+    if accepted:
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    outcome = "applied" if accepted else "skipped"
+    return Update(outcome, tokens, grad_norm=grad_norm, ratio_max=ratio_max, **sums)
 
 
-def train(o):
+def policy_loss(logp: Tensor, batch: Batch, rows: list[int], options: Options):
+    """The loss of some rows, one value a token; counts of tokens; the largest ratio.
+
+    logp (rows, T) is the only tensor with a gradient.
+    """
+    ratio = torch.exp(logp - batch.old_logp[rows])
+    weighed, low, high = batch.advantages[rows], options.clip_low, options.clip_high
+    if options.algo == "hapo":
+        h = batch.h[rows]
+        if options.adaptive_clip:  # HAPO D
+            low, high = hapo.adaptive_clip(h, low, high)
+        if options.advantage_redistribution:  # HAPO C
+            zone = (low, high) if options.released else (options.clip_low, options.clip_high)
+            weighed = hapo.redistribute_advantages(weighed, h, ratio, *zone, options.released)
+    if batch.bounds is not None:
+        low = high = batch.bounds[rows]
+    loss = losses.clipped_surrogate(ratio, weighed, low, high, options.dual_clip or None)
+    if options.kl and batch.ref_logp is not None:
+        loss = loss + options.kl * losses.kl_k3(logp, batch.ref_logp[rows])
+    with torch.no_grad():
+        valid, below, above = batch.loss_mask[rows], ratio < 1 - low, ratio > 1 + high
+        seen = {
+            "clip_low": (valid & below & (weighed < 0)).sum(),
+            "clip_high": (valid & above & (weighed > 0)).sum(),
+            "outside": (valid & (below | above)).sum(),
+            "kl_old": losses.kl_k3(logp, batch.old_logp[rows])[valid].sum(),
+        }
+        return loss, seen, float(torch.where(valid, ratio, 0.0).max())
+
+
+def mean_loss(
+    per_token: Tensor, mask: Tensor, tokens: int, responses: int, options: Options
+) -> Tensor:
+    """--loss-mean: which tokens weigh how much."""
+    if options.loss_mean == "token":
+        return losses.masked_mean(per_token, mask, tokens)
+    if options.loss_mean == "sequence":
+        return losses.sequence_mean(per_token, mask, responses)
+    return losses.fixed_length_mean(per_token, mask, options.max_new_tokens, responses)
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+
+def train(options: Options) -> None:
     """Set a run up (or pick it up where it stopped), take its steps, leave its files."""
-    run, step = open_run(o, shard.World(o.device))
+    run, step = open_run(options, shard.World(options.device))
     with StopRequest(run.say) as stop:
         if step is None:
             report.first_look(run)
             step = 0
             checkpoint.save(run, step)
-        while step < o.steps and not run.world.any(stop.asked):
+        while step < options.steps and not run.world.any(stop.asked):
             step += 1
-            try:
-                metrics = train_step(step, run)
-                bad = f"{metrics['skipped_updates']} of {o.updates_per_rollout} updates were not finite" if metrics["skipped_updates"] else None
-                if not bad and (step % o.eval_every == 0 or step == o.steps):
-                    metrics |= report.held_out(run, step)
-                if not bad and run.layer and o.diagnose_every and step % o.diagnose_every == 0:
-                    metrics |= report.diagnose(run)
-            except NonFinite as error:
-                metrics, bad = {"step": step, "skipped": str(error)}, str(error)
+            metrics, bad = guarded_step(step, run)
             report.record(step, metrics, bad, run)
-            if bad and run.guard.bad_in_a_row >= o.max_bad_steps:
+            if bad and run.guard.bad_in_a_row >= options.max_bad_steps:
                 give_up(run, step)
-            if not bad and (step % o.save_every == 0 or step == o.steps or run.world.any(stop.asked)):
+            due = step % options.save_every == 0 or step == options.steps
+            if not bad and (due or run.world.any(stop.asked)):
                 checkpoint.save(run, step)
-    if step == o.steps:
+    if step == options.steps:
         finish(run)
     else:
-        run.say(f"stopped after step {step}; go on with: python train.py --resume --out {o.out}")
+        again = f"python train.py --resume --out {options.out}"
+        run.say(f"stopped after step {step}; go on with: {again}")
     run.world.close()
 
 
-def main(argv=None):
-    o = options.parse(argv, __doc__)
-    if o.estimate:
-        print(memory.overview(load_config(o.model), o))
+def guarded_step(step: int, run: Run) -> tuple[dict, str | None]:
+    """One step with its evaluation: (metrics, None), or (what there is, why the step is bad)."""
+    options = run.options
+    try:
+        metrics = train_step(step, run)
+        if skipped := metrics["skipped_updates"]:
+            return metrics, f"{skipped} of {options.updates_per_rollout} updates were not finite"
+        if step % options.eval_every == 0 or step == options.steps:
+            metrics |= report.held_out(run, step)
+        if run.layer and options.diagnose_every and step % options.diagnose_every == 0:
+            metrics |= report.diagnose(run)
+        return metrics, None
+    except NonFinite as error:
+        return {"step": step, "skipped": str(error)}, str(error)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv, __doc__)
+    if options.estimate:
+        print(memory.overview(load_config(options.model), options))
     else:
-        train(o)
+        train(options)
 
 
 if __name__ == "__main__":
-    options.run_main(main)
+    run_main(main)

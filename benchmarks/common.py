@@ -15,8 +15,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3
 def qwen3(vocab=384, hidden=128, layers=4, **more):
     """A small Qwen3 of random weights."""
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4,
-                         tie_word_embeddings=True, eos_token_id=1, bos_token_id=None, pad_token_id=0, **more)
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden // 4,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=0,
+        **more,
+    )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -42,4 +54,13 @@ def median(values):
     return statistics.median(values)
 
 
-__all__ = ["AutoModelForCausalLM", "AutoTokenizer", "Qwen2Config", "Qwen3Config", "in_turn", "median", "qwen3", "ratio"]
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "Qwen2Config",
+    "Qwen3Config",
+    "in_turn",
+    "median",
+    "qwen3",
+    "ratio",
+]

@@ -41,13 +41,19 @@ def main():
                 train.collect = original
             for p, q in zip(run.policy.parameters(), state):
                 p.data.copy_(q)
+
         return go
 
     run.options = algos["dapo"]
     answers["batch"] = train.collect(2, run)
-    for title, reuse in (("same answers: score, advantages, 4 updates", True), ("whole step, its own answers", False)):
+    for title, reuse in (
+        ("same answers: score, advantages, 4 updates", True),
+        ("whole step, its own answers", False),
+    ):
         seconds = in_turn({name: step(name, reuse) for name in algos}, args.rounds, 2)
-        print(f"{title}: dapo {median(seconds['dapo']):.3f} s, hapo {median(seconds['hapo']):.3f} s, hapo / dapo {ratio(seconds, 'hapo', 'dapo')}")
+        print(
+            f"{title}: dapo {median(seconds['dapo']):.3f} s, hapo {median(seconds['hapo']):.3f} s, hapo / dapo {ratio(seconds, 'hapo', 'dapo')}"
+        )
 
 
 if __name__ == "__main__":

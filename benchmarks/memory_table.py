@@ -12,14 +12,45 @@ from scale import memory, options
 
 
 def main():
-    o = options.parse(["--estimate", "--prompts-per-step", "64", "--answers-per-prompt", "8", "--updates-per-rollout", "2", "--max-new-tokens", "512", "--micro-tokens", "16384", "--gradient-checkpointing"], "")
-    parts = ("weights", "gradients", "moments", "replica", "activations", "logits", "kv_cache", "peak")
-    print(f"| shape | processes | {' | '.join(p.replace('_', ' ') for p in parts)} |\n|{'---|' * (len(parts) + 2)}")
+    o = options.parse(
+        [
+            "--estimate",
+            "--prompts-per-step",
+            "64",
+            "--answers-per-prompt",
+            "8",
+            "--updates-per-rollout",
+            "2",
+            "--max-new-tokens",
+            "512",
+            "--micro-tokens",
+            "16384",
+            "--gradient-checkpointing",
+        ],
+        "",
+    )
+    parts = (
+        "weights",
+        "gradients",
+        "moments",
+        "replica",
+        "activations",
+        "logits",
+        "kv_cache",
+        "peak",
+    )
+    print(
+        f"| shape | processes | {' | '.join(p.replace('_', ' ') for p in parts)} |\n|{'---|' * (len(parts) + 2)}"
+    )
     for name, shape in SHAPES.items():
         config = Qwen2Config(vocab_size=151_936, max_position_embeddings=4096, **shape)
         for size, offload in ((1, False), (8, False), (1, True)):
             e = memory.estimate(config, dataclasses.replace(o, offload=offload), world_size=size)
-            print(f"| {name} ({e.parameters / 1e9:.2f} B) | {size}{', offload' if offload else ''} | " + " | ".join(f"{getattr(e, p) / memory.GIB:.1f}" for p in parts) + " |")
+            print(
+                f"| {name} ({e.parameters / 1e9:.2f} B) | {size}{', offload' if offload else ''} | "
+                + " | ".join(f"{getattr(e, p) / memory.GIB:.1f}" for p in parts)
+                + " |"
+            )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,27 @@ TINY = str(pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny-qwe
 
 def ours(folder, algo, steps):
     out = tempfile.mkdtemp()
-    o = options.parse(["--model", folder, "--out", out, "--algo", algo, "--prompts-per-step", "16", "--answers-per-prompt", "16", "--max-new-tokens", "12", "--lr", "1e-6", "--device", "cpu"], "")
+    o = options.parse(
+        [
+            "--model",
+            folder,
+            "--out",
+            out,
+            "--algo",
+            algo,
+            "--prompts-per-step",
+            "16",
+            "--answers-per-prompt",
+            "16",
+            "--max-new-tokens",
+            "12",
+            "--lr",
+            "1e-6",
+            "--device",
+            "cpu",
+        ],
+        "",
+    )
     run, _ = open_run(o, shard.World(o.device))
     coin = random.Random(0)
     train.grade = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
@@ -42,17 +62,44 @@ def trl(folder, steps):
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [render_prompt(p.question, tokenizer)[0] for p in load_problems("countdown")[0][:2000]]
+    prompts = [
+        render_prompt(p.question, tokenizer)[0] for p in load_problems("countdown")[0][:2000]
+    ]
     coin, times = random.Random(0), []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             times.append(time.perf_counter())
 
-    config = GRPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=64, gradient_accumulation_steps=1, steps_per_generation=4, num_generations=16, num_iterations=1,
-                        max_completion_length=12, max_steps=4 * steps + 1, learning_rate=1e-6, beta=0.0, use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False)
-    trainer = GRPOTrainer(model=folder, reward_funcs=lambda completions, **kwargs: [float(coin.random() < 0.5) for _ in completions], args=config,
-                          train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, callbacks=[Clock()])
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=64,
+        gradient_accumulation_steps=1,
+        steps_per_generation=4,
+        num_generations=16,
+        num_iterations=1,
+        max_completion_length=12,
+        max_steps=4 * steps + 1,
+        learning_rate=1e-6,
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
+    trainer = GRPOTrainer(
+        model=folder,
+        reward_funcs=lambda completions, **kwargs: [
+            float(coin.random() < 0.5) for _ in completions
+        ],
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
     trainer.train()
     cycles = times[::4]  # one generation serves four optimiser steps
     return [b - a for a, b in zip(cycles, cycles[1:])][2:]
@@ -74,9 +121,13 @@ def main():
             seconds["TRL GRPOTrainer"].append(median(trl(folder, args.steps)))
             seconds["ours, grpo"].append(median(ours(folder, "grpo", args.steps)))
             seconds["ours, hapo"].append(median(ours(folder, "hapo", args.steps)))
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, 256 answers of at most 12 tokens, 4 updates; medians of {args.steps - 2} steps in each of {args.rounds} rounds")
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, 256 answers of at most 12 tokens, 4 updates; medians of {args.steps - 2} steps in each of {args.rounds} rounds"
+    )
     for name, values in seconds.items():
-        print(f"{name:16s} {median(values):.3f} s a step ({min(values):.3f} to {max(values):.3f}), {ratio(seconds, 'TRL GRPOTrainer', name)} x TRL's steps per second")
+        print(
+            f"{name:16s} {median(values):.3f} s a step ({min(values):.3f} to {max(values):.3f}), {ratio(seconds, 'TRL GRPOTrainer', name)} x TRL's steps per second"
+        )
 
 
 if __name__ == "__main__":

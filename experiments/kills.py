@@ -21,11 +21,19 @@ TIMES = ("seconds_generate", "seconds_score", "seconds_update", "tokens_per_seco
 
 
 def start(out, options, log):
-    return subprocess.Popen([sys.executable, "train.py", "--out", str(out), *options], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, "train.py", "--out", str(out), *options],
+        cwd=ROOT,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def metrics(out):
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in open(out / "metrics.jsonl")]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in TIMES}
+        for line in open(out / "metrics.jsonl")
+    ]
 
 
 def main():
@@ -46,19 +54,42 @@ def main():
             process = start(killed, [*options, "--resume"], log)
             time.sleep(rng.uniform(0.0, args.longest))
             if process.poll() is not None:
-                print(f"the run ended by itself after {deaths} kills; raise --steps or lower --longest")
+                print(
+                    f"the run ended by itself after {deaths} kills; raise --steps or lower --longest"
+                )
                 break
             process.send_signal(signal.SIGKILL)
             process.wait()
             deaths += 1
-            saved = sorted(int(p.name.split("-")[1]) for p in killed.glob("checkpoint-*")) if killed.exists() else []
-            lines = len(open(killed / "metrics.jsonl").readlines()) if (killed / "metrics.jsonl").exists() else 0
-            unfinished = " (killed while saving)" if killed.exists() and list(killed.glob(".checkpoint-*")) else ""
-            print(f"kill {deaths:2d}: checkpoints {saved}, {lines} lines of metrics{unfinished}", flush=True)
+            saved = (
+                sorted(int(p.name.split("-")[1]) for p in killed.glob("checkpoint-*"))
+                if killed.exists()
+                else []
+            )
+            lines = (
+                len(open(killed / "metrics.jsonl").readlines())
+                if (killed / "metrics.jsonl").exists()
+                else 0
+            )
+            unfinished = (
+                " (killed while saving)"
+                if killed.exists() and list(killed.glob(".checkpoint-*"))
+                else ""
+            )
+            print(
+                f"kill {deaths:2d}: checkpoints {saved}, {lines} lines of metrics{unfinished}",
+                flush=True,
+            )
         if start(killed, [*options, "--resume"], log).wait():
             sys.exit(f"the last resume failed: {open(log.name).read()[-2000:]}")
-        same = filecmp.cmp(whole / "final" / "model.safetensors", killed / "final" / "model.safetensors", shallow=False)
-        print(f"{deaths} kills: final weights {'are the same, bit for bit' if same else 'DIFFER'}; metrics {'are the same' if metrics(whole) == metrics(killed) else 'DIFFER'}")
+        same = filecmp.cmp(
+            whole / "final" / "model.safetensors",
+            killed / "final" / "model.safetensors",
+            shallow=False,
+        )
+        print(
+            f"{deaths} kills: final weights {'are the same, bit for bit' if same else 'DIFFER'}; metrics {'are the same' if metrics(whole) == metrics(killed) else 'DIFFER'}"
+        )
         sys.exit(0 if same and metrics(whole) == metrics(killed) else 1)
 
 

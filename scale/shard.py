@@ -1,8 +1,9 @@
-"""One model over several processes: `torchrun --nproc-per-node N train.py ...`, PyTorch's own FSDP2, from outside the model.
+"""One model over several processes: `torchrun --nproc-per-node N train.py ...`, by PyTorch's FSDP2.
 
-Every rank holds 1 / N of every weight, gradient and moment; a decoder layer is gathered when it runs and freed after.
-Prompts are split over the ranks; whatever the loss is divided by, and the entropy statistics, are counted over all of them.
-Answers are drawn from a replica in the compute dtype that is refreshed once a rollout, so no weight is gathered at a
+From outside the finished model. Every rank holds 1 / N of every weight, gradient and moment; a
+decoder layer is gathered when it runs and freed after. Prompts are split over the ranks; whatever
+the loss is divided by, and the entropy statistics, are counted over all of them. Answers are drawn
+from a replica in the compute dtype that is refreshed once a rollout, so no weight is gathered at a
 decoding step and ranks may stop at different lengths without waiting for each other.
 FSDP and DTensor take most of a second to import, so only functions of a sharded run do.
 """
@@ -17,15 +18,19 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from internals import decoder_body
-from scale.load import assert_tied, load_config, load_model
-from tasks import BadInput
+from program.errors import BadInput
+from program.models import assert_tied, load_config, load_model
 
 
 class World:
-    """The processes of this run; a run without torchrun is a world of one, where nothing is exchanged (sum and max return tensors there too)."""
+    """The processes of this run; without torchrun a world of one, where nothing is exchanged.
+
+    Every method that exchanges must be called by all processes. `sum` and `max` return tensors.
+    """
 
     def __init__(self, device="cpu"):
-        self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
         self.device, self.mesh = torch.device(device), None
         if "WORLD_SIZE" in os.environ:
             if self.device.type == "cuda":
@@ -62,7 +67,9 @@ class World:
 
     def gather(self, values):
         """(n_r,) on every rank -> the concatenation over ranks, on all of them."""
-        return torch.cat([part.to(self.device) for part in self.gather_objects(values.cpu())]) if self.size > 1 else values
+        if self.size == 1:
+            return values
+        return torch.cat([part.to(self.device) for part in self.gather_objects(values.cpu())])
 
     def gather_objects(self, thing):
         if self.size == 1:
@@ -72,13 +79,17 @@ class World:
         return things
 
     def even(self, parts):
-        """The micro-batches of this process as (rows, counts). A sharded forward pass needs every process: one that has
-        fewer repeats its last, with counts False, and multiplies what comes of it by 0."""
+        """The micro-batches of this process as (rows, weight 1).
+
+        A sharded forward pass needs every process: one that has fewer micro-batches than another
+        repeats its last, with weight 0.
+        """
         most = int(self.max(len(parts)))
-        return [(part, True) for part in parts] + [(parts[-1], False)] * (most - len(parts))
+        return [(part, 1) for part in parts] + [(parts[-1], 0)] * (most - len(parts))
 
     def together(self, error, function, *args, **kwargs):
-        """function(...); if it raises `error` in one process, it is raised in all, so that none waits for the others."""
+        """function(...); if it raises `error` in one process, it is raised in all, so that none
+        waits for the others."""
         result = failure = None
         try:
             result = function(*args, **kwargs)
@@ -89,7 +100,8 @@ class World:
         return result
 
     def mine(self, items):
-        """This rank's share of a list: every size-th item, so that equal slices of the shares make equal slices of the whole."""
+        """This rank's share of a list: every size-th item, so that equal slices of the shares make
+        equal slices of the whole."""
         return items[self.rank :: self.size]
 
     def close(self):
@@ -97,45 +109,57 @@ class World:
             dist.barrier()  # nobody leaves while another still needs it
             dist.destroy_process_group()
             sys.stdout.flush()
-            os._exit(0)  # gloo's threads can abort an interpreter that is shutting down; everything is on disk by now
+            # gloo's threads can abort an interpreter that shuts down; everything is on disk by now
+            os._exit(0)
 
 
 def shard_model(name, world, offload=False):
-    """Load a model so that no rank but 0 ever holds it whole, and rank 0 in main memory only; returns it sharded.
+    """Load a model so that no rank but 0 ever holds it whole, and rank 0 in main memory only;
+    returns it sharded.
 
     The model is built without memory, sharded, then filled one weight at a time from rank 0.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
 
     config = load_config(name)
     source = dict(load_model(name)[0].named_parameters()) if world.main else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    body = decoder_body(model)
-    body.rotary_emb = type(body.rotary_emb)(config=config)  # its buffers are computed, not stored: build them for real
-
-    low = torch.bfloat16 if world.device.type == "cuda" else None
-    settings = dict(mesh=world.mesh, mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
-                    offload_policy=CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy())
+    body, settings = decoder_body(model), _sharding(world, offload)
+    rotary = type(body.rotary_emb)  # its buffers are computed, not stored: build them for real
+    body.rotary_emb = rotary(config=config)
     for layer in body.layers:
         fully_shard(layer, **settings)
-    # The root keeps its weights (embedding, norm, unembedding) gathered until its backward pass: the loss multiplies by
-    # the unembedding matrix after the root's own forward has ended.
+    # The root keeps its weights (embedding, norm, unembedding) gathered until its backward pass:
+    # the loss multiplies by the unembedding matrix after the root's own forward has ended.
     fully_shard(model, reshard_after_forward=False, **settings)
 
     model.to_empty(device="cpu" if offload else world.device)
-    body.rotary_emb = type(body.rotary_emb)(config=config).to(world.device)  # to_empty has emptied its buffers too
-    if config.tie_word_embeddings:  # to_empty gives each module its own tensor: one of them must go
+    body.rotary_emb = rotary(config=config).to(world.device)  # to_empty has emptied its buffers too
+    if config.tie_word_embeddings:  # to_empty gives each module its own tensor: one must go
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    with contextlib.suppress(OSError):  # a folder without generation_config.json: the model's own defaults stand
+    with contextlib.suppress(OSError):  # no generation_config.json: the model's own defaults stand
         model.generation_config = GenerationConfig.from_pretrained(name)
     for key, parameter in model.named_parameters():
         whole = source[key].detach() if world.main else torch.empty(parameter.shape)
-        part = distribute_tensor(whole.to(world.device), parameter.device_mesh, parameter.placements)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        part = distribute_tensor(whole.to(world.device), mesh, placements)
         parameter.to_local().data.copy_(part.to_local())
     assert_tied(model)
     return model
+
+
+def _sharding(world, offload):
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+
+    cuda = world.device.type == "cuda"
+    low = torch.bfloat16 if cuda else None
+    return dict(
+        mesh=world.mesh,
+        mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
+    )
 
 
 def whole(tensor):
@@ -144,14 +168,16 @@ def whole(tensor):
 
 
 def reshard(model):
-    """Free what a forward pass without a backward left gathered; the next step must see the shards, not a stale whole."""
+    """Free what a forward pass without a backward left gathered; the next step must see the shards,
+    not a stale whole."""
     for module in model.modules():
         if hasattr(module, "reshard"):  # FSDP's addition to a module
             module.reshard()
 
 
 def make_actor(policy, world):
-    """The model that answers are drawn from: the policy itself, or a replica in the compute dtype where it is sharded or on CUDA."""
+    """The model that answers are drawn from: the policy itself, or a replica in the compute dtype
+    where it is sharded or on CUDA."""
     if not world.sharded and world.device.type != "cuda":
         return policy
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
@@ -170,7 +196,8 @@ def make_actor(policy, world):
 
 @torch.no_grad()
 def refresh_actor(actor, policy):
-    """Copy the policy's weights into its replica, one weight gathered at a time; nothing to do where they are one model."""
+    """Copy the policy's weights into its replica, one weight gathered at a time; nothing to do
+    where they are one model."""
     if actor is policy:
         return
     for target, source in zip(actor.parameters(), policy.parameters()):
@@ -180,9 +207,13 @@ def refresh_actor(actor, policy):
 def check_world(options, world):
     """The numbers that must fit the number of processes."""
     if options.offload and not world.sharded:
-        raise BadInput("--offload: keeping weights in main memory is FSDP's work; start with torchrun --nproc-per-node N train.py ... (N = 1 is fine)")
-    if options.prompts_per_step % (world.size * options.updates_per_rollout):
         raise BadInput(
-            f"--prompts-per-step {options.prompts_per_step}: must be a multiple of processes x updates per rollout = "
-            f"{world.size} x {options.updates_per_rollout}" + (" (more ranks than prompts)" if options.prompts_per_step < world.size else "")
+            "--offload: keeping weights in main memory is FSDP's work; start with "
+            "torchrun --nproc-per-node N train.py ... (N = 1 is fine)"
+        )
+    if options.prompts_per_step % (world.size * options.updates_per_rollout):
+        few = " (more ranks than prompts)" if options.prompts_per_step < world.size else ""
+        raise BadInput(
+            f"--prompts-per-step {options.prompts_per_step}: must be a multiple of processes x "
+            f"updates per rollout = {world.size} x {options.updates_per_rollout}{few}"
         )

@@ -1,6 +1,7 @@
 """Draw the curves of one or several runs: python scripts/curves.py RUN [RUN ...] [--out FILE.png]
 
-Four panels: reward and held-out accuracy, entropy, answer length, gradient norm and dead groups; BuPO's first phase is shaded.
+Reads each run's metrics.jsonl; BuPO's first phase is shaded. A new panel is one function and one
+entry in PANELS.
 """
 
 import argparse
@@ -13,33 +14,73 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
+def accuracy(panel, steps, held, name, color):
+    """Reward of the sampled answers; held-out accuracy with its standard error."""
+    label = f"{name}: reward of the answers"
+    panel.plot(x(steps), column(steps, "reward"), color=color, alpha=0.35, label=label)
+    error = [r["eval_error"] or 0 for r in held]
+    sampled, style = column(held, "eval_accuracy"), dict(color=color, marker="o", capsize=2)
+    panel.errorbar(x(held), sampled, error, label=f"{name}: held-out, sampled", **style)
+    style, label = dict(color=color, linestyle="--", marker="x"), f"{name}: held-out, greedy"
+    panel.plot(x(held), column(held, "eval_greedy"), label=label, **style)
+
+
+def entropy(panel, steps, held, name, color):
+    panel.plot(x(steps), column(steps, "entropy"), color=color, label=f"{name}: full policy")
+    inner = [r for r in steps if r["phase"] == "internal"]
+    if inner:
+        label = f"{name}: layer {inner[0]['layer']}'s policy"
+        panel.plot(x(inner), column(inner, "internal_entropy"), ":", color=color, label=label)
+
+
+def length(panel, steps, held, name, color):
+    panel.plot(x(steps), column(steps, "response_length"), color=color, label=name)
+
+
+def gradient(panel, steps, held, name, color):
+    panel.plot(x(steps), column(steps, "grad_norm"), color=color, label=f"{name}: gradient norm")
+    dead = [r["dead_groups"] / r["groups"] for r in steps]
+    panel.plot(x(steps), dead, ":", color=color, label=f"{name}: share of dead groups")
+
+
+PANELS = [
+    ("accuracy", accuracy),
+    ("entropy in nats, mean over answer tokens", entropy),
+    ("answer length in tokens", length),
+    ("gradient norm before clipping; dead groups", gradient),
+]
+
+
+def x(rows):
+    return [r["step"] for r in rows]
+
+
+def column(rows, key):
+    """One number a row; a gap where the row lacks it (an older run, say)."""
+    return [float("nan") if r.get(key) is None else r[key] for r in rows]
+
+
 def plot(runs, out=None):
-    """Read each run's metrics.jsonl and write one picture; returns its path (curves.png in the first run's folder)."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
-    for color, run in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], map(pathlib.Path, runs)):
-        rows = [json.loads(line) for line in open(run / "metrics.jsonl", encoding="utf-8")]
-        steps = [r for r in rows if "reward" in r]
-        held = [r for r in rows if "eval_accuracy" in r]
-        name, x = run.name, [r["step"] for r in steps]
-        column = lambda key: [r[key] for r in steps]
-        panel = axes[0][0]
-        panel.plot(x, column("reward"), color=color, alpha=0.35, label=f"{name}: reward of the answers")
-        panel.errorbar([r["step"] for r in held], [r["eval_accuracy"] for r in held], [r["eval_error"] or 0 for r in held], color=color, marker="o", capsize=2, label=f"{name}: held-out, sampled")
-        panel.plot([r["step"] for r in held], [r["eval_greedy"] for r in held], color=color, linestyle="--", marker="x", label=f"{name}: held-out, greedy")
-        axes[0][1].plot(x, column("entropy"), color=color, label=f"{name}: full policy")
-        internal = [r for r in steps if r["phase"] == "internal"]
-        if internal:
-            axes[0][1].plot([r["step"] for r in internal], [r["internal_entropy"] for r in internal], color=color, linestyle=":", label=f"{name}: layer {internal[0]['layer']}'s policy")
-            for panel in axes.flat:
-                panel.axvspan(0.5, internal[-1]["step"] + 0.5, color=color, alpha=0.07)
-        axes[1][0].plot(x, column("response_length"), color=color, label=name)
-        axes[1][1].plot(x, column("grad_norm"), color=color, label=f"{name}: gradient norm")
-        axes[1][1].plot(x, [r["dead_groups"] / r["groups"] for r in steps], color=color, linestyle=":", label=f"{name}: share of dead groups")
-    for panel, title in zip(axes.flat, ("accuracy", "entropy in nats, mean over answer tokens", "answer length in tokens", "gradient norm before clipping; dead groups")):
+    """One picture of all PANELS; returns its path (curves.png in the first run's folder)."""
+    rows = (len(PANELS) + 1) // 2
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 3.5 * rows), constrained_layout=True)
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for color, run in zip(colors, map(pathlib.Path, runs)):
+        lines = [json.loads(line) for line in open(run / "metrics.jsonl", encoding="utf-8")]
+        steps = [r for r in lines if "reward" in r]
+        held = [r for r in lines if "eval_accuracy" in r]
+        inner = [r["step"] for r in steps if r["phase"] == "internal"]
+        for panel, (_, draw) in zip(axes.flat, PANELS):
+            draw(panel, steps, held, run.name, color)
+            if inner:
+                panel.axvspan(0.5, inner[-1] + 0.5, color=color, alpha=0.07)
+    for panel, (title, _) in zip(axes.flat, PANELS):
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
+    for panel in list(axes.flat)[len(PANELS) :]:
+        panel.set_visible(False)
     out = pathlib.Path(out or pathlib.Path(runs[0]) / "curves.png")
     figure.savefig(out, dpi=110)
     plt.close(figure)

@@ -18,24 +18,58 @@ STYLES = ("-", "--", ":")
 
 def draw(record, out):
     """record: {model name: the lists of internals.json}; writes both PNGs into `out` and returns their paths."""
-    record = {pathlib.Path(name).name: e for name, e in record.items()} if len({pathlib.Path(n).name for n in record}) == len(record) else record
+    record = (
+        {pathlib.Path(name).name: e for name, e in record.items()}
+        if len({pathlib.Path(n).name for n in record}) == len(record)
+        else record
+    )
     paths = [pathlib.Path(out) / "entropy_flow.png", pathlib.Path(out) / "entropy_change.png"]
 
     figure, panel = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     for style, (name, e) in zip(STYLES, record.items()):
         layers = range(1, len(e["layer"]))
-        panel.plot(range(len(e["layer"])), e["layer"], style, color="black", marker=".", label=f"{name}: layer policy H(H^l)")
-        panel.plot(layers, e["attention"], "o" if style == "-" else "^", color="tab:blue", markersize=4, label=f"{name}: attention H(A^l)")
-        panel.plot(layers, e["feed_forward"], "s" if style == "-" else "v", color="tab:orange", markersize=4, label=f"{name}: feed-forward H(F^l)")
+        panel.plot(
+            range(len(e["layer"])),
+            e["layer"],
+            style,
+            color="black",
+            marker=".",
+            label=f"{name}: layer policy H(H^l)",
+        )
+        panel.plot(
+            layers,
+            e["attention"],
+            "o" if style == "-" else "^",
+            color="tab:blue",
+            markersize=4,
+            label=f"{name}: attention H(A^l)",
+        )
+        panel.plot(
+            layers,
+            e["feed_forward"],
+            "s" if style == "-" else "v",
+            color="tab:orange",
+            markersize=4,
+            label=f"{name}: feed-forward H(F^l)",
+        )
     finish(figure, panel, "entropy in nats, mean over response tokens", paths[0])
 
     figure, panel = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     for style, (name, e) in zip(STYLES, record.items()):
         layers = range(1, len(e["layer"]))
-        for key, color, label in (("attention_change", "tab:blue", "attention"), ("feed_forward_change", "tab:orange", "feed-forward"), ("layer_change", "black", "layer")):
+        for key, color, label in (
+            ("attention_change", "tab:blue", "attention"),
+            ("feed_forward_change", "tab:orange", "feed-forward"),
+            ("layer_change", "black", "layer"),
+        ):
             panel.plot(layers, e[key], style, color=color, marker=".", label=f"{name}: {label}")
         if e["boundary_layer"]:
-            panel.axvline(e["boundary_layer"], color="tab:red", linestyle="--" if style == "-" else ":", label=f"{name}: boundary layer {e['boundary_layer']}")
+            panel.axvline(
+                e["boundary_layer"],
+                color="tab:red",
+                linestyle="--" if style == "-" else ":",
+                label=f"{name}: boundary layer {e['boundary_layer']}",
+            )
     panel.axhline(0, color="grey", linewidth=0.8)
     finish(figure, panel, "entropy change in nats", paths[1])
     return paths
@@ -53,4 +87,6 @@ def finish(figure, panel, label, path):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    print(*draw(json.loads((pathlib.Path(sys.argv[1]) / "internals.json").read_text()), sys.argv[1]))
+    print(
+        *draw(json.loads((pathlib.Path(sys.argv[1]) / "internals.json").read_text()), sys.argv[1])
+    )

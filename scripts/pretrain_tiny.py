@@ -36,11 +36,25 @@ END, PAD = "<|im_end|>", "<|endoftext|>"
 def make_tokenizer(problems):
     """Byte-level BPE, so that any text can be written; the fixed words of the prompt become long merges, digits stay single."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=[PAD, "<|im_start|>", END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(["user\n", "assistant\n"] * 50 + [p.question for p in problems[:500]], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE)
+    trainer = trainers.BpeTrainer(
+        vocab_size=350,
+        special_tokens=[PAD, "<|im_start|>", END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["user\n", "assistant\n"] * 50 + [p.question for p in problems[:500]], trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE
+    )
 
 
 @functools.cache
@@ -62,53 +76,91 @@ def main():
     parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--right", type=float, default=0.5, help="share of demonstrations that reach the target")
+    parser.add_argument(
+        "--right", type=float, default=0.5, help="share of demonstrations that reach the target"
+    )
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", default=None, help="go on from a folder that this script has written")
+    parser.add_argument(
+        "--start", default=None, help="go on from a folder that this script has written"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     train, held_out = load_problems("countdown")
     tokenizer = make_tokenizer(train)
-    vocab = -(-len(tokenizer) // 64) * 64  # padded to a multiple of 64, as real models' vocabularies are
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=vocab, hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_hidden_layers=args.layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=args.hidden // 4, max_position_embeddings=512, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    ))
-    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id], pad_token_id=tokenizer.pad_token_id)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)} padded to {vocab}")
+    vocab = (
+        -(-len(tokenizer) // 64) * 64
+    )  # padded to a multiple of 64, as real models' vocabularies are
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocab,
+            hidden_size=args.hidden,
+            intermediate_size=3 * args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=args.hidden // 4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    model.generation_config = GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)} padded to {vocab}"
+    )
     if args.start:
         model = Qwen3ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
     text, ids = render_prompt(train[0].question, tokenizer)
     print(f"prompt of {len(ids)} tokens:\n{text}")
 
     prompts = [render_prompt(p.question, tokenizer)[1] for p in train]
-    right = [solutions(tuple(sorted(p.numbers)), int(p.answer)) for p in tqdm(train, desc="solving")]
+    right = [
+        solutions(tuple(sorted(p.numbers)), int(p.answer)) for p in tqdm(train, desc="solving")
+    ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total_steps=args.steps, pct_start=0.05
+    )
     bar = tqdm(range(args.steps), desc="pretraining")
     for step in bar:
         rows = []
         for i in rng.choices(range(len(train)), k=args.batch):
-            demonstration = rng.choice(right[i]) if rng.random() < args.right else random_expression(train[i].numbers, rng)[0]
-            answer = tokenizer(demonstration, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            demonstration = (
+                rng.choice(right[i])
+                if rng.random() < args.right
+                else random_expression(train[i].numbers, rng)[0]
+            )
+            answer = tokenizer(demonstration, add_special_tokens=False).input_ids + [
+                tokenizer.eos_token_id
+            ]
             rows.append((prompts[i] + answer, [-100] * len(prompts[i]) + answer))
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([r + [tokenizer.pad_token_id] * (width - len(r)) for r, _ in rows])
         labels = torch.tensor([r + [-100] * (width - len(r)) for _, r in rows])
-        loss = model(ids, labels=labels).loss  # causal, padded on the right: the padding is never seen
+        loss = model(
+            ids, labels=labels
+        ).loss  # causal, padded on the right: the padding is never seen
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            answers = sample_answers(model, tokenizer, held_out[:512], 1, 12, eos_ids_of(model, tokenizer), seed=step)
-            tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, held-out accuracy at T = 1: {summarise(answers).strict:.3f}")
+            answers = sample_answers(
+                model, tokenizer, held_out[:512], 1, 12, eos_ids_of(model, tokenizer), seed=step
+            )
+            tqdm.write(
+                f"step {step + 1}: loss {loss.item():.3f}, held-out accuracy at T = 1: {summarise(answers).strict:.3f}"
+            )
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"saved to {args.out}")

@@ -38,8 +38,17 @@ def random_model(architecture="Qwen3", tied=True, layers=3, vocab=50, hidden=32,
     """A small random decoder; `scale` sharpens the unembedding so that its distributions are far from uniform."""
     torch.manual_seed(1)
     config = getattr(transformers, f"{architecture}Config")(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=3, pad_token_id=None,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=3,
+        pad_token_id=None,
     )
     model = getattr(transformers, f"{architecture}ForCausalLM")(config)
     with torch.no_grad():
@@ -49,7 +58,10 @@ def random_model(architecture="Qwen3", tied=True, layers=3, vocab=50, hidden=32,
     return model
 
 
-@pytest.fixture(params=[(a, t) for a in ARCHITECTURES for t in (True, False)], ids=lambda x: f"{x[0]}-{'tied' if x[1] else 'untied'}")
+@pytest.fixture(
+    params=[(a, t) for a in ARCHITECTURES for t in (True, False)],
+    ids=lambda x: f"{x[0]}-{'tied' if x[1] else 'untied'}",
+)
 def any_model(request):
     return random_model(*request.param)
 
@@ -68,7 +80,9 @@ def tiny_folder(tmp_path_factory):
 
 
 def checkpoint_layers(model):
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
+        {"use_reentrant": False}
+    )
 
 
 def pytest_collection_modifyitems(items):

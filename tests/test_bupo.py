@@ -18,7 +18,9 @@ def ipa_loss(model, layer, old_logp):
     """Eq. 9 on the last four positions, through the functions that train.py uses."""
     states = layer_hidden(model, IDS, MASK, layer)[:, 3:-1]
     logp, _ = token_logprobs_and_entropy(states, unembedding(model), IDS[:, 4:])
-    return masked_mean(clipped_surrogate(torch.exp(logp - old_logp), ADVANTAGES, 0.2, 0.2), torch.ones(2, 4)), logp
+    return masked_mean(
+        clipped_surrogate(torch.exp(logp - old_logp), ADVANTAGES, 0.2, 0.2), torch.ones(2, 4)
+    ), logp
 
 
 def test_schedule():
@@ -34,7 +36,11 @@ def test_boundary_or_fallback():
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_gradient_is_nonzero_exactly_where_the_paper_says(any_model, layer):
     ipa_loss(any_model, layer, torch.full((2, 4), -3.0))[0].backward()
-    still = {id(p) for part in (*any_model.model.layers[layer:], any_model.model.norm) for p in part.parameters()}
+    still = {
+        id(p)
+        for part in (*any_model.model.layers[layer:], any_model.model.norm)
+        for p in part.parameters()
+    }
     for name, p in any_model.named_parameters():
         if id(p) in still:
             assert p.grad is None, name
@@ -92,7 +98,9 @@ def test_comparison_arms():
     model = random_model(layers=3)
     rest, upper = layerwise_groups(model, 1, 1e-3)
     assert rest["lr"] == 1e-3 and upper["lr"] == pytest.approx(1e-4)
-    assert {id(p) for p in upper["params"]} == {id(p) for b in model.model.layers[1:] for p in b.parameters()}
+    assert {id(p) for p in upper["params"]} == {
+        id(p) for b in model.model.layers[1:] for p in b.parameters()
+    }
     assert len(rest["params"]) + len(upper["params"]) == len(list(model.parameters()))
     with pytest.raises(BadInput, match="layer 9"):
         lower_layers(model, 9)

@@ -20,30 +20,58 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, c):
 
 
 def test_pass_at_k_of_many():
-    assert pass_at_k(256, 1, 256) == 1 and pass_at_k(256, 1, 1) == pytest.approx(1 / 256) and pass_at_k(256, 128, 200) == 1
+    assert (
+        pass_at_k(256, 1, 256) == 1
+        and pass_at_k(256, 1, 1) == pytest.approx(1 / 256)
+        and pass_at_k(256, 128, 200) == 1
+    )
     with pytest.raises(ValueError):
         pass_at_k(4, 5, 1)
 
 
 def test_summary_by_hand():
     # question 1: 2 of 2 lenient, 1 strict; question 2: none. Means 1, 0: mean 0.5, error sqrt(1/2) / sqrt(2) = 0.5
-    answers = [[Answer("a", Grade(True, True), 3, True), Answer("b", Grade(False, True), 5, True)], [Answer("c", Grade(False, False), 4, False), Answer("d", Grade(False, False), 4, True)]]
+    answers = [
+        [Answer("a", Grade(True, True), 3, True), Answer("b", Grade(False, True), 5, True)],
+        [Answer("c", Grade(False, False), 4, False), Answer("d", Grade(False, False), 4, True)],
+    ]
     result = summarise(answers)
-    assert result.lenient == 0.5 and result.strict == 0.25 and result.lenient_error == pytest.approx(0.5) and result.finished == 0.75 and result.length == 4
+    assert (
+        result.lenient == 0.5
+        and result.strict == 0.25
+        and result.lenient_error == pytest.approx(0.5)
+        and result.finished == 0.75
+        and result.length == 4
+    )
 
 
 def test_json_has_no_nan():
-    assert valid_json({"a": [float("nan"), 1.5], "b": {"c": float("inf")}, "d": "NaN", "e": True}) == '{"a": [null, 1.5], "b": {"c": null}, "d": "NaN", "e": true}'
+    assert (
+        valid_json({"a": [float("nan"), 1.5], "b": {"c": float("inf")}, "d": "NaN", "e": True})
+        == '{"a": [null, 1.5], "b": {"c": null}, "d": "NaN", "e": true}'
+    )
 
 
 def test_questions_longer_than_the_context_are_reported(tmp_path, capsys):
     path = tmp_path / "long.jsonl"
-    path.write_text(json.dumps({"question": "1 " * 600, "answer": "1"}) + "\n" + json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
+    path.write_text(
+        json.dumps({"question": "1 " * 600, "answer": "1"})
+        + "\n"
+        + json.dumps({"question": "1 + 1?", "answer": "2"})
+        + "\n"
+    )
     args = ["--model", str(TINY), "--data", str(path), "--samples", "1", "--device", "cpu"]
     result = evaluate.main([*args, "--max-new-tokens", "4", "--out", str(tmp_path / "r.json")])
-    assert result["questions"] == 1 and "1 of 2 prompts are longer than the model's context" in capsys.readouterr().out
-    assert json.loads((tmp_path / "r.json").read_text())["lenient_error"] is None  # one question has no standard error
-    with pytest.raises(BadInput, match="--max-new-tokens 512: no prompt fits the model's context of 512 tokens"):
+    assert (
+        result["questions"] == 1
+        and "1 of 2 prompts are longer than the model's context" in capsys.readouterr().out
+    )
+    assert (
+        json.loads((tmp_path / "r.json").read_text())["lenient_error"] is None
+    )  # one question has no standard error
+    with pytest.raises(
+        BadInput, match="--max-new-tokens 512: no prompt fits the model's context of 512 tokens"
+    ):
         evaluate.main(args)
     with pytest.raises(BadInput, match="--out .*: not a file that can be written"):
         evaluate.main([*args, "--out", str(tmp_path)])
@@ -53,7 +81,18 @@ def test_command_line(tmp_path):
     args = ["--model", str(TINY), "--samples", "4", "--limit", "8", "--device", "cpu"]
     result = evaluate.main([*args, "--out", str(tmp_path / "r.json")])
     assert result == evaluate.main(args) == json.loads((tmp_path / "r.json").read_text())
-    assert 0 <= result["strict"] <= result["lenient"] <= result["pass@2_lenient"] <= result["pass@4_lenient"] <= 1
-    for bad, message in ((["--samples", "300"], "--samples 300"), (["--temperature", "0"], "greedy decoding"), (["--limit", "0"], "--limit 0")):
+    assert (
+        0
+        <= result["strict"]
+        <= result["lenient"]
+        <= result["pass@2_lenient"]
+        <= result["pass@4_lenient"]
+        <= 1
+    )
+    for bad, message in (
+        (["--samples", "300"], "--samples 300"),
+        (["--temperature", "0"], "greedy decoding"),
+        (["--limit", "0"], "--limit 0"),
+    ):
         with pytest.raises(BadInput, match=message):
             evaluate.main([*args, *bad])

@@ -11,17 +11,37 @@ import pathlib
 import pytest
 import torch
 
-from hapo import adaptive_clip, adaptive_temperature, entropy_stats, modulation, redistribute_advantages, token_group_advantages
-from losses import clipped_surrogate, fixed_length_mean, grpo_advantages, masked_mean, sequence_mean, token_logprobs_and_entropy
+from hapo import (
+    adaptive_clip,
+    adaptive_temperature,
+    entropy_stats,
+    modulation,
+    redistribute_advantages,
+    token_group_advantages,
+)
+from losses import (
+    clipped_surrogate,
+    fixed_length_mean,
+    grpo_advantages,
+    masked_mean,
+    sequence_mean,
+    token_logprobs_and_entropy,
+)
 
-CASES = json.loads((pathlib.Path(__file__).parent / "golden" / "hapo_golden.json").read_text())["cases"]
+CASES = json.loads((pathlib.Path(__file__).parent / "golden" / "hapo_golden.json").read_text())[
+    "cases"
+]
 SIGNS = ["released", "corrected"]
 
 
 def tensor(values):
     """Nested lists to float64; the file writes 'nan' and 'inf' as strings."""
     if isinstance(values, list):
-        return torch.stack([tensor(v) for v in values]) if values and isinstance(values[0], list) else torch.tensor([float(v) for v in values], dtype=torch.float64)
+        return (
+            torch.stack([tensor(v) for v in values])
+            if values and isinstance(values[0], list)
+            else torch.tensor([float(v) for v in values], dtype=torch.float64)
+        )
     return torch.tensor(float(values), dtype=torch.float64)
 
 
@@ -60,35 +80,59 @@ def group_rows(case):
 
 
 def test_group_averages(case):
-    rewards, mask = tensor(case["in_token_level_rewards"]).sum(1), tensor(case["in_response_mask"]).bool()
+    rewards, mask = (
+        tensor(case["in_token_level_rewards"]).sum(1),
+        tensor(case["in_response_mask"]).bool(),
+    )
     for rows in group_rows(case):
         ours = [
-            token_group_advantages(rewards[rows], mask[rows], len(rows), divide_by_std=case["in_norm_adv_by_std"]),
+            token_group_advantages(
+                rewards[rows], mask[rows], len(rows), divide_by_std=case["in_norm_adv_by_std"]
+            ),
             grpo_advantages(rewards[rows], len(rows))[:, None].expand(-1, mask.shape[1]),
         ]
-        theirs = [tensor(case["out_group_adv_nofallback"])[rows], tensor(case["out_grpo_adv"])[rows]]
+        theirs = [
+            tensor(case["out_group_adv_nofallback"])[rows],
+            tensor(case["out_grpo_adv"])[rows],
+        ]
         close(ours[0], theirs[0], mask[rows], 1e-6)
-        if len(rows) > 1 and case["in_norm_adv_by_std"]:  # a group of one gets its raw reward there, 0 here
+        if (
+            len(rows) > 1 and case["in_norm_adv_by_std"]
+        ):  # a group of one gets its raw reward there, 0 here
             close(ours[1], theirs[1], mask[rows], 1e-6)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c["in_norm_adv_by_std"]], ids=lambda c: c["id"])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c["in_norm_adv_by_std"]], ids=lambda c: c["id"]
+)
 def test_released_group_fallback(case):
     """|A| >= 5 swaps a group for its GRPO advantages. Theirs also looks at padding; where only padding trips it we differ."""
-    rewards, mask = tensor(case["in_token_level_rewards"]).sum(1), tensor(case["in_response_mask"]).bool()
+    rewards, mask = (
+        tensor(case["in_token_level_rewards"]).sum(1),
+        tensor(case["in_response_mask"]).bool(),
+    )
     for rows in group_rows(case):
         plain = tensor(case["out_group_adv_nofallback"])[rows]
         trips_on_valid_tokens = bool((plain.abs() >= 5)[mask[rows]].any())
         expected = tensor(case["out_grpo_adv"])[rows] if trips_on_valid_tokens else plain
         if trips_on_valid_tokens or not any(case["out_group_fallback_used"][r] for r in rows):
             close(expected, tensor(case["out_group_adv_released"])[rows], mask[rows], 1e-6)
-        close(token_group_advantages(rewards[rows], mask[rows], len(rows), released=True), expected, mask[rows], 1e-6)
+        close(
+            token_group_advantages(rewards[rows], mask[rows], len(rows), released=True),
+            expected,
+            mask[rows],
+            1e-6,
+        )
 
 
 def loss_pass(case, sign, logp, plain=False):
     """The loss of one case, built as train.py builds it but with the neutral zone the released code used."""
     entropy, mask = tensor(case["in_entropy"]), tensor(case["in_response_mask"]).bool()
-    low, high, advantages = case["in_cliprange_low"], case["in_cliprange_high"], tensor(case["in_advantages"])
+    low, high, advantages = (
+        case["in_cliprange_low"],
+        case["in_cliprange_high"],
+        tensor(case["in_advantages"]),
+    )
     ratio = torch.exp(logp - tensor(case["in_old_log_prob"]))
     # take their ratio's value where it differs in the last bit, and the gradient of ours
     ratio = ratio + (tensor(case["out_ratio"]) - ratio).detach()
@@ -97,7 +141,9 @@ def loss_pass(case, sign, logp, plain=False):
     if case["in_adaptive_clip"] and not plain:
         low, high = adaptive_clip(h * case["in_clip_alpha"], low, high)
     if case["in_adaptive_advantage"] and not plain:
-        advantages = redistribute_advantages(advantages, h * case["in_adv_beta"], ratio, low, high, released=True)
+        advantages = redistribute_advantages(
+            advantages, h * case["in_adv_beta"], ratio, low, high, released=True
+        )
     per_token = clipped_surrogate(ratio, advantages, low, high, dual_clip=case["in_clip_ratio_c"])
     how = case["in_loss_agg_mode"]
     if how == "token-mean":
@@ -106,8 +152,14 @@ def loss_pass(case, sign, logp, plain=False):
         return sequence_mean(per_token, mask), (low, high, advantages)
     if how == "seq-mean-token-sum":
         return fixed_length_mean(per_token, mask, length=1), (low, high, advantages)
-    assert how == "seq-mean-token-sum-norm"  # the release divides the sum by the width alone, not by the responses
-    return fixed_length_mean(per_token, mask, length=mask.shape[1], normalizer=1), (low, high, advantages)
+    assert (
+        how == "seq-mean-token-sum-norm"
+    )  # the release divides the sum by the width alone, not by the responses
+    return fixed_length_mean(per_token, mask, length=mask.shape[1], normalizer=1), (
+        low,
+        high,
+        advantages,
+    )
 
 
 @pytest.mark.parametrize("sign", SIGNS + ["plain"])
@@ -122,7 +174,9 @@ def test_loss_and_gradient(case, sign):
         close(advantages, tensor(case[f"out_adv_{sign}"]), mask)
     loss.backward()
     theirs = tensor(case[f"out_loss_{sign}"])
-    if theirs.isnan():  # a response without tokens under sequence mean: 0 / 0 there, a response that adds 0 here
+    if (
+        theirs.isnan()
+    ):  # a response without tokens under sequence mean: 0 / 0 there, a response that adds 0 here
         assert not mask.any(1).all() and loss.isfinite() and logp.grad.isfinite().all()
         return
     close(loss, theirs)
@@ -135,20 +189,39 @@ def test_temperature(case, sign):
     entropy, mask = tensor(case["in_entropy"]), tensor(case["in_response_mask"]).bool()
     stats = entropy_stats(entropy, mask, case["in_entropy_pivot"])
     logits = tensor(case["in_sampler_logits"])
-    _, now = token_logprobs_and_entropy(logits, torch.eye(logits.shape[1], dtype=torch.float64), torch.zeros(len(logits), dtype=torch.long)) if logits.isfinite().all() else (None, torch.distributions.Categorical(logits=logits.clamp_min(-1e30)).entropy())
+    _, now = (
+        token_logprobs_and_entropy(
+            logits,
+            torch.eye(logits.shape[1], dtype=torch.float64),
+            torch.zeros(len(logits), dtype=torch.long),
+        )
+        if logits.isfinite().all()
+        else (None, torch.distributions.Categorical(logits=logits.clamp_min(-1e30)).entropy())
+    )
     h_theirs = tensor(case[f"out_temp_{sign}_f64"])
-    ours = adaptive_temperature(now, stats, base=tensor(case["in_base_temperature"]), tau=case["in_temperature_tau"], released=sign == "released")
+    ours = adaptive_temperature(
+        now,
+        stats,
+        base=tensor(case["in_base_temperature"]),
+        tau=case["in_temperature_tau"],
+        released=sign == "released",
+    )
     # near 0 nats the entropy of a float32 softmax, as the release computes it, is rounding noise; and it does not clamp h
     compare = (now > 1e-5) & logits.isfinite().all(1)
     h_unclamped = (h_theirs / tensor(case["in_base_temperature"]) - 1) / case["in_temperature_tau"]
-    limit = tensor(case["in_base_temperature"]) * (1 + case["in_temperature_tau"] * h_unclamped.clamp(-1, 1))
+    limit = tensor(case["in_base_temperature"]) * (
+        1 + case["in_temperature_tau"] * h_unclamped.clamp(-1, 1)
+    )
     close(ours[compare], limit[compare], tolerance=1e-5)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "in_logits" in c], ids=lambda c: c["id"])
 def test_from_logits_down_to_the_logits(case):
     """Log-probability, entropy and the gradient of the loss through our chunked function, at the logits themselves."""
-    logits, labels = torch.stack([tensor(row) for row in case["in_logits"]]).requires_grad_(), torch.tensor(case["in_labels"])
+    logits, labels = (
+        torch.stack([tensor(row) for row in case["in_logits"]]).requires_grad_(),
+        torch.tensor(case["in_labels"]),
+    )
     eye = torch.eye(logits.shape[-1], dtype=torch.float64)
     mask = tensor(case["in_response_mask"]).bool()
     logp, entropy = token_logprobs_and_entropy(logits, eye, labels, chunk_tokens=3)

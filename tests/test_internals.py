@@ -9,7 +9,16 @@ import transformers
 from conftest import TINY, checkpoint_layers, random_model
 
 import internals
-from internals import boundary_layer, internal_entropy, layer_hidden, layer_logits, layer_similarity, policy_hidden, residual_stream, unembedding
+from internals import (
+    boundary_layer,
+    internal_entropy,
+    layer_hidden,
+    layer_logits,
+    layer_similarity,
+    policy_hidden,
+    residual_stream,
+    unembedding,
+)
 from scale.rollout import Rollout, position_ids
 from scripts import internal_report
 from tasks import BadInput
@@ -23,7 +32,9 @@ PADDINGS = {"none": torch.ones(3, 9, dtype=torch.long), "left": LEFT, "right": R
 def reference(model, mask):
     """transformers' own pass: inner hidden states un-normed, the last one normed."""
     with torch.no_grad():
-        return model.eval()(IDS, attention_mask=mask, position_ids=position_ids(mask), output_hidden_states=True)
+        return model.eval()(
+            IDS, attention_mask=mask, position_ids=position_ids(mask), output_hidden_states=True
+        )
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -34,15 +45,27 @@ def test_residual_stream_adds_up_and_equals_transformers(any_model, padding):
         stream = residual_stream(any_model, IDS, mask)
     assert len(stream.hidden) == 4 and all(len(part) == 3 for part in stream[1:])
     for l in range(1, 4):  # H^l = H^(l-1) + A^l + F^l
-        torch.testing.assert_close(stream.hidden[l], stream.hidden[l - 1] + stream.attention[l - 1] + stream.feed_forward[l - 1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            stream.hidden[l],
+            stream.hidden[l - 1] + stream.attention[l - 1] + stream.feed_forward[l - 1],
+            atol=1e-5,
+            rtol=1e-5,
+        )
         block = any_model.model.layers[l - 1]
-        torch.testing.assert_close(stream.attention_input[l - 1], block.input_layernorm(stream.hidden[l - 1]))
-        torch.testing.assert_close(stream.feed_forward_input[l - 1], block.post_attention_layernorm(stream.hidden[l - 1] + stream.attention[l - 1]))
+        torch.testing.assert_close(
+            stream.attention_input[l - 1], block.input_layernorm(stream.hidden[l - 1])
+        )
+        torch.testing.assert_close(
+            stream.feed_forward_input[l - 1],
+            block.post_attention_layernorm(stream.hidden[l - 1] + stream.attention[l - 1]),
+        )
     for ours, theirs in zip(stream.hidden[:-1], out.hidden_states):
         torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
     last = any_model.model.norm(stream.hidden[-1])
     torch.testing.assert_close(last[real], out.hidden_states[-1][real], atol=1e-5, rtol=1e-5)
-    assert (stream.hidden[-1] - out.hidden_states[-1])[real].abs().max() > 0.1  # the trap: theirs is normed, ours is not
+    assert (stream.hidden[-1] - out.hidden_states[-1])[
+        real
+    ].abs().max() > 0.1  # the trap: theirs is normed, ours is not
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -68,7 +91,9 @@ def test_layer_hidden_equals_the_full_pass(any_model, padding, checkpointed):
         ours = layer_hidden(any_model, IDS, mask, l)
         torch.testing.assert_close(ours[mask.bool()], theirs[l][mask.bool()], atol=1e-5, rtol=1e-5)
         assert ours.requires_grad
-    assert len(any_model.model.layers) == 3 and any_model.get_output_embeddings().weight.shape[0] == 50  # all put back
+    assert (
+        len(any_model.model.layers) == 3 and any_model.get_output_embeddings().weight.shape[0] == 50
+    )  # all put back
 
 
 def test_checkpointed_gradients_are_the_same():
@@ -113,10 +138,15 @@ def test_left_padded_equals_unpadded():
 
 # ------------------------------------------------------------------------------------ states that predict answers
 
-ROLLOUT = Rollout.of_answers([[5, 6, 7, 8], [9], [10, 11]], [[12, 13, 14], [3], [24]] + [[15, 16], [17, 18, 19, 20], [25, 26, 27]] + [[21], [22, 23], [28]])
+ROLLOUT = Rollout.of_answers(
+    [[5, 6, 7, 8], [9], [10, 11]],
+    [[12, 13, 14], [3], [24]] + [[15, 16], [17, 18, 19, 20], [25, 26, 27]] + [[21], [22, 23], [28]],
+)
 
 
-@pytest.mark.parametrize("rows", [[5, 0, 1, 4, 3, 8], [1, 2, 6, 6]], ids=["rows of three groups", "answers of one token"])
+@pytest.mark.parametrize(
+    "rows", [[5, 0, 1, 4, 3, 8], [1, 2, 6, 6]], ids=["rows of three groups", "answers of one token"]
+)
 @pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("layer", [None, 2])
 def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, rows, monkeypatch):
@@ -126,7 +156,11 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, 
     for r in rows:
         prompt, answer = [[5, 6, 7, 8], [9], [10, 11]][r // 3], ROLLOUT.answers()[r]
         line = torch.tensor([prompt + answer])
-        expected.append(policy_hidden(any_model, line, torch.ones_like(line), layer, norm=layer is None)[0, len(prompt) - 1 : -1])
+        expected.append(
+            policy_hidden(any_model, line, torch.ones_like(line), layer, norm=layer is None)[
+                0, len(prompt) - 1 : -1
+            ]
+        )
     expected = torch.cat(expected)
     weight = torch.randn(expected.shape)
     (expected * weight).sum().backward()
@@ -144,17 +178,27 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, 
 
 def test_a_shared_prompt_runs_once():
     model, seen = random_model(), []
-    model.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)))
+    model.get_input_embeddings().register_forward_hook(
+        lambda m, args, out: seen.append(tuple(args[0].shape))
+    )
     internals.answer_states(model, ROLLOUT, [0, 1, 3, 4])
-    assert seen == [(2, 10)]  # two prompts padded to 4, behind each two answers of 3, less the last token of the longest
+    assert seen == [
+        (2, 10)
+    ]  # two prompts padded to 4, behind each two answers of 3, less the last token of the longest
 
 
 def test_answers_to_a_line():
     """k = sqrt(S (6 D + S)) / T makes (S / k + T) (6 D + S + k T) least; long answers stand alone."""
     f, (S, T, D) = internals.answers_to_a_line, (17, 12, 96)
-    assert f([16, 16], S, T, D) == 8 == min(range(1, 100), key=lambda k: (S / k + T) * (6 * D + S + k * T))
+    assert (
+        f([16, 16], S, T, D)
+        == 8
+        == min(range(1, 100), key=lambda k: (S / k + T) * (6 * D + S + k * T))
+    )
     assert f([9], S, T, D) == 5  # two lines of 5 and 4, not of 8 and 1
-    assert f([8], 100, 1000, 576) == 1 and f([32], 500, 50, 4096) == 8  # at most (1024 - 500) / 50 = 10; 32 answers take four lines even so
+    assert (
+        f([8], 100, 1000, 576) == 1 and f([32], 500, 50, 4096) == 8
+    )  # at most (1024 - 500) / 50 = 10; 32 answers take four lines even so
     # one prompt with 7 answers, 19 with one: 20 lines of 100 + 7 x 100 would hold 16,000 tokens, lines of their own 26 x 200 = 5,200
     assert f([7] + [1] * 19, 100, 100, 896) == 1
 
@@ -163,12 +207,22 @@ def test_no_pass_holds_more_tokens_than_asked_for():
     """--micro-tokens puts answers of like length together, whatever their prompts: shared lines must not outgrow the limit."""
     torch.manual_seed(3)
     lengths = torch.randint(1, 33, (96,)).tolist()
-    rollout, model, seen = Rollout.of_answers([[5] * n for n in torch.randint(10, 40, (12,)).tolist()], [[7] * n for n in lengths]), random_model(), []
-    model.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].numel()))
+    rollout, model, seen = (
+        Rollout.of_answers(
+            [[5] * n for n in torch.randint(10, 40, (12,)).tolist()], [[7] * n for n in lengths]
+        ),
+        random_model(),
+        [],
+    )
+    model.get_input_embeddings().register_forward_hook(
+        lambda m, args, out: seen.append(args[0].numel())
+    )
     parts = rollout.micro_batches(range(96), tokens=700)
     for part in parts:
         internals.answer_states(model, rollout, part)
-    assert len(seen) == len(parts) and max(seen) <= 700 and sorted(sum(parts, [])) == list(range(96))
+    assert (
+        len(seen) == len(parts) and max(seen) <= 700 and sorted(sum(parts, [])) == list(range(96))
+    )
 
 
 @pytest.mark.parametrize("setting", ["eager", "sliding window"])
@@ -179,8 +233,12 @@ def test_models_that_take_no_such_mask_run_every_line_alone(setting):
         model.set_attn_implementation("eager")
     else:
         model.config.sliding_window = 100
-    model.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)))
-    torch.testing.assert_close(internals.answer_states(model, ROLLOUT, [0, 1, 2]), expected, atol=1e-5, rtol=1e-5)
+    model.get_input_embeddings().register_forward_hook(
+        lambda m, args, out: seen.append(tuple(args[0].shape))
+    )
+    torch.testing.assert_close(
+        internals.answer_states(model, ROLLOUT, [0, 1, 2]), expected, atol=1e-5, rtol=1e-5
+    )
     assert seen == [(3, 6)]
 
 
@@ -191,21 +249,35 @@ def test_entropies_against_plain_softmax(any_model):
     response = LEFT.clone()
     response[:, :6] = 0
     with torch.no_grad():
-        ours, stream = internal_entropy(any_model, IDS, LEFT, response, batch=2), residual_stream(any_model, IDS, LEFT)
+        ours, stream = (
+            internal_entropy(any_model, IDS, LEFT, response, batch=2),
+            residual_stream(any_model, IDS, LEFT),
+        )
 
         def mean_entropy(states):  # the state one to the left predicts a response token
             p = (states[:, 5:8] @ unembedding(any_model).T).double().softmax(-1)
             return -(p * p.log()).sum(-1).mean()
 
         for l in range(3):
-            for mine, part in ((ours.layer[l + 1], stream.hidden[l + 1]), (ours.attention[l], stream.attention[l]), (ours.feed_forward[l], stream.feed_forward[l]),
-                               (ours.attention_input[l], stream.attention_input[l]), (ours.feed_forward_input[l], stream.feed_forward_input[l])):
+            for mine, part in (
+                (ours.layer[l + 1], stream.hidden[l + 1]),
+                (ours.attention[l], stream.attention[l]),
+                (ours.feed_forward[l], stream.feed_forward[l]),
+                (ours.attention_input[l], stream.attention_input[l]),
+                (ours.feed_forward_input[l], stream.feed_forward_input[l]),
+            ):
                 assert mine.item() == pytest.approx(mean_entropy(part).item(), abs=1e-4)
-            cosine = torch.nn.functional.cosine_similarity(stream.feed_forward[l], stream.hidden[l] + stream.attention[l], dim=-1)[:, 5:8].mean()
+            cosine = torch.nn.functional.cosine_similarity(
+                stream.feed_forward[l], stream.hidden[l] + stream.attention[l], dim=-1
+            )[:, 5:8].mean()
             assert ours.feed_forward_cosine[l].item() == pytest.approx(cosine.item(), abs=1e-5)
-        assert ours.policy.item() == pytest.approx(mean_entropy(any_model.model.norm(stream.hidden[-1])).item(), abs=1e-4)
+        assert ours.policy.item() == pytest.approx(
+            mean_entropy(any_model.model.norm(stream.hidden[-1])).item(), abs=1e-4
+        )
     torch.testing.assert_close(ours.layer_change, ours.layer[1:] - ours.layer[:-1])
-    torch.testing.assert_close(ours.feed_forward_change, ours.feed_forward - ours.feed_forward_input)
+    torch.testing.assert_close(
+        ours.feed_forward_change, ours.feed_forward - ours.feed_forward_input
+    )
 
 
 def test_blocks_that_add_nothing():
@@ -218,12 +290,26 @@ def test_blocks_that_add_nothing():
     entropy = internal_entropy(model, IDS, LEFT, LEFT)
     assert torch.allclose(entropy.layer_change, torch.zeros(3, dtype=torch.float64), atol=1e-9)
     for part in (entropy.attention, entropy.feed_forward):
-        torch.testing.assert_close(part, torch.full((3,), math.log(50), dtype=torch.float64), rtol=1e-6, atol=1e-6)
-    assert (entropy.feed_forward_change > 0).all() and boundary_layer(entropy.feed_forward_change) == 3
+        torch.testing.assert_close(
+            part, torch.full((3,), math.log(50), dtype=torch.float64), rtol=1e-6, atol=1e-6
+        )
+    assert (entropy.feed_forward_change > 0).all() and boundary_layer(
+        entropy.feed_forward_change
+    ) == 3
     torch.testing.assert_close(entropy.attention_input, entropy.feed_forward_input)
 
 
-@pytest.mark.parametrize("change, layer", [([-1, -2, -3], None), ([1, 2, 3], 3), ([-1, -1, 0.1], 3), ([1, -1, -1], 1), ([1, -1, 1, 0], 3), ([], None)])
+@pytest.mark.parametrize(
+    "change, layer",
+    [
+        ([-1, -2, -3], None),
+        ([1, 2, 3], 3),
+        ([-1, -1, 0.1], 3),
+        ([1, -1, -1], 1),
+        ([1, -1, 1, 0], 3),
+        ([], None),
+    ],
+)
 def test_boundary_layer(change, layer):
     assert boundary_layer(torch.tensor(change, dtype=torch.float64)) == layer
     assert boundary_layer(change) == layer
@@ -246,9 +332,13 @@ def test_similarity_of_layers():
     h1, h3 = stream.hidden[1][:, :-1][valid], stream.hidden[3][:, :-1][valid]
     p, q = ((h @ unembedding(model).T).log_softmax(-1) for h in (h1, h3))
     assert cosine.shape == kl.shape == (2,)
-    assert cosine[1].item() == pytest.approx(torch.nn.functional.cosine_similarity(h1, h3, dim=-1).mean().item(), abs=1e-6)
+    assert cosine[1].item() == pytest.approx(
+        torch.nn.functional.cosine_similarity(h1, h3, dim=-1).mean().item(), abs=1e-6
+    )
     assert kl[1].item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
-    assert internals.policy_kl(h1, h1, unembedding(model), chunk_tokens=2).item() == pytest.approx(0, abs=1e-7)
+    assert internals.policy_kl(h1, h1, unembedding(model), chunk_tokens=2).item() == pytest.approx(
+        0, abs=1e-7
+    )
     assert len(layer_similarity(model, IDS, LEFT, LEFT, 3)[0]) == 0
 
 
@@ -259,7 +349,9 @@ def test_perplexity_is_that_of_the_labels():
     response = (labels != -100).long()
     with torch.no_grad():
         loss = model(IDS, attention_mask=LEFT, position_ids=position_ids(LEFT), labels=labels).loss
-    assert internals.perplexity(model, IDS, LEFT, response) == pytest.approx(math.exp(loss.item()), rel=1e-4)
+    assert internals.perplexity(model, IDS, LEFT, response) == pytest.approx(
+        math.exp(loss.item()), rel=1e-4
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
@@ -272,16 +364,36 @@ def test_layers_outside_the_model():
 
 
 def test_architectures_without_such_blocks():
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50))
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50)
+    )
     with pytest.raises(BadInput, match="GPT2LMHeadModel: no 'layers'"):
         residual_stream(gpt2, IDS, LEFT)
-    neox = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=32, vocab_size=50))
+    neox = transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            hidden_size=16,
+            intermediate_size=32,
+            vocab_size=50,
+        )
+    )
     with pytest.raises(BadInput, match="GPTNeoXForCausalLM"):
         residual_stream(neox, IDS, LEFT)
 
 
 def test_blocks_that_are_not_pre_norm_residual():
-    granite = transformers.GraniteForCausalLM(transformers.GraniteConfig(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, hidden_size=16, intermediate_size=32, vocab_size=50, residual_multiplier=0.3))
+    granite = transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            hidden_size=16,
+            intermediate_size=32,
+            vocab_size=50,
+            residual_multiplier=0.3,
+        )
+    )
     with torch.no_grad():
         for p in granite.parameters():
             p.mul_(5)
@@ -290,14 +402,29 @@ def test_blocks_that_are_not_pre_norm_residual():
 
 
 def test_command_line(tmp_path, capsys):
-    internal_report.main(["--model", str(TINY), "--samples", "4", "--max-new-tokens", "8", "--out", str(tmp_path)])
+    internal_report.main(
+        ["--model", str(TINY), "--samples", "4", "--max-new-tokens", "8", "--out", str(tmp_path)]
+    )
     record = json.loads((tmp_path / "internals.json").read_text())[str(TINY)]
     layers = len(record["feed_forward_change"])
     assert record["answers"] == 4 and len(record["layer"]) == layers + 1
     assert record["boundary_layer"] == boundary_layer(record["feed_forward_change"])
     assert f"boundary layer: {record['boundary_layer']} of {layers}" in capsys.readouterr().out
-    (tmp_path / "answers.jsonl").write_text('{"question": "Use 1, 2, 3 once each with + - * / to make 6. Reply with the expression only.", "answer": "1+2+3"}\n')
-    internal_report.main(["--model", str(TINY), "--answers", str(tmp_path / "answers.jsonl"), "--compare", str(TINY), "--out", str(tmp_path / "b")])
+    (tmp_path / "answers.jsonl").write_text(
+        '{"question": "Use 1, 2, 3 once each with + - * / to make 6. Reply with the expression only.", "answer": "1+2+3"}\n'
+    )
+    internal_report.main(
+        [
+            "--model",
+            str(TINY),
+            "--answers",
+            str(tmp_path / "answers.jsonl"),
+            "--compare",
+            str(TINY),
+            "--out",
+            str(tmp_path / "b"),
+        ]
+    )
     assert json.loads((tmp_path / "b" / "internals.json").read_text())[str(TINY)]["tokens"] == 6
     with pytest.raises(BadInput, match="--answers .*nowhere: no such file"):
         internal_report.main(["--model", str(TINY), "--answers", "nowhere", "--out", str(tmp_path)])

@@ -16,13 +16,17 @@ F64 = torch.float64
 def plain(hidden, weight, targets, temperature=1.0):
     """The textbook way: all logits, log_softmax, gather."""
     log_probs = (hidden @ weight.T / temperature).log_softmax(-1)
-    return log_probs.gather(-1, targets[..., None]).squeeze(-1), -(log_probs.exp() * log_probs).sum(-1)
+    return log_probs.gather(-1, targets[..., None]).squeeze(-1), -(log_probs.exp() * log_probs).sum(
+        -1
+    )
 
 
 def test_logprob_and_entropy_by_hand():
     # logits (0, ln 3): probabilities 1/4 and 3/4; H = 1/4 ln 4 + 3/4 ln 4/3
     weight = torch.tensor([[0.0], [math.log(3)]], dtype=F64)
-    logp, entropy = losses.token_logprobs_and_entropy(torch.ones(1, 1, dtype=F64), weight, torch.tensor([1]))
+    logp, entropy = losses.token_logprobs_and_entropy(
+        torch.ones(1, 1, dtype=F64), weight, torch.tensor([1])
+    )
     assert logp.item() == pytest.approx(math.log(0.75), abs=1e-12)
     assert entropy.item() == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3), abs=1e-12)
 
@@ -30,22 +34,45 @@ def test_logprob_and_entropy_by_hand():
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100, None])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_chunked_equals_plain_with_gradients(chunk, temperature, unchanged):
-    hidden, weight = torch.randn(2, 5, 8, dtype=F64, requires_grad=True), torch.randn(11, 8, dtype=F64, requires_grad=True)
-    targets, a, b = torch.randint(0, 11, (2, 5)), torch.randn(2, 5, dtype=F64), torch.randn(2, 5, dtype=F64)
+    hidden, weight = (
+        torch.randn(2, 5, 8, dtype=F64, requires_grad=True),
+        torch.randn(11, 8, dtype=F64, requires_grad=True),
+    )
+    targets, a, b = (
+        torch.randint(0, 11, (2, 5)),
+        torch.randn(2, 5, dtype=F64),
+        torch.randn(2, 5, dtype=F64),
+    )
     ours = unchanged(losses.token_logprobs_and_entropy, hidden, weight, targets, temperature, chunk)
     theirs = plain(hidden, weight, targets, temperature)
     for x, y in zip(ours, theirs):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
     # upstream gradients in both outputs, then in one alone
-    for objective in (lambda l, e: (a * l + b * e).sum(), lambda l, e: (a * l).sum(), lambda l, e: (b * e).sum()):
-        grads = [torch.autograd.grad(objective(*f), (hidden, weight), retain_graph=True) for f in (losses.token_logprobs_and_entropy(hidden, weight, targets, temperature, chunk), theirs)]
+    for objective in (
+        lambda l, e: (a * l + b * e).sum(),
+        lambda l, e: (a * l).sum(),
+        lambda l, e: (b * e).sum(),
+    ):
+        grads = [
+            torch.autograd.grad(objective(*f), (hidden, weight), retain_graph=True)
+            for f in (
+                losses.token_logprobs_and_entropy(hidden, weight, targets, temperature, chunk),
+                theirs,
+            )
+        ]
         for x, y in zip(*grads):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 
 def test_gradcheck():
-    hidden, weight = torch.randn(4, 3, dtype=F64, requires_grad=True), torch.randn(5, 3, dtype=F64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda h, w: losses.token_logprobs_and_entropy(h, w, torch.tensor([0, 4, 2, 1]), 0.8, 3), (hidden, weight))
+    hidden, weight = (
+        torch.randn(4, 3, dtype=F64, requires_grad=True),
+        torch.randn(5, 3, dtype=F64, requires_grad=True),
+    )
+    assert torch.autograd.gradcheck(
+        lambda h, w: losses.token_logprobs_and_entropy(h, w, torch.tensor([0, 4, 2, 1]), 0.8, 3),
+        (hidden, weight),
+    )
 
 
 def test_a_cut_vocabulary_has_probability_zero():
@@ -59,7 +86,11 @@ def test_a_cut_vocabulary_has_probability_zero():
 
 
 def test_bfloat16_autocast_keeps_float32_results():
-    hidden, weight, targets = torch.randn(6, 16), torch.randn(20, 16, requires_grad=True), torch.randint(0, 20, (6,))
+    hidden, weight, targets = (
+        torch.randn(6, 16),
+        torch.randn(20, 16, requires_grad=True),
+        torch.randint(0, 20, (6,)),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         logp, entropy = losses.token_logprobs_and_entropy(hidden, weight, targets, chunk_tokens=2)
     assert logp.dtype == entropy.dtype == torch.float32
@@ -70,7 +101,9 @@ def test_bfloat16_autocast_keeps_float32_results():
 
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="targets"):
-        losses.token_logprobs_and_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long))
+        losses.token_logprobs_and_entropy(
+            torch.randn(3, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long)
+        )
 
 
 # --------------------------------------------------------------------------------------------------- advantages
@@ -106,11 +139,18 @@ def test_surrogate_by_hand(unchanged):
     #                  0.5   -1    -0.5      -0.8       0.8    clipped below
     #                  1.1    2     2.2       2.2      -2.2    inside
     #                  3.0   -1    -3.0      -1.28      3.0, dual clip at 2: 2.0
-    ratio, advantages = torch.tensor([[1.5, 1.5, 0.5], [0.5, 1.1, 3.0]], dtype=F64), torch.tensor([[1.0, -1, 1], [-1, 2, -1]], dtype=F64)
+    ratio, advantages = (
+        torch.tensor([[1.5, 1.5, 0.5], [0.5, 1.1, 3.0]], dtype=F64),
+        torch.tensor([[1.0, -1, 1], [-1, 2, -1]], dtype=F64),
+    )
     loss = unchanged(losses.clipped_surrogate, ratio, advantages, 0.2, 0.28)
-    torch.testing.assert_close(loss, torch.tensor([[-1.28, 1.5, -0.5], [0.8, -2.2, 3.0]], dtype=F64))
+    torch.testing.assert_close(
+        loss, torch.tensor([[-1.28, 1.5, -0.5], [0.8, -2.2, 3.0]], dtype=F64)
+    )
     dual = losses.clipped_surrogate(ratio, advantages, 0.2, 0.28, dual_clip=2.0)
-    torch.testing.assert_close(dual, torch.tensor([[-1.28, 1.5, -0.5], [0.8, -2.2, 2.0]], dtype=F64))
+    torch.testing.assert_close(
+        dual, torch.tensor([[-1.28, 1.5, -0.5], [0.8, -2.2, 2.0]], dtype=F64)
+    )
 
 
 def test_surrogate_gradient_vanishes_where_clipped_and_has_the_right_sign():
@@ -138,7 +178,9 @@ def test_dual_clip_must_exceed_one():
 
 def test_k3():
     # d = ln 2: 2 - ln 2 - 1; d = 0: 0; and never negative
-    assert losses.kl_k3(torch.tensor(0.0), torch.tensor(math.log(2.0))).item() == pytest.approx(1 - math.log(2), abs=1e-6)
+    assert losses.kl_k3(torch.tensor(0.0), torch.tensor(math.log(2.0))).item() == pytest.approx(
+        1 - math.log(2), abs=1e-6
+    )
     assert losses.kl_k3(torch.tensor(0.5), torch.tensor(0.5)).item() == 0
     assert (losses.kl_k3(torch.randn(100), torch.randn(100)) >= 0).all()
 
@@ -156,7 +198,14 @@ def test_means_by_hand(unchanged):
     assert unchanged(losses.fixed_length_mean, VALUES, MASK, 5).item() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("mean, normalizer", [(losses.masked_mean, 4), (losses.sequence_mean, 2), (lambda v, m, n: losses.fixed_length_mean(v, m, 5, n), 2)])
+@pytest.mark.parametrize(
+    "mean, normalizer",
+    [
+        (losses.masked_mean, 4),
+        (losses.sequence_mean, 2),
+        (lambda v, m, n: losses.fixed_length_mean(v, m, 5, n), 2),
+    ],
+)
 def test_micro_batches_add_up(mean, normalizer):
     whole = mean(VALUES, MASK, normalizer)
     parts = sum(mean(VALUES[b : b + 1], MASK[b : b + 1], normalizer) for b in range(2))
@@ -185,14 +234,34 @@ def test_overlong_by_hand():
         losses.overlong_penalty(torch.tensor([1]), 10, 11)
 
 
-@pytest.mark.parametrize("name, args", [
-    ("kl_k3", ("logp", "logp")), ("masked_mean", ("logp", "mask", 3)), ("sequence_mean", ("logp", "mask", 3)), ("fixed_length_mean", ("logp", "mask", 5, 3)), ("overlong_penalty", ("lengths", 8, 4)),
-    ("forking_token_mask", ("entropy", "mask", 0.2, "pool")), ("archer_bounds", ("entropy", "mask", 0.8, 0.5, 0.2, "pool")), ("entropy_advantage", ("logp", "entropy")), ("edge_advantages", ("rewards", "pool", 2)),
-    ("clipped_surrogate", ("entropy", "logp", "bounds", "bounds", 3.0)),
-])
+@pytest.mark.parametrize(
+    "name, args",
+    [
+        ("kl_k3", ("logp", "logp")),
+        ("masked_mean", ("logp", "mask", 3)),
+        ("sequence_mean", ("logp", "mask", 3)),
+        ("fixed_length_mean", ("logp", "mask", 5, 3)),
+        ("overlong_penalty", ("lengths", 8, 4)),
+        ("forking_token_mask", ("entropy", "mask", 0.2, "pool")),
+        ("archer_bounds", ("entropy", "mask", 0.8, 0.5, 0.2, "pool")),
+        ("entropy_advantage", ("logp", "entropy")),
+        ("edge_advantages", ("rewards", "pool", 2)),
+        ("clipped_surrogate", ("entropy", "logp", "bounds", "bounds", 3.0)),
+    ],
+)
 def test_no_function_changes_its_inputs(unchanged, name, args):
-    tensors = {"logp": torch.randn(4, 5), "entropy": torch.rand(4, 5), "mask": torch.rand(4, 5) < 0.7, "lengths": torch.tensor([3, 5, 7, 8]), "pool": torch.rand(4), "rewards": torch.rand(4), "bounds": torch.rand(4, 5)}
-    unchanged(getattr(losses, name), *(tensors.get(a, a) if isinstance(a, str) else a for a in args))
+    tensors = {
+        "logp": torch.randn(4, 5),
+        "entropy": torch.rand(4, 5),
+        "mask": torch.rand(4, 5) < 0.7,
+        "lengths": torch.tensor([3, 5, 7, 8]),
+        "pool": torch.rand(4),
+        "rewards": torch.rand(4),
+        "bounds": torch.rand(4, 5),
+    }
+    unchanged(
+        getattr(losses, name), *(tensors.get(a, a) if isinstance(a, str) else a for a in args)
+    )
 
 
 def test_forking_tokens_keep_the_top_share(unchanged):
@@ -200,21 +269,33 @@ def test_forking_tokens_keep_the_top_share(unchanged):
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     kept = unchanged(losses.forking_token_mask, entropy, mask, 0.4)  # 5 valid tokens: 2 stay
     assert kept.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
-    assert losses.forking_token_mask(entropy, mask, 0.2, pool=torch.tensor([0.25, 0.1, 0.1, 0.1, 0.1])).tolist() == [[0, 1, 0, 0], [1, 1, 0, 0]]
+    assert losses.forking_token_mask(
+        entropy, mask, 0.2, pool=torch.tensor([0.25, 0.1, 0.1, 0.1, 0.1])
+    ).tolist() == [[0, 1, 0, 0], [1, 1, 0, 0]]
     assert losses.forking_token_mask(entropy, mask * 0).sum() == 0
 
 
 def test_archer_has_two_classes():
-    bounds = losses.archer_bounds(torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]]), torch.ones(1, 5), quantile=0.5, clip_high_entropy=0.5, clip_low_entropy=0.2)
+    bounds = losses.archer_bounds(
+        torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]]),
+        torch.ones(1, 5),
+        quantile=0.5,
+        clip_high_entropy=0.5,
+        clip_low_entropy=0.2,
+    )
     assert bounds.tolist() == [pytest.approx([0.2, 0.2, 0.2, 0.5, 0.5])]
 
 
 def test_entropy_advantage_cannot_turn_a_sign():
     advantages = torch.tensor([1.0, -1.0, 0.0])
-    result = losses.entropy_advantage(advantages, torch.tensor([0.5, 100.0, 5.0]), alpha=0.4, kappa=2.0)
+    result = losses.entropy_advantage(
+        advantages, torch.tensor([0.5, 100.0, 5.0]), alpha=0.4, kappa=2.0
+    )
     assert result.tolist() == pytest.approx([1.2, -0.5, 0.0])
 
 
 def test_edge_divides_by_relative_entropy():
     # entropies 1 and 3, mean 2: relative 0.5 and 1.5
-    assert losses.edge_advantages(torch.tensor([1.0, -1.0]), torch.tensor([1.0, 3.0]), 2).tolist() == pytest.approx([2.0, -1 / 1.5])
+    assert losses.edge_advantages(
+        torch.tensor([1.0, -1.0]), torch.tensor([1.0, 3.0]), 2
+    ).tolist() == pytest.approx([2.0, -1 / 1.5])

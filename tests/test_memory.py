@@ -12,14 +12,33 @@ from tasks import BadInput
 
 
 def some_options(*more):
-    return options.parse(["--estimate", "--prompts-per-step", "4", "--answers-per-prompt", "2", "--updates-per-rollout", "2", "--max-new-tokens", "10", *more], "")
+    return options.parse(
+        [
+            "--estimate",
+            "--prompts-per-step",
+            "4",
+            "--answers-per-prompt",
+            "2",
+            "--updates-per-rollout",
+            "2",
+            "--max-new-tokens",
+            "10",
+            *more,
+        ],
+        "",
+    )
 
 
 def test_parts_by_hand():
     model = random_model(layers=3, vocab=50, hidden=32)
     parameters = sum(p.numel() for p in model.parameters())
     e = memory.estimate(model.config, some_options(), prompt_tokens=6, cuda=True)
-    assert e.parameters == parameters and (e.weights, e.gradients, e.moments, e.replica) == (4 * parameters, 4 * parameters, 8 * parameters, 2 * parameters)
+    assert e.parameters == parameters and (e.weights, e.gradients, e.moments, e.replica) == (
+        4 * parameters,
+        4 * parameters,
+        8 * parameters,
+        2 * parameters,
+    )
     # KV cache: 8 answers x 16 tokens x 3 layers x (keys and values) x 2 heads x head size x 2 bytes
     assert e.kv_cache == 8 * 16 * 3 * 2 * 2 * model.config.head_dim * 2
     # the logits chunk is never larger than an update's answers, 4 x 10; three float32 copies and the unembedding's gradient
@@ -29,22 +48,44 @@ def test_parts_by_hand():
     a_token = 2 * (3 * 64 + 2 * 4 * size + 2 * 2 * size) + (4 + 2) * 4 * 32
     assert e.activations == 3 * (2 * 26 * a_token + 2 * 26 * 26 * 2) + 2 * parameters
     # with checkpointing: one hidden state a layer, two layers' insides
-    less = memory.estimate(model.config, some_options("--gradient-checkpointing"), prompt_tokens=6, cuda=True)
-    assert less.activations == 52 * 4 * 32 * 3 + 2 * (52 * a_token + 2 * 26 * 26 * 2) + 2 * parameters
+    less = memory.estimate(
+        model.config, some_options("--gradient-checkpointing"), prompt_tokens=6, cuda=True
+    )
+    assert (
+        less.activations == 52 * 4 * 32 * 3 + 2 * (52 * a_token + 2 * 26 * 26 * 2) + 2 * parameters
+    )
     # answers of 100 tokens stand alone: 4 lines of 106
-    alone = memory.estimate(model.config, some_options("--max-new-tokens", "100"), prompt_tokens=6, cuda=True)
+    alone = memory.estimate(
+        model.config, some_options("--max-new-tokens", "100"), prompt_tokens=6, cuda=True
+    )
     assert alone.activations == 3 * 4 * 106 * a_token + 2 * parameters
     # passes of at most 50 tokens are full, however long an answer could be; 4 answers of 16 are not more than 64
-    some = lambda limit: memory.estimate(model.config, some_options("--micro-tokens", limit), prompt_tokens=6, cuda=True).activations
-    assert some("50") == 3 * 50 * a_token + 2 * parameters and some("1000") == 3 * 64 * a_token + 2 * parameters and some("5") == 3 * 16 * a_token + 2 * parameters
-    assert e.peak == e.weights + e.moments + e.replica + max(e.gradients + e.activations + e.logits, e.kv_cache + e.sampling)
+    some = lambda limit: (
+        memory.estimate(
+            model.config, some_options("--micro-tokens", limit), prompt_tokens=6, cuda=True
+        ).activations
+    )
+    assert (
+        some("50") == 3 * 50 * a_token + 2 * parameters
+        and some("1000") == 3 * 64 * a_token + 2 * parameters
+        and some("5") == 3 * 16 * a_token + 2 * parameters
+    )
+    assert e.peak == e.weights + e.moments + e.replica + max(
+        e.gradients + e.activations + e.logits, e.kv_cache + e.sampling
+    )
 
 
 def test_what_makes_it_smaller():
     config, o = load_config(TINY), some_options("--max-new-tokens", "200")
     whole = memory.estimate(config, o)
-    assert memory.estimate(config, dataclasses.replace(o, gradient_checkpointing=True)).activations < whole.activations
-    assert memory.estimate(config, dataclasses.replace(o, micro_batch=1)).activations < whole.activations
+    assert (
+        memory.estimate(config, dataclasses.replace(o, gradient_checkpointing=True)).activations
+        < whole.activations
+    )
+    assert (
+        memory.estimate(config, dataclasses.replace(o, micro_batch=1)).activations
+        < whole.activations
+    )
     assert memory.estimate(config, o, world_size=2).weights == whole.weights // 2
     assert memory.estimate(config, dataclasses.replace(o, offload=True)).moments == 0
 
@@ -61,8 +102,17 @@ def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypat
 
     import torch
 
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**6))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**6)
+    )
     o = some_options("--max-new-tokens", "400")
-    fake = SimpleNamespace(options=o, items=[(None, [1, 2, 3])], world=SimpleNamespace(device=torch.device("cuda"), size=1))
-    with pytest.raises(BadInput, match="this run needs 0.. GiB and the device has 0.0; try --gradient-checkpointing"):
+    fake = SimpleNamespace(
+        options=o,
+        items=[(None, [1, 2, 3])],
+        world=SimpleNamespace(device=torch.device("cuda"), size=1),
+    )
+    with pytest.raises(
+        BadInput,
+        match="this run needs 0.. GiB and the device has 0.0; try --gradient-checkpointing",
+    ):
         run.describe(fake, load_config(TINY), print)

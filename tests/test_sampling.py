@@ -8,7 +8,16 @@ import transformers
 from conftest import checkpoint_layers, random_model
 
 from losses import token_logprobs_and_entropy
-from sampling import AdaptiveTemperature, NonFinite, Rollout, draw, entropy_of, eos_ids_of, generate, invert_cdf
+from sampling import (
+    AdaptiveTemperature,
+    NonFinite,
+    Rollout,
+    draw,
+    entropy_of,
+    eos_ids_of,
+    generate,
+    invert_cdf,
+)
 from scale import cpu
 from scale.rollout import position_ids
 
@@ -36,10 +45,14 @@ def test_draw_by_hand():
 def test_draw_at_a_temperature_is_softmax_of_scaled_logits():
     logits, uniform = torch.randn(4, 7), torch.rand(4)
     token, (heat, logp, _) = draw(logits, 0.5, uniform)
-    torch.testing.assert_close(logp, (logits / 0.5).log_softmax(-1).gather(-1, token[:, None]).squeeze(-1))
+    torch.testing.assert_close(
+        logp, (logits / 0.5).log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)
+    )
     adaptive = draw(logits, lambda h: torch.full_like(h, 0.5), uniform)
     assert torch.equal(adaptive[0], token)
-    torch.testing.assert_close(adaptive[1][2], torch.distributions.Categorical(logits=logits).entropy())
+    torch.testing.assert_close(
+        adaptive[1][2], torch.distributions.Categorical(logits=logits).entropy()
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 97, 1000])
@@ -66,7 +79,9 @@ def test_frequencies_are_those_of_the_softmax():
 
 
 def test_entropy_of_masked_logits():
-    assert entropy_of(torch.tensor([[0.0, 0.0, -torch.inf]])).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert entropy_of(torch.tensor([[0.0, 0.0, -torch.inf]])).item() == pytest.approx(
+        math.log(2), abs=1e-6
+    )
 
 
 def test_a_buffer_changes_nothing():
@@ -75,7 +90,10 @@ def test_a_buffer_changes_nothing():
     buffer, rule = torch.full((6, 7), 5.0), lambda h: 0.5 + h
     for temperature in (1.0, 0.7, 0, rule):
         before = logits.clone()
-        (a, drawn_a), (b, drawn_b) = draw(logits, temperature, uniform), draw(logits, temperature, uniform, buffer[:4])
+        (a, drawn_a), (b, drawn_b) = (
+            draw(logits, temperature, uniform),
+            draw(logits, temperature, uniform, buffer[:4]),
+        )
         assert torch.equal(a, b) and torch.equal(logits, before)
         for x, y in zip(drawn_a, drawn_b):
             torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
@@ -88,14 +106,24 @@ def test_a_buffer_changes_nothing():
 
 def test_matches_the_full_forward_pass(any_model):
     """Every token's log-probability and entropy, for prompts of unequal length, equal those of an uncached, unpadded pass."""
-    rollout = generate(any_model, PROMPTS, 3, 6, eos_ids=[3], temperature=lambda h: 0.9 + 0.1 * h.tanh(), generator=torch.Generator().manual_seed(0))
+    rollout = generate(
+        any_model,
+        PROMPTS,
+        3,
+        6,
+        eos_ids=[3],
+        temperature=lambda h: 0.9 + 0.1 * h.tanh(),
+        generator=torch.Generator().manual_seed(0),
+    )
     for b, answer in enumerate(rollout.answers()):
         prompt = PROMPTS[b // 3]
         logits = full_logits(any_model, prompt + answer)[len(prompt) - 1 : -1]
         entropy = torch.distributions.Categorical(logits=logits).entropy()
         n = len(answer)
         torch.testing.assert_close(rollout.entropy[b, :n], entropy, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(rollout.temperature[b, :n], 0.9 + 0.1 * entropy.tanh(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            rollout.temperature[b, :n], 0.9 + 0.1 * entropy.tanh(), atol=1e-4, rtol=1e-4
+        )
         logp = (logits / rollout.temperature[b, :n, None]).log_softmax(-1)[range(n), answer]
         torch.testing.assert_close(rollout.logp[b, :n], logp, atol=1e-4, rtol=1e-4)
 
@@ -103,7 +131,17 @@ def test_matches_the_full_forward_pass(any_model):
 def test_greedy_matches_generate(any_model):
     rollout = generate(any_model, PROMPTS, 1, 8, eos_ids=[3], temperature=0)
     for prompt, answer in zip(PROMPTS, rollout.answers()):
-        theirs = any_model.eval().generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8, eos_token_id=3, pad_token_id=0)[0, len(prompt) :].tolist()
+        theirs = (
+            any_model.eval()
+            .generate(
+                torch.tensor([prompt]),
+                do_sample=False,
+                max_new_tokens=8,
+                eos_token_id=3,
+                pad_token_id=0,
+            )[0, len(prompt) :]
+            .tolist()
+        )
         assert answer == theirs
 
 
@@ -131,7 +169,12 @@ def test_rows_leave_when_they_end_and_every_eos_counts():
     rollout = generate(model, [[1], [5], [3, 3, 6]], 1, 8, eos_ids=[2, 4])
     assert rollout.answers() == [[7, 8, 9, 2], [2], [10, 11, 4]]
     assert rollout.finished.all() and rollout.lengths.tolist() == [4, 1, 3]
-    assert rollout.mask[1].tolist() == [True, False, False, False]  # the end-of-sequence token is inside the mask
+    assert rollout.mask[1].tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]  # the end-of-sequence token is inside the mask
     # what the model was fed: last tokens and their positions; row 1 leaves after one token, row 2 after three
     assert model.calls == [([1, 5, 6], [0, 0, 2]), ([7, 10], [1, 3]), ([8, 11], [2, 4]), ([9], [3])]
 
@@ -166,16 +209,25 @@ def test_padded_vocabulary_is_never_drawn():
     rollout = generate(model, PROMPTS, 8, 10, vocab_size=40)
     assert rollout.tokens.max() < 40
     ids, mask, predicts = rollout.sequences(list(range(24)))
-    hidden = model.model(ids, attention_mask=mask, position_ids=position_ids(mask)).last_hidden_state[predicts]
-    logp, _ = token_logprobs_and_entropy(hidden, model.lm_head.weight[:40], rollout.tokens[rollout.mask])
+    hidden = model.model(
+        ids, attention_mask=mask, position_ids=position_ids(mask)
+    ).last_hidden_state[predicts]
+    logp, _ = token_logprobs_and_entropy(
+        hidden, model.lm_head.weight[:40], rollout.tokens[rollout.mask]
+    )
     torch.testing.assert_close(logp, rollout.logp[rollout.mask], atol=1e-4, rtol=1e-4)
 
 
 def test_generation_config_does_not_leak():
     model = random_model()
     want = generate(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0))
-    model.generation_config = transformers.GenerationConfig(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1)
-    assert torch.equal(generate(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0)).tokens, want.tokens)
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True, top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1
+    )
+    assert torch.equal(
+        generate(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0)).tokens,
+        want.tokens,
+    )
 
 
 def test_training_mode_and_checkpointing_do_not_change_answers():
@@ -188,13 +240,20 @@ def test_training_mode_and_checkpointing_do_not_change_answers():
     model.model.norm.eval()
     got = generate(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logp, want.logp)
-    assert model.training and not model.model.norm.training and model.model.layers[0].gradient_checkpointing and torch.is_grad_enabled()
+    assert (
+        model.training
+        and not model.model.norm.training
+        and model.model.layers[0].gradient_checkpointing
+        and torch.is_grad_enabled()
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 5, 300])
 def test_the_product_for_few_rows_is_the_product(rows, monkeypatch):
     monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 1)
-    net = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 40, bias=False)).requires_grad_(False)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(30, 20), torch.nn.Linear(20, 40, bias=False)
+    ).requires_grad_(False)
     x = torch.randn(rows, 1, 30)
     want = net(x)
     with cpu.few_rows(net, rows):
@@ -220,7 +279,10 @@ def test_non_finite_logits_are_refused():
 
 
 def test_select_and_join_keep_rows_together():
-    a, b = generate(random_model(), PROMPTS, 2, 5, [3]), generate(random_model(), [[1, 2, 3, 4, 5, 6]], 2, 7, [3])
+    a, b = (
+        generate(random_model(), PROMPTS, 2, 5, [3]),
+        generate(random_model(), [[1, 2, 3, 4, 5, 6]], 2, 7, [3]),
+    )
     joined = Rollout.join([a, b])
     assert joined.answers() == a.answers() + b.answers()
     picked = joined.select([3, 1])
@@ -228,7 +290,9 @@ def test_select_and_join_keep_rows_together():
     ids, mask, predicts = picked.sequences([2, 0])
     line = PROMPTS[1] + a.answers()[2]
     assert ids[0, mask[0]].tolist() == line and mask[0, : len(line)].all()  # no padding on the left
-    assert predicts[0].nonzero().flatten().tolist() == list(range(len(PROMPTS[1]) - 1, len(line) - 1))
+    assert predicts[0].nonzero().flatten().tolist() == list(
+        range(len(PROMPTS[1]) - 1, len(line) - 1)
+    )
     assert ids[1, mask[1]].tolist() == [1, 2, 3, 4, 5, 6] + b.answers()[0]
     _, _, response = picked.with_response_mask(4)
     assert response.sum().item() == picked.mask.sum().item() and not response[:, 0].any()
@@ -239,8 +303,12 @@ def test_micro_batches_cover_every_row_once():
     assert rollout.micro_batches(range(6), sequences=4) == [[0, 1, 2, 3], [4, 5]]
     parts = rollout.micro_batches(range(6), tokens=20)
     assert sorted(sum(parts, [])) == list(range(6))
-    assert all(len(p) * (2 + max((1, 9, 2, 8, 3, 7)[r] for r in p)) <= 20 or len(p) == 1 for p in parts)
-    assert rollout.micro_batches([1], tokens=3) == [[1]]  # one answer longer than the limit still goes through
+    assert all(
+        len(p) * (2 + max((1, 9, 2, 8, 3, 7)[r] for r in p)) <= 20 or len(p) == 1 for p in parts
+    )
+    assert rollout.micro_batches([1], tokens=3) == [
+        [1]
+    ]  # one answer longer than the limit still goes through
 
 
 # ------------------------------------------------------------------------------------------ transformers' generate
@@ -253,11 +321,20 @@ def test_logits_processor_samples_the_same_distribution():
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(scaled, logits / rule(entropy)[:, None])
     model, rule = random_model().eval(), lambda entropy: 0.1 * entropy
-    drawn = model.generate(torch.tensor([[5, 6]]).repeat(5_000, 1), do_sample=True, top_k=0, max_new_tokens=1, logits_processor=[AdaptiveTemperature(rule)], pad_token_id=0)[:, -1]
+    drawn = model.generate(
+        torch.tensor([[5, 6]]).repeat(5_000, 1),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=1,
+        logits_processor=[AdaptiveTemperature(rule)],
+        pad_token_id=0,
+    )[:, -1]
     first = full_logits(model, [5, 6])[-1:]
     share = (first / rule(entropy_of(first))[:, None]).softmax(-1)[0]
     assert (torch.bincount(drawn, minlength=50) / 5_000 - share).abs().max() < 0.015
-    assert (first.softmax(-1)[0] - share).abs().max() > 0.03  # the rule makes a difference that this would see
+    assert (
+        first.softmax(-1)[0] - share
+    ).abs().max() > 0.03  # the rule makes a difference that this would see
 
 
 def test_eos_ids_come_from_everywhere():

@@ -17,9 +17,46 @@ from scale.shard import check_world
 from tasks import BadInput
 
 # HAPO with BuPO, unequal micro-batches, layers checkpointed: an aligned step at layer 2 and a full one lie behind the resume
-OPTIONS = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--updates-per-rollout", "2", "--max-new-tokens", "8", "--eval-prompts", "2", "--warmup-steps", "1", "--device", "cpu", "--model", str(TINY),
-           "--bupo-layer", "2", "--bupo-steps", "2", "--micro-tokens", "70", "--gradient-checkpointing", "--keep", "9"]
-COMPARED = ("loss", "reward", "entropy", "grad_norm", "response_length", "clip_low", "clip_high", "ratio_max", "dead_groups", "internal_entropy", "logp")
+OPTIONS = [
+    "--prompts-per-step",
+    "4",
+    "--answers-per-prompt",
+    "4",
+    "--updates-per-rollout",
+    "2",
+    "--max-new-tokens",
+    "8",
+    "--eval-prompts",
+    "2",
+    "--warmup-steps",
+    "1",
+    "--device",
+    "cpu",
+    "--model",
+    str(TINY),
+    "--bupo-layer",
+    "2",
+    "--bupo-steps",
+    "2",
+    "--micro-tokens",
+    "70",
+    "--gradient-checkpointing",
+    "--keep",
+    "9",
+]
+COMPARED = (
+    "loss",
+    "reward",
+    "entropy",
+    "grad_norm",
+    "response_length",
+    "clip_low",
+    "clip_high",
+    "ratio_max",
+    "dead_groups",
+    "internal_entropy",
+    "logp",
+)
 
 
 def free_port():
@@ -29,29 +66,63 @@ def free_port():
 
 
 def options(folder, out, *more):
-    return [*OPTIONS, "--data", str(folder / "questions.jsonl"), "--out", str(folder / out), *map(str, more)]
+    return [
+        *OPTIONS,
+        "--data",
+        str(folder / "questions.jsonl"),
+        "--out",
+        str(folder / out),
+        *map(str, more),
+    ]
 
 
 def one_process(*args):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "scripts.curves", None)  # an ImportError, as on a machine without matplotlib
+        patch.setitem(
+            sys.modules, "scripts.curves", None
+        )  # an ImportError, as on a machine without matplotlib
         train.main(options(*args))
 
 
 def two_processes(*args):
     """Start train.py in two processes, as torchrun does."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [subprocess.Popen([sys.executable, "train.py", *options(*args)], cwd=ROOT, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "train.py", *options(*args)],
+            cwd=ROOT,
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
 
 
 @pytest.fixture(scope="session")
 def handed_over(tmp_path_factory):
     """One process runs four steps; two go on from its first, in the background, to the third."""
     folder = tmp_path_factory.mktemp("shard")
-    rows = [{"question": f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}. Reply with the expression only.", "answer": str(a)} for a in range(1, 7) for b in range(7, 12)]
+    rows = [
+        {
+            "question": f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}. Reply with the expression only.",
+            "answer": str(a),
+        }
+        for a in range(1, 7)
+        for b in range(7, 12)
+    ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one_process(folder, "one", "--steps", 4)
-    shutil.copytree(folder / "one", folder / "two", ignore=shutil.ignore_patterns("final", "checkpoint-[234]"))
+    shutil.copytree(
+        folder / "one", folder / "two", ignore=shutil.ignore_patterns("final", "checkpoint-[234]")
+    )
     workers = two_processes(folder, "two", "--resume", "--steps", 3)
     yield folder, workers
     for worker in workers:
@@ -60,20 +131,40 @@ def handed_over(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def refused(tmp_path_factory):
-    process = subprocess.Popen([sys.executable, "train.py", "--answers-per-prompt", "1", "--out", str(tmp_path_factory.mktemp("refused"))], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "train.py",
+            "--answers-per-prompt",
+            "1",
+            "--out",
+            str(tmp_path_factory.mktemp("refused")),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     yield process
     process.kill()
 
 
 def result(out):
-    return load_file(out / "final" / "model.safetensors"), [json.loads(line) for line in open(out / "metrics.jsonl")]
+    return load_file(out / "final" / "model.safetensors"), [
+        json.loads(line) for line in open(out / "metrics.jsonl")
+    ]
 
 
 def moved_up_to_layer_2(checkpoint):
     """Everything up to layer 2 has been trained, and what lies above is the same bit for bit."""
-    start, aligned = load_file(TINY / "model.safetensors"), load_file(checkpoint / "model.safetensors")
+    start, aligned = (
+        load_file(TINY / "model.safetensors"),
+        load_file(checkpoint / "model.safetensors"),
+    )
     for name in start:
-        upper = name == "model.norm.weight" or (name.startswith("model.layers.") and int(name.split(".")[2]) >= 2)
+        upper = name == "model.norm.weight" or (
+            name.startswith("model.layers.") and int(name.split(".")[2]) >= 2
+        )
         assert start[name].equal(aligned[name]) == upper, name
 
 
@@ -103,10 +194,20 @@ def test_two_processes_are_one(handed_over):
 
 def test_the_program_exits_with_two_and_no_traceback(refused):
     _, errors = refused.communicate(timeout=80)
-    assert refused.returncode == 2 and errors.count("\n") == 1 and errors.startswith("train.py: --answers-per-prompt 1")
+    assert (
+        refused.returncode == 2
+        and errors.count("\n") == 1
+        and errors.startswith("train.py: --answers-per-prompt 1")
+    )
 
 
 def test_more_processes_than_prompts_is_one_line():
-    o, world = SimpleNamespace(offload=False, prompts_per_step=2, updates_per_rollout=1), SimpleNamespace(size=4, sharded=True)
-    with pytest.raises(BadInput, match="--prompts-per-step 2: must be a multiple of processes x updates per rollout = 4 x 1 .more ranks than prompts."):
+    o, world = (
+        SimpleNamespace(offload=False, prompts_per_step=2, updates_per_rollout=1),
+        SimpleNamespace(size=4, sharded=True),
+    )
+    with pytest.raises(
+        BadInput,
+        match="--prompts-per-step 2: must be a multiple of processes x updates per rollout = 4 x 1 .more ranks than prompts.",
+    ):
         check_world(o, world)

@@ -9,42 +9,139 @@ import pytest
 
 import tasks
 from scale.latex import LATEX
-from tasks import BadInput, Grade, Problem, evaluate_expression, grade, last_number, load_problems, only_number, parse_number, random_expression, read_problems, render_prompt
+from tasks import (
+    BadInput,
+    Grade,
+    Problem,
+    evaluate_expression,
+    grade,
+    last_number,
+    load_problems,
+    only_number,
+    parse_number,
+    random_expression,
+    read_problems,
+    render_prompt,
+)
 
 EIGHT = Problem("q", "8")
 GAME = Problem("q", "16", "countdown", (3, 5, 2))
 
 
-@pytest.mark.parametrize("text, value", [
-    ("72", 72), ("-3", -3), ("1,234", 1234), ("1,234,567.50", Fraction(2469135, 2)), ("$5.50", Fraction(11, 2)), ("-$5", -5), ("$-5", -5), ("72.00", 72), (".5", Fraction(1, 2)),
-    ("3/4", Fraction(3, 4)), (r"\frac{3}{4}", Fraction(3, 4)), (r"-\dfrac{1}{2}", Fraction(-1, 2)), ("50%", 50), ("18.", 18), ("\u22127", -7), ("72 dollars", 72), ("**18**", 18), ("$18$", 18),
-    ("", None), ("abc", None), ("NaN", None), ("inf", None), ("1e5", None), ("\u0663", None), ("\uff13", None), ("1/0", None), (r"\frac{1}{0}", None), ("3 4", None), ("0x10", None), ("1" * 41, None),
-])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("72", 72),
+        ("-3", -3),
+        ("1,234", 1234),
+        ("1,234,567.50", Fraction(2469135, 2)),
+        ("$5.50", Fraction(11, 2)),
+        ("-$5", -5),
+        ("$-5", -5),
+        ("72.00", 72),
+        (".5", Fraction(1, 2)),
+        ("3/4", Fraction(3, 4)),
+        (r"\frac{3}{4}", Fraction(3, 4)),
+        (r"-\dfrac{1}{2}", Fraction(-1, 2)),
+        ("50%", 50),
+        ("18.", 18),
+        ("\u22127", -7),
+        ("72 dollars", 72),
+        ("**18**", 18),
+        ("$18$", 18),
+        ("", None),
+        ("abc", None),
+        ("NaN", None),
+        ("inf", None),
+        ("1e5", None),
+        ("\u0663", None),
+        ("\uff13", None),
+        ("1/0", None),
+        (r"\frac{1}{0}", None),
+        ("3 4", None),
+        ("0x10", None),
+        ("1" * 41, None),
+    ],
+)
 def test_parse_number(text, value):
     assert parse_number(text) == value
 
 
-@pytest.mark.parametrize("text, value", [
-    ("so 3 - 1 = 2 apples", 2), ("10-4", 4), ("x = -4", -4), ("costs $1,234.", 1234), ("5,6 and 7", 7), ("1/2 or 3/4", Fraction(3, 4)), ("no number", None), ("v2.0 then 12.50 dollars", Fraction(25, 2)),
-    ("8e5", None), ("8." + "1" * 41, None), ("8/" + "1" * 41, None), ("\u06638", None), ("8\u0663", None), ("8.1.2", None), ("is 8.", 8), ("8, then", 8), ("8e", 8),
-])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("so 3 - 1 = 2 apples", 2),
+        ("10-4", 4),
+        ("x = -4", -4),
+        ("costs $1,234.", 1234),
+        ("5,6 and 7", 7),
+        ("1/2 or 3/4", Fraction(3, 4)),
+        ("no number", None),
+        ("v2.0 then 12.50 dollars", Fraction(25, 2)),
+        ("8e5", None),
+        ("8." + "1" * 41, None),
+        ("8/" + "1" * 41, None),
+        ("\u06638", None),
+        ("8\u0663", None),
+        ("8.1.2", None),
+        ("is 8.", 8),
+        ("8, then", 8),
+        ("8e", 8),
+    ],
+)
 def test_last_number(text, value):
     assert last_number(text) == value
 
 
-@pytest.mark.parametrize("text, value", [
-    ("The answer is 72", 72), ("72 apples", 72), ("x = -5", -5), ("$1,234.50 a year", Fraction(2469, 2)), ("about 3/4 of them", Fraction(3, 4)), ("18.", 18),
-    ("(3, 4)", None), ("2^{10}", None), ("4343_6", None), ("2k+2", None), ("2k", None), ("6 - 5i", None), ("1e20", None), ("3 or 4", None), ("\\sqrt{2}", None), ("none", None), ("", None), ("x > 5", None),
-])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("The answer is 72", 72),
+        ("72 apples", 72),
+        ("x = -5", -5),
+        ("$1,234.50 a year", Fraction(2469, 2)),
+        ("about 3/4 of them", Fraction(3, 4)),
+        ("18.", 18),
+        ("(3, 4)", None),
+        ("2^{10}", None),
+        ("4343_6", None),
+        ("2k+2", None),
+        ("2k", None),
+        ("6 - 5i", None),
+        ("1e20", None),
+        ("3 or 4", None),
+        ("\\sqrt{2}", None),
+        ("none", None),
+        ("", None),
+        ("x > 5", None),
+    ],
+)
 def test_only_number(text, value):
     assert only_number(text) == value
 
 
-@pytest.mark.parametrize("text, verdict", [
-    ("8", (True, True)), ("#### 8", (True, True)), ("5 + 3 = 8\n#### 8", (True, True)), ("It is \\boxed{8}.", (True, True)), ("\\boxed{8.0}", (True, True)), ("####8", (True, True)),
-    ("The answer is 8.", (False, True)), ("5 + 3 = 8", (False, True)), ("First 8,\nthen 9", (False, False)), ("#### 7\nor maybe 8", (False, False)), ("#### 7\n#### 8", (True, True)),
-    ("\\boxed{7} and \\boxed{8}", (True, True)), ("#### 8 apples", (False, True)), ("#### $8.00\nmore text 9", (True, True)), ("", (False, False)), ("\\boxed{8", (False, True)), ("eight", (False, False)),
-])
+@pytest.mark.parametrize(
+    "text, verdict",
+    [
+        ("8", (True, True)),
+        ("#### 8", (True, True)),
+        ("5 + 3 = 8\n#### 8", (True, True)),
+        ("It is \\boxed{8}.", (True, True)),
+        ("\\boxed{8.0}", (True, True)),
+        ("####8", (True, True)),
+        ("The answer is 8.", (False, True)),
+        ("5 + 3 = 8", (False, True)),
+        ("First 8,\nthen 9", (False, False)),
+        ("#### 7\nor maybe 8", (False, False)),
+        ("#### 7\n#### 8", (True, True)),
+        ("\\boxed{7} and \\boxed{8}", (True, True)),
+        ("#### 8 apples", (False, True)),
+        ("#### $8.00\nmore text 9", (True, True)),
+        ("", (False, False)),
+        ("\\boxed{8", (False, True)),
+        ("eight", (False, False)),
+    ],
+)
 def test_strict_and_lenient(text, verdict):
     assert grade(EIGHT, text) == Grade(*verdict)
 
@@ -54,20 +151,79 @@ def test_expression_by_hand():
     assert evaluate_expression("7/2 - 1") == (Fraction(5, 2), [7, 2, 1])
 
 
-@pytest.mark.parametrize("text", ["2**3", "2//3", "-3+5", "1/0", "1/(2-2)", "a+1", "f(1)", "1.5+1", "__import__('os')", "(1)(2)", "()", "1 2", "\u0663+1", "1+", "0x1+1", "1_0+1", "True+1", "lambda:1", "9" * 201, "(" * 30 + "1" + ")" * 30])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2**3",
+        "2//3",
+        "-3+5",
+        "1/0",
+        "1/(2-2)",
+        "a+1",
+        "f(1)",
+        "1.5+1",
+        "__import__('os')",
+        "(1)(2)",
+        "()",
+        "1 2",
+        "\u0663+1",
+        "1+",
+        "0x1+1",
+        "1_0+1",
+        "True+1",
+        "lambda:1",
+        "9" * 201,
+        "(" * 30 + "1" + ")" * 30,
+    ],
+)
 def test_not_an_expression(text):
     assert evaluate_expression(text) is None
 
 
-@pytest.mark.parametrize("text, verdict", [
-    ("(3+5)*2", (True, True)), ("2*(5+3)", (True, True)), ("(3+5)*2 = 16", (True, True)), ("\\boxed{(3+5)*2}", (True, True)), ("Sure: (3+5)*2", (False, True)), ("I add:\n(3+5)*2\n", (False, True)),
-    ("16", (False, False)), ("8*2", (False, False)), ("3+5+2", (False, False)), ("(3+5)*2*1", (False, False)), ("(3+5)*2\nno, 3*5+2", (False, False)), ("", (False, False)),
-])
+@pytest.mark.parametrize(
+    "text, verdict",
+    [
+        ("(3+5)*2", (True, True)),
+        ("2*(5+3)", (True, True)),
+        ("(3+5)*2 = 16", (True, True)),
+        ("\\boxed{(3+5)*2}", (True, True)),
+        ("Sure: (3+5)*2", (False, True)),
+        ("I add:\n(3+5)*2\n", (False, True)),
+        ("16", (False, False)),
+        ("8*2", (False, False)),
+        ("3+5+2", (False, False)),
+        ("(3+5)*2*1", (False, False)),
+        ("(3+5)*2\nno, 3*5+2", (False, False)),
+        ("", (False, False)),
+    ],
+)
 def test_countdown(text, verdict):
     assert grade(GAME, text) == Grade(*verdict)
 
 
-@pytest.mark.parametrize("text", ["9**9**9", "(" * 10_000, "(" * 10_000 + ")" * 10_000, "-" * 10_000 + "1", "1" * 100_000, "1," * 50_000, "\\boxed{" * 5_000, "#### " * 10_000, "NaN", "\u0663\u0663", "import os; os.system('true')", "1/" * 5_000 + "1", "$" * 50_000, " " * 50_000, "((((1)+1)+1)" * 500, "1" + ",111" * 1_600, "1" + " " * 19_000 + "x", "1" + "." * 19_000 + "x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9**9**9",
+        "(" * 10_000,
+        "(" * 10_000 + ")" * 10_000,
+        "-" * 10_000 + "1",
+        "1" * 100_000,
+        "1," * 50_000,
+        "\\boxed{" * 5_000,
+        "#### " * 10_000,
+        "NaN",
+        "\u0663\u0663",
+        "import os; os.system('true')",
+        "1/" * 5_000 + "1",
+        "$" * 50_000,
+        " " * 50_000,
+        "((((1)+1)+1)" * 500,
+        "1" + ",111" * 1_600,
+        "1" + " " * 19_000 + "x",
+        "1" + "." * 19_000 + "x",
+    ],
+)
 def test_hostile_answers_cost_little_and_evaluate_nothing(text):
     started = time.perf_counter()
     for problem in (EIGHT, GAME):
@@ -80,21 +236,30 @@ def test_random_expressions_are_worth_what_they_say():
     for _ in range(300):
         numbers = [rng.randint(1, 12) for _ in range(rng.randint(1, 5))]
         text, value = random_expression(numbers, rng)
-        assert evaluate_expression(text)[0] == value and sorted(evaluate_expression(text)[1]) == sorted(numbers)
+        assert evaluate_expression(text)[0] == value and sorted(
+            evaluate_expression(text)[1]
+        ) == sorted(numbers)
 
 
 @pytest.mark.parametrize("task", ["countdown", "arithmetic"])
 def test_built_in_problems_are_disjoint_repeatable_and_solvable(task):
     train, held_out = load_problems(task)
     assert load_problems(task) == (train, held_out) and len(held_out) >= 10
-    bags = lambda problems: {(tuple(sorted(p.question.replace("?", "").split())), p.answer) for p in problems}
+    bags = lambda problems: {
+        (tuple(sorted(p.question.replace("?", "").split())), p.answer) for p in problems
+    }
     assert not bags(train) & bags(held_out)
     if task == "countdown":
         assert len(held_out) >= 512
         import itertools
 
         for p in train[:20]:
-            found = any(evaluate_expression(f.format(*n, *o)) == (int(p.answer), list(n)) for n in itertools.permutations(p.numbers) for o in itertools.product("+-*", repeat=2) for f in ("({0}{3}{1}){4}{2}", "{0}{3}({1}{4}{2})"))
+            found = any(
+                evaluate_expression(f.format(*n, *o)) == (int(p.answer), list(n))
+                for n in itertools.permutations(p.numbers)
+                for o in itertools.product("+-*", repeat=2)
+                for f in ("({0}{3}{1}){4}{2}", "{0}{3}({1}{4}{2})")
+            )
             assert found, p
     else:
         assert all(grade(p, f"The answer is {p.answer}.").lenient for p in train)
@@ -109,30 +274,51 @@ def test_arithmetic_answers():
     for level in (1, 2, 3, 4):
         for p in load_problems("arithmetic", difficulty=level)[1][:50]:
             _, _, a, sign, b = p.question.rstrip("?").split()
-            assert int(p.answer) == {"plus": int(a) + int(b), "minus": int(a) - int(b), "times": int(a) * int(b)}[sign]
+            assert (
+                int(p.answer)
+                == {"plus": int(a) + int(b), "minus": int(a) - int(b), "times": int(a) * int(b)}[
+                    sign
+                ]
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- files
 
 
 def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
 def test_jsonl(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"question": "How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 1,007"}, "", {"prompt": "And?", "answer": "so \\boxed{-2.5}"}, {"question": "x", "answer": 12})
-    assert [(p.question, p.answer, p.kind) for p in read_problems(path)] == [("How many?", "1,007", "number"), ("And?", "-2.5", "number"), ("x", "12", "number")]
+    path = write(
+        tmp_path / "a.jsonl",
+        {"question": "How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 1,007"},
+        "",
+        {"prompt": "And?", "answer": "so \\boxed{-2.5}"},
+        {"question": "x", "answer": 12},
+    )
+    assert [(p.question, p.answer, p.kind) for p in read_problems(path)] == [
+        ("How many?", "1,007", "number"),
+        ("And?", "-2.5", "number"),
+        ("x", "12", "number"),
+    ]
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([], "the file is empty"),
-    (['{"question": "a", "answer": "1"}', "{oops"], "line 2: not JSON"),
-    (["[1]"], "line 1: not a JSON object"),
-    ([{"q": "a"}], "line 1: needs the keys question .or prompt. and answer; it has q"),
-    ([{"question": "  ", "answer": "1"}], "line 1: the question is empty"), (['{"question": "a", "answer": ' + "9" * 5_000 + "}"], "line 1: not JSON"),
-    ([{"question": "a", "answer": "no number"}], "no row has an answer"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "the file is empty"),
+        (['{"question": "a", "answer": "1"}', "{oops"], "line 2: not JSON"),
+        (["[1]"], "line 1: not a JSON object"),
+        ([{"q": "a"}], "line 1: needs the keys question .or prompt. and answer; it has q"),
+        ([{"question": "  ", "answer": "1"}], "line 1: the question is empty"),
+        (['{"question": "a", "answer": ' + "9" * 5_000 + "}"], "line 1: not JSON"),
+        ([{"question": "a", "answer": "no number"}], "no row has an answer"),
+    ],
+)
 def test_bad_files_name_file_and_line(tmp_path, rows, message, monkeypatch):
     monkeypatch.setattr(tasks, "has_math_verify", lambda: False)
     path = write(tmp_path / "bad.jsonl", *rows)
@@ -142,21 +328,35 @@ def test_bad_files_name_file_and_line(tmp_path, rows, message, monkeypatch):
 
 
 def test_a_file_that_is_not_utf8(tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes('{"question": "caf\u00e9", "answer": "1"}'.encode("latin-1"))
+    (tmp_path / "latin.jsonl").write_bytes(
+        '{"question": "caf\u00e9", "answer": "1"}'.encode("latin-1")
+    )
     with pytest.raises(BadInput, match="line 1: not JSON"):
         read_problems(tmp_path / "latin.jsonl")
 
 
 def test_a_question_stands_on_one_side_only(tmp_path):
-    path = write(tmp_path / "a.jsonl", *[{"question": f"q{i % 5}", "answer": "1"} for i in range(50)])
+    path = write(
+        tmp_path / "a.jsonl", *[{"question": f"q{i % 5}", "answer": "1"} for i in range(50)]
+    )
     train, held_out = load_problems(data=path)
-    assert len(train) + len(held_out) == 5 and not {p.question for p in train} & {p.question for p in held_out}
+    assert len(train) + len(held_out) == 5 and not {p.question for p in train} & {
+        p.question for p in held_out
+    }
 
 
 def test_a_part_of_an_answer_is_not_the_answer(tmp_path, monkeypatch, capsys):
     """(3, 4) must not become 4: without math-verify it is counted out, with it it is LaTeX. Words alone are never LaTeX."""
-    path = write(tmp_path / "a.jsonl", {"question": "a", "answer": "(3, 4)"}, {"question": "b", "answer": "4 apples"}, {"question": "c", "answer": "no idea"})
-    for installed, kept in ((False, [("4", "number")]), (True, [("(3, 4)", "latex"), ("4", "number")])):
+    path = write(
+        tmp_path / "a.jsonl",
+        {"question": "a", "answer": "(3, 4)"},
+        {"question": "b", "answer": "4 apples"},
+        {"question": "c", "answer": "no idea"},
+    )
+    for installed, kept in (
+        (False, [("4", "number")]),
+        (True, [("(3, 4)", "latex"), ("4", "number")]),
+    ):
         monkeypatch.setattr(tasks, "has_math_verify", lambda: installed)
         assert [(p.answer, p.kind) for p in read_problems(path)] == kept
         assert f"{3 - len(kept)} of 3 rows skipped" in capsys.readouterr().out
@@ -171,7 +371,11 @@ def test_missing_file():
 
 def test_unusable_rows_are_counted_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tasks, "has_math_verify", lambda: False)
-    path = write(tmp_path / "a.jsonl", {"question": "a", "answer": "\\frac{\\pi}{2}"}, {"question": "b", "answer": "4"})
+    path = write(
+        tmp_path / "a.jsonl",
+        {"question": "a", "answer": "\\frac{\\pi}{2}"},
+        {"question": "b", "answer": "4"},
+    )
     assert [p.answer for p in read_problems(path)] == ["4"]
     assert "1 of 2 rows skipped" in capsys.readouterr().out
 
@@ -180,7 +384,12 @@ def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
-    rows = [{"prompt": [{"role": "user", "content": "How many?"}], "reward_model": {"ground_truth": "7", "style": "rule"}}]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "How many?"}],
+            "reward_model": {"ground_truth": "7", "style": "rule"},
+        }
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert read_problems(tmp_path / "a.parquet") == [Problem("How many?", "7")]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"x": 1}]), tmp_path / "b.parquet")
@@ -196,7 +405,9 @@ def test_latex_in_a_killable_process():
     assert tasks.latex_equal("\\frac{1}{2}", "0.5") and not tasks.latex_equal("x+1", "x+2")
     assert grade(Problem("q", "p - q", "latex"), "so it is \\boxed{-q+p}").strict
     before = LATEX.failures
-    assert not tasks.latex_equal("\\frac{1}{2}", "") and LATEX.failures == before + 1  # a truth that cannot be read is counted
+    assert (
+        not tasks.latex_equal("\\frac{1}{2}", "") and LATEX.failures == before + 1
+    )  # a truth that cannot be read is counted
 
 
 # -------------------------------------------------------------------------------------------------------- prompts
@@ -206,7 +417,11 @@ class FakeTokenizer:
     chat_template = None
 
     def __call__(self, text, add_special_tokens=True):
-        return type("Encoding", (), {"input_ids": ([0] if add_special_tokens else []) + [ord(c) for c in text]})
+        return type(
+            "Encoding",
+            (),
+            {"input_ids": ([0] if add_special_tokens else []) + [ord(c) for c in text]},
+        )
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking):
         assert tokenize is False and add_generation_prompt and enable_thinking is False
@@ -219,4 +434,6 @@ def test_chat_template_where_there_is_one():
     assert text == "Question: Why?\nAnswer:" and ids[0] == 0 and len(ids) == len(text) + 1
     tokenizer.chat_template = "yes"
     text, ids = render_prompt("Why?", tokenizer)
-    assert text == "<user>Why?<assistant>" and len(ids) == len(text)  # the template brings its own special tokens
+    assert text == "<user>Why?<assistant>" and len(ids) == len(
+        text
+    )  # the template brings its own special tokens

@@ -21,14 +21,33 @@ from scale.run import open_run
 from scale.shard import World
 from tasks import BadInput, Grade, Problem
 
-FAST = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--updates-per-rollout", "2", "--max-new-tokens", "8", "--eval-prompts", "4", "--lr", "1e-3", "--warmup-steps", "1", "--device", "cpu"]
+FAST = [
+    "--prompts-per-step",
+    "4",
+    "--answers-per-prompt",
+    "4",
+    "--updates-per-rollout",
+    "2",
+    "--max-new-tokens",
+    "8",
+    "--eval-prompts",
+    "4",
+    "--lr",
+    "1e-3",
+    "--warmup-steps",
+    "1",
+    "--device",
+    "cpu",
+]
 SMALL = []  # --model and --data of a random model and a file, made once
 TIMES = ("seconds_generate", "seconds_score", "seconds_update", "tokens_per_second")
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scripts.curves", None)  # an ImportError, as on a machine without matplotlib
+    monkeypatch.setitem(
+        sys.modules, "scripts.curves", None
+    )  # an ImportError, as on a machine without matplotlib
 
 
 @pytest.fixture
@@ -44,15 +63,28 @@ def verdicts(monkeypatch, request):
 
 def invent_verdicts(monkeypatch):
     """Verdicts that depend on question and answer only, since random weights are never right; and no evaluation, most of a short run's time."""
-    monkeypatch.setattr(train, "grade", lambda problem, text: Grade(*[sum((problem.question + text).encode()) % 2 == 0] * 2))
-    monkeypatch.setattr(report, "evaluate_over", lambda *args: Accuracy(0.5, 0.5, 0.1, 0.1, 1.0, 7.0))
+    monkeypatch.setattr(
+        train,
+        "grade",
+        lambda problem, text: Grade(*[sum((problem.question + text).encode()) % 2 == 0] * 2),
+    )
+    monkeypatch.setattr(
+        report, "evaluate_over", lambda *args: Accuracy(0.5, 0.5, 0.1, 0.1, 1.0, 7.0)
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def small(tmp_path_factory, tiny_folder):
     """A small file of questions that the shipped model answers with an expression; its last number is sometimes the answer."""
     path = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    rows = [{"question": f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}. Reply with the expression only.", "answer": str(a)} for a in range(1, 7) for b in range(7, 12)]
+    rows = [
+        {
+            "question": f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}. Reply with the expression only.",
+            "answer": str(a),
+        }
+        for a in range(1, 7)
+        for b in range(7, 12)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     SMALL[:] = ["--model", str(tiny_folder), "--data", str(path)]
 
@@ -84,11 +116,31 @@ def test_a_run_and_its_files(real_verdicts, tmp_path, capsys):
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert [r["step"] for r in rows] == [0, 1, 2]
     assert {"eval_accuracy", "eval_greedy", "pass_rate", "expected_live_groups"} <= rows[0].keys()
-    promised = {"step", "phase", "loss", "reward", "entropy", "grad_norm", "response_length", "clipped_ratio", "clip_low", "clip_high", "ratio_max", "dead_groups", "all_right", "all_wrong", *TIMES}
+    promised = {
+        "step",
+        "phase",
+        "loss",
+        "reward",
+        "entropy",
+        "grad_norm",
+        "response_length",
+        "clipped_ratio",
+        "clip_low",
+        "clip_high",
+        "ratio_max",
+        "dead_groups",
+        "all_right",
+        "all_wrong",
+        *TIMES,
+    }
     assert promised <= rows[1].keys() and "eval_accuracy" in rows[2]
     samples = [json.loads(line) for line in open(tmp_path / "run" / "samples.jsonl")]
     for s in samples:
-        assert len(s["tokens"]) == len(s["entropy"]) == len(s["temperature"]) and s["question"] and s["reward"] in (0, 1)
+        assert (
+            len(s["tokens"]) == len(s["entropy"]) == len(s["temperature"])
+            and s["question"]
+            and s["reward"] in (0, 1)
+        )
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["clip_high"] == 0.28 and config["max_new_tokens"] == 8
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -97,12 +149,20 @@ def test_a_run_and_its_files(real_verdicts, tmp_path, capsys):
         AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder)
         AutoTokenizer.from_pretrained(tmp_path / "run" / folder)
     printed = capsys.readouterr().out
-    assert "a loss near 0 is right" in printed and "warning: the model is almost never right" in printed and "step 2/2" in printed
+    assert (
+        "a loss near 0 is right" in printed
+        and "warning: the model is almost never right" in printed
+        and "step 2/2" in printed
+    )
 
 
 def test_the_same_seed_gives_the_same_metrics(real_verdicts, tmp_path):
     shipped = ["--model", TINY]
-    a, b, c = run(tmp_path / "a", *shipped), run(tmp_path / "b", *shipped), run(tmp_path / "c", *shipped, "--seed", 1, steps=1)
+    a, b, c = (
+        run(tmp_path / "a", *shipped),
+        run(tmp_path / "b", *shipped),
+        run(tmp_path / "c", *shipped, "--seed", 1, steps=1),
+    )
     assert same(a[0], b[0]) and a[1] == b[1]
     assert not same(load_file(tmp_path / "a" / "checkpoint-1" / "model.safetensors"), c[0])
 
@@ -111,16 +171,46 @@ def test_the_same_seed_gives_the_same_metrics(real_verdicts, tmp_path):
 
 
 def test_hapo_with_all_four_off_is_dapo_to_the_last_bit(tmp_path):
-    off = ["--no-adaptive-temperature", "--no-token-group-average", "--no-advantage-redistribution", "--no-adaptive-clip"]
-    dapo, hapo, on = (run(tmp_path / name, *args) for name, args in (("dapo", ["--algo", "dapo"]), ("hapo", ["--algo", "hapo", *off]), ("on", ["--algo", "hapo"])))
+    off = [
+        "--no-adaptive-temperature",
+        "--no-token-group-average",
+        "--no-advantage-redistribution",
+        "--no-adaptive-clip",
+    ]
+    dapo, hapo, on = (
+        run(tmp_path / name, *args)
+        for name, args in (
+            ("dapo", ["--algo", "dapo"]),
+            ("hapo", ["--algo", "hapo", *off]),
+            ("on", ["--algo", "hapo"]),
+        )
+    )
     assert same(dapo[0], hapo[0]) and dapo[1] == hapo[1]
     assert not same(dapo[0], on[0])
 
 
 def test_each_part_alone_changes_the_result(tmp_path):
-    parts = {"adaptive-temperature", "token-group-average", "advantage-redistribution", "adaptive-clip"}
+    parts = {
+        "adaptive-temperature",
+        "token-group-average",
+        "advantage-redistribution",
+        "adaptive-clip",
+    }
     # the second update of a step sees ratios other than 1; a narrow clip range makes sure that some are at its edges
-    args = ["--lr", "0.0005", "--prompts-per-step", "8", "--updates-per-rollout", "4", "--tau", "0.5", "--clip-low", "0.1", "--clip-high", "0.1"]
+    args = [
+        "--lr",
+        "0.0005",
+        "--prompts-per-step",
+        "8",
+        "--updates-per-rollout",
+        "4",
+        "--tau",
+        "0.5",
+        "--clip-low",
+        "0.1",
+        "--clip-high",
+        "0.1",
+    ]
     dapo = run(tmp_path / "dapo", "--algo", "dapo", *args, steps=2)
     for part in parts:
         alone = run(tmp_path / part, *args, *[f"--no-{other}" for other in parts - {part}], steps=2)
@@ -142,11 +232,27 @@ def gradients(monkeypatch):
 @pytest.mark.parametrize("algo", ["hapo", "grpo"])
 def test_micro_batches_change_no_gradient(tmp_path, gradients, algo, monkeypatch):
     """Nor do answers that share lines: they do in whole passes (the shipped model's are of unequal length), and in the last run nowhere."""
-    settings = ([], ["--micro-batch", "1"], ["--micro-batch", "2"], ["--micro-tokens", "60", "--gradient-checkpointing"], [])
+    settings = (
+        [],
+        ["--micro-batch", "1"],
+        ["--micro-batch", "2"],
+        ["--micro-tokens", "60", "--gradient-checkpointing"],
+        [],
+    )
     for i, extra in enumerate(settings):
         if i == len(settings) - 1:
             monkeypatch.setattr(internals, "answers_to_a_line", lambda *sizes: 1)
-        run(tmp_path / str(i), "--model", TINY, "--algo", algo, "--grad-clip", "1e6", *extra, steps=1)
+        run(
+            tmp_path / str(i),
+            "--model",
+            TINY,
+            "--algo",
+            algo,
+            "--grad-clip",
+            "1e6",
+            *extra,
+            steps=1,
+        )
     assert len(gradients) == 2 * len(settings)
     for i in range(1, len(settings)):
         for update in (0, 1):
@@ -168,7 +274,9 @@ def one_update(tmp_path):
 
     def loss(advantage, shift, *args, h=0.0, ref=None):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        run, _ = open_run(options.parse([*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], ""), World("cpu"))
+        run, _ = open_run(
+            options.parse([*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], ""), World("cpu")
+        )
         batch = train.collect(1, run)
         logp, batch.entropy = train.score(run.policy, batch, None, run)
         batch.old_logp = logp - shift
@@ -181,14 +289,22 @@ def one_update(tmp_path):
 
 def test_an_update_by_hand(one_update):
     e = math.exp
-    assert one_update(-1.0, 3.0) == pytest.approx(e(3), rel=1e-4)  # a ratio of e^3 with A < 0: PPO's minimum does not clip it
+    assert one_update(-1.0, 3.0) == pytest.approx(
+        e(3), rel=1e-4
+    )  # a ratio of e^3 with A < 0: PPO's minimum does not clip it
     assert one_update(-1.0, 3.0, "--dual-clip", "10") == pytest.approx(10, rel=1e-4)
-    assert one_update(0.0, 0.0, "--kl", "0.1", ref=1.0) == pytest.approx(0.1 * (e(1) - 2), rel=1e-3)  # k3 at d = 1
+    assert one_update(0.0, 0.0, "--kl", "0.1", ref=1.0) == pytest.approx(
+        0.1 * (e(1) - 2), rel=1e-3
+    )  # k3 at d = 1
     assert one_update(1.0, 1.0, "--no-adaptive-clip") == pytest.approx(-1.28, rel=1e-4)
-    assert one_update(1.0, 1.0, "--no-advantage-redistribution", h=0.5) == pytest.approx(-(1 + 0.28 * 1.5), rel=1e-4)
+    assert one_update(1.0, 1.0, "--no-advantage-redistribution", h=0.5) == pytest.approx(
+        -(1 + 0.28 * 1.5), rel=1e-4
+    )
     # h = -1/2, ratio 0.85: outside the zone [0.9, 1.14] of the base bounds, so A stays; the release's zone is adapted, [0.85, ...]
     assert one_update(1.0, math.log(0.86), h=-0.5) == pytest.approx(-0.86, rel=1e-4)
-    assert one_update(1.0, math.log(0.86), "--released", h=-0.5) == pytest.approx(-0.86 * 0.5, rel=1e-4)
+    assert one_update(1.0, math.log(0.86), "--released", h=-0.5) == pytest.approx(
+        -0.86 * 0.5, rel=1e-4
+    )
 
 
 def test_warm_up_is_linear(tmp_path):
@@ -201,15 +317,31 @@ def test_the_overlong_penalty_is_part_of_the_reward_and_not_of_the_accuracy(tmp_
     monkeypatch.setattr(train, "collect", lambda *args: seen.append(original(*args)) or seen[-1])
     _, rows = run(tmp_path / "run", "--overlong-buffer", "4", steps=1)
     batch = seen[0]
-    right = batch.rewards - torch.tensor([max(-1.0, min(0.0, (4 - n) / 4)) for n in batch.rollout.lengths.tolist()])
-    assert set(right.tolist()) <= {0.0, 1.0} and rows[1]["reward"] == pytest.approx(right.mean().item()) and (batch.rewards < 0).any()
+    right = batch.rewards - torch.tensor(
+        [max(-1.0, min(0.0, (4 - n) / 4)) for n in batch.rollout.lengths.tolist()]
+    )
+    assert (
+        set(right.tolist()) <= {0.0, 1.0}
+        and rows[1]["reward"] == pytest.approx(right.mean().item())
+        and (batch.rewards < 0).any()
+    )
 
 
 def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
     monkeypatch.undo()
     grades = iter([True, True, False, False])
-    monkeypatch.setattr(report, "sample_answers", lambda *args, **kwargs: [[Answer("", Grade(g, g), 3, True)] for g in grades])
-    fake = SimpleNamespace(options=SimpleNamespace(max_new_tokens=4, answers_per_step=8), world=World("cpu"), actor=None, tokenizer=None, eos_ids=[])
+    monkeypatch.setattr(
+        report,
+        "sample_answers",
+        lambda *args, **kwargs: [[Answer("", Grade(g, g), 3, True)] for g in grades],
+    )
+    fake = SimpleNamespace(
+        options=SimpleNamespace(max_new_tokens=4, answers_per_step=8),
+        world=World("cpu"),
+        actor=None,
+        tokenizer=None,
+        eos_ids=[],
+    )
     a, b = Problem("a", "1"), Problem("b", "1")
     result = report.evaluate_over(fake.world, fake, [a, b, b, a], 1.0, 0, "")
     # a: right, wrong; b: right, wrong. Both means are 1/2, so their standard error is 0 (as four answers it would be 0.29)
@@ -217,33 +349,77 @@ def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
 
 
 def test_algorithms_and_options_run(tmp_path):
-    for i, extra in enumerate((["--temperature-form", "zscore"], ["--dynamic-sampling"], ["--kl", "0.1"], ["--loss-mean", "fixed"],
-                               ["--comparison", "forking"], ["--comparison", "archer"], ["--comparison", "entropy-advantage"], ["--comparison", "edge"])):
+    for i, extra in enumerate(
+        (
+            ["--temperature-form", "zscore"],
+            ["--dynamic-sampling"],
+            ["--kl", "0.1"],
+            ["--loss-mean", "fixed"],
+            ["--comparison", "forking"],
+            ["--comparison", "archer"],
+            ["--comparison", "entropy-advantage"],
+            ["--comparison", "edge"],
+        )
+    ):
         final, rows = run(tmp_path / str(i), *extra, steps=1)
         assert rows[1]["updates"] + rows[1]["dead_updates"] == 2 and rows[1]["grad_norm"] >= 0
         assert all(v.isfinite().all() for v in final.values())
 
 
-def test_dynamic_sampling_ends_when_every_group_is_dead(real_verdicts, tiny_folder, tmp_path, capsys):
+def test_dynamic_sampling_ends_when_every_group_is_dead(
+    real_verdicts, tiny_folder, tmp_path, capsys
+):
     before = load_file(tiny_folder / "model.safetensors")
-    (tmp_path / "never.jsonl").write_text("".join(json.dumps({"question": f"{i} + {i}?", "answer": "987654"}) + "\n" for i in range(20)))
-    final, rows = run(tmp_path / "run", "--dynamic-sampling", "--max-rounds", "2", "--data", tmp_path / "never.jsonl")
+    (tmp_path / "never.jsonl").write_text(
+        "".join(
+            json.dumps({"question": f"{i} + {i}?", "answer": "987654"}) + "\n" for i in range(20)
+        )
+    )
+    final, rows = run(
+        tmp_path / "run",
+        "--dynamic-sampling",
+        "--max-rounds",
+        "2",
+        "--data",
+        tmp_path / "never.jsonl",
+    )
     assert "4 of 4 groups are still all right or all wrong" in capsys.readouterr().out
-    assert rows[1]["not_filled"] == 4 and rows[1]["groups"] == 8 and rows[1]["dead_updates"] == 2 and rows[1]["updates"] == 0
-    assert same({k: before[k] for k in final}, final)  # no live group: nothing moves, not even by weight decay
+    assert (
+        rows[1]["not_filled"] == 4
+        and rows[1]["groups"] == 8
+        and rows[1]["dead_updates"] == 2
+        and rows[1]["updates"] == 0
+    )
+    assert same(
+        {k: before[k] for k in final}, final
+    )  # no live group: nothing moves, not even by weight decay
 
 
 # --------------------------------------------------------------------------------------------------------- BuPO
 
 
 def test_bupo_phases_in_training(tiny_folder, tmp_path):
-    _, rows = run(tmp_path / "run", "--bupo-layer", "2", "--bupo-steps", "2", "--diagnose-every", "1", steps=3)
+    _, rows = run(
+        tmp_path / "run", "--bupo-layer", "2", "--bupo-steps", "2", "--diagnose-every", "1", steps=3
+    )
     assert [r.get("phase") for r in rows[1:]] == ["internal", "internal", "full"]
-    assert rows[1]["layer"] == 2 and {"internal_entropy", "internal_logp", "entropy", "logp"} <= rows[1].keys() and "internal_entropy" not in rows[3]
-    assert rows[1]["outside_before_update"] == 0 and len(rows[1]["diagnose_kl"]) == len(rows[1]["diagnose_cosine"]) > 0
-    start, one = load_file(tiny_folder / "model.safetensors"), load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    assert (
+        rows[1]["layer"] == 2
+        and {"internal_entropy", "internal_logp", "entropy", "logp"} <= rows[1].keys()
+        and "internal_entropy" not in rows[3]
+    )
+    assert (
+        rows[1]["outside_before_update"] == 0
+        and len(rows[1]["diagnose_kl"]) == len(rows[1]["diagnose_cosine"]) > 0
+    )
+    start, one = (
+        load_file(tiny_folder / "model.safetensors"),
+        load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors"),
+    )
     for name in one:
-        upper = name == "model.norm.weight" or (name.startswith("model.layers.") and int(name.split(".")[2]) >= 2)
+        upper = name == "model.norm.weight" or (
+            name.startswith("model.layers.") and int(name.split(".")[2]) >= 2
+        )
         assert torch.equal(one[name], start[name]) == upper, name
     three = load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")
     assert not any(torch.equal(one[name], three[name]) for name in one)
@@ -252,20 +428,46 @@ def test_bupo_phases_in_training(tiny_folder, tmp_path):
 def test_bupo_auto_and_arms(tiny_folder, tmp_path, capsys):
     run(tmp_path / "auto", "--bupo-layer", "auto", "--bupo-steps", "1")
     assert "boundary layer: " in capsys.readouterr().out
-    run(tmp_path / "freeze", "--algo", "grpo", "--bupo-layer", "2", "--bupo-steps", "1", "--bupo-arm", "freeze")
-    start, first = load_file(tiny_folder / "model.safetensors"), load_file(tmp_path / "freeze" / "checkpoint-1" / "model.safetensors")
+    run(
+        tmp_path / "freeze",
+        "--algo",
+        "grpo",
+        "--bupo-layer",
+        "2",
+        "--bupo-steps",
+        "1",
+        "--bupo-arm",
+        "freeze",
+    )
+    start, first = (
+        load_file(tiny_folder / "model.safetensors"),
+        load_file(tmp_path / "freeze" / "checkpoint-1" / "model.safetensors"),
+    )
     for name in first:
         frozen = name.startswith("model.layers.") and int(name.split(".")[2]) < 2
         assert torch.equal(first[name], start[name]) == frozen, name
-    assert not same({k: v for k, v in first.items() if ".layers.0." in k}, {k: v for k, v in weights(tmp_path / "freeze").items() if ".layers.0." in k})
-    _, rows = run(tmp_path / "lr", "--bupo-layer", "2", "--bupo-steps", "1", "--bupo-arm", "layer-lr")
+    assert not same(
+        {k: v for k, v in first.items() if ".layers.0." in k},
+        {k: v for k, v in weights(tmp_path / "freeze").items() if ".layers.0." in k},
+    )
+    _, rows = run(
+        tmp_path / "lr", "--bupo-layer", "2", "--bupo-steps", "1", "--bupo-arm", "layer-lr"
+    )
     assert rows[1]["phase"] == "full"
 
 
 # ------------------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("extra", [["--algo", "grpo"], ["--algo", "hapo"], ["--algo", "hapo", "--bupo-layer", "auto", "--bupo-steps", "3"]], ids=["grpo", "hapo", "bupo"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--algo", "grpo"],
+        ["--algo", "hapo"],
+        ["--algo", "hapo", "--bupo-layer", "auto", "--bupo-steps", "3"],
+    ],
+    ids=["grpo", "hapo", "bupo"],
+)
 def test_four_steps_are_two_and_resume_and_two(tmp_path, extra):
     whole, rows = run(tmp_path / "whole", *extra, "--eval-every", 2, steps=4)
     if "--bupo-steps" in extra:  # the phase switch lies behind the resume
@@ -276,7 +478,10 @@ def test_four_steps_are_two_and_resume_and_two(tmp_path, extra):
         run(tmp_path / "parts", *extra, "--eval-every", 2, steps=2)
     train.main(["--out", str(tmp_path / "parts"), "--resume", "--steps", "4"])
     assert same(whole, weights(tmp_path / "parts")) and rows == metrics(tmp_path / "parts")
-    samples = [[json.loads(line) for line in open(tmp_path / name / "samples.jsonl")] for name in ("whole", "parts")]
+    samples = [
+        [json.loads(line) for line in open(tmp_path / name / "samples.jsonl")]
+        for name in ("whole", "parts")
+    ]
     assert samples[0] == samples[1]
 
 
@@ -295,7 +500,15 @@ def three_steps(tmp_path_factory):
 def test_a_damaged_checkpoint_is_passed_over(three_steps, tmp_path, capsys, damage):
     shutil.copytree(three_steps, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoint-3"
-    victim = newest / {"truncated": "optimizer.pt", "flipped": "model.safetensors", "missing": "run.json", "no sums": "checksums.json"}[damage]
+    victim = (
+        newest
+        / {
+            "truncated": "optimizer.pt",
+            "flipped": "model.safetensors",
+            "missing": "run.json",
+            "no sums": "checksums.json",
+        }[damage]
+    )
     content = bytearray(victim.read_bytes())
     if damage == "flipped":
         content[len(content) // 2] ^= 1
@@ -308,13 +521,21 @@ def test_a_damaged_checkpoint_is_passed_over(three_steps, tmp_path, capsys, dama
     shutil.rmtree(tmp_path / "run" / "final")
     train.main(["--out", str(tmp_path / "run"), "--resume"])
     printed = capsys.readouterr().out
-    assert f"{newest} is passed over" in printed and victim.name in printed and "checkpoint-2, the newest whole checkpoint" in printed
-    assert same(weights(three_steps), weights(tmp_path / "run")) and [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+    assert (
+        f"{newest} is passed over" in printed
+        and victim.name in printed
+        and "checkpoint-2, the newest whole checkpoint" in printed
+    )
+    assert same(weights(three_steps), weights(tmp_path / "run")) and [
+        r["step"] for r in metrics(tmp_path / "run")
+    ] == [0, 1, 2, 3]
 
 
 def test_a_damaged_newer_checkpoint_does_not_cost_the_others(three_steps, tmp_path):
     """--keep counts back from the step just saved: what a resumed run has passed over does not crowd out what it saves."""
-    shutil.copytree(three_steps, tmp_path / "run", ignore=shutil.ignore_patterns("final", "checkpoint-2"))
+    shutil.copytree(
+        three_steps, tmp_path / "run", ignore=shutil.ignore_patterns("final", "checkpoint-2")
+    )
     (tmp_path / "run" / "checkpoint-3" / "run.json").unlink()
     train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "2", "--keep", "1"])
     assert checkpoint.newest_whole(tmp_path / "run", print).name == "checkpoint-2"
@@ -325,7 +546,9 @@ def test_a_run_killed_in_its_first_step_looks_once(three_steps, tmp_path):
     shutil.rmtree(tmp_path / "run" / "final")
     shutil.rmtree(tmp_path / "run" / "checkpoint-1")
     train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "3"])
-    assert [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2, 3] and same(weights(tmp_path / "run"), weights(three_steps))
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2, 3] and same(
+        weights(tmp_path / "run"), weights(three_steps)
+    )
 
 
 def test_a_half_written_line_and_an_unfinished_checkpoint_disappear(tmp_path):
@@ -334,7 +557,9 @@ def test_a_half_written_line_and_an_unfinished_checkpoint_disappear(tmp_path):
         file.write('{"step": 3, "loss"')
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / ".checkpoint-3.tmp")
     train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "3"])
-    assert metrics(tmp_path / "run")[:3] == rows and [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+    assert metrics(tmp_path / "run")[:3] == rows and [
+        r["step"] for r in metrics(tmp_path / "run")
+    ] == [0, 1, 2, 3]
     assert not (tmp_path / "run" / ".checkpoint-3.tmp").exists()
 
 
@@ -349,7 +574,9 @@ def test_resume_refuses_other_options_models_and_tokenizers(tmp_path, tiny_folde
     (other / "tokenizer.json").write_text(text.replace('"<|im_start|>"', '"<|start|>"'))
     with pytest.raises(BadInput, match="another tokenizer than --model"):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--model", str(other)])
-    with pytest.raises(BadInput, match="already holds a run; --resume continues it, --overwrite deletes it"):
+    with pytest.raises(
+        BadInput, match="already holds a run; --resume continues it, --overwrite deletes it"
+    ):
         run(tmp_path / "run")
     with pytest.raises(BadInput, match="--tau 3.0"):
         run(tmp_path / "run", "--tau", 3)  # not the folder first and the option after it
@@ -357,7 +584,9 @@ def test_resume_refuses_other_options_models_and_tokenizers(tmp_path, tiny_folde
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, capsys):
     run(tmp_path / "run", "--resume", steps=1)
-    assert "no whole checkpoint" in capsys.readouterr().out and (tmp_path / "run" / "final").is_dir()
+    assert (
+        "no whole checkpoint" in capsys.readouterr().out and (tmp_path / "run" / "final").is_dir()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- guards
@@ -378,15 +607,24 @@ def test_a_nan_never_reaches_the_optimiser(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, at=3, times=2)  # both updates of step 2
     final, rows = run(tmp_path / "run", steps=3)
     assert [r.get("skipped_updates") for r in rows[1:]] == [0, 2, 0]
-    assert all(v.isfinite().all() for v in final.values()) and "update skipped" in capsys.readouterr().out
-    assert not (tmp_path / "run" / "checkpoint-2").exists()  # a bad step is not what a run should be resumed from
+    assert (
+        all(v.isfinite().all() for v in final.values())
+        and "update skipped" in capsys.readouterr().out
+    )
+    assert not (
+        tmp_path / "run" / "checkpoint-2"
+    ).exists()  # a bad step is not what a run should be resumed from
 
 
 def test_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     poison(monkeypatch, at=3, times=10**6)
-    with pytest.raises(BadInput, match="3 bad steps in a row .* last good checkpoint is .*checkpoint-1") as error:
+    with pytest.raises(
+        BadInput, match="3 bad steps in a row .* last good checkpoint is .*checkpoint-1"
+    ) as error:
         run(tmp_path / "run", "--max-bad-steps", 3, steps=9)
-    assert "\n" not in str(error.value) and (tmp_path / "run" / "bad-step-4.jsonl").stat().st_size > 0
+    assert (
+        "\n" not in str(error.value) and (tmp_path / "run" / "bad-step-4.jsonl").stat().st_size > 0
+    )
     assert checkpoint.newest_whole(tmp_path / "run", lambda text: None).name == "checkpoint-1"
 
 
@@ -416,7 +654,9 @@ def test_a_nan_reward_is_refused(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="bad steps in a row"):
         run(tmp_path / "run", "--max-bad-steps", 2, steps=9)
     bad = [json.loads(line) for line in open(tmp_path / "run" / "bad-step-2.jsonl")]
-    assert len(bad) == 16 and sum(row["reward"] is None for row in bad) == 1  # the batch that was refused, in valid JSON
+    assert (
+        len(bad) == 16 and sum(row["reward"] is None for row in bad) == 1
+    )  # the batch that was refused, in valid JSON
     assert "a reward is NaN" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
@@ -433,7 +673,11 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch, l
         return original(*args, **kwargs)
 
     monkeypatch.setattr(torch, "save", save)
-    error = {"os": OSError(28, "No space left on device"), "torch": RuntimeError("No space left on device"), "safetensors": SafetensorError("No space left on device")}[library]
+    error = {
+        "os": OSError(28, "No space left on device"),
+        "torch": RuntimeError("No space left on device"),
+        "safetensors": SafetensorError("No space left on device"),
+    }[library]
     with pytest.raises(BadInput, match="checkpoint 2 cannot be written .No space left on device."):
         run(tmp_path / "run", steps=4)
     assert checkpoint.newest_whole(tmp_path / "run", print).name == "checkpoint-1"
@@ -446,29 +690,66 @@ def test_guard_alarms():
     said = []
     guard = Guard(said.append)
     for step in range(1, 30):
-        guard.good_step({"step": step, "grad_norm": 1.0, "entropy": 0.5, "response_length": 20 if step < 29 else 200})
+        guard.good_step(
+            {
+                "step": step,
+                "grad_norm": 1.0,
+                "entropy": 0.5,
+                "response_length": 20 if step < 29 else 200,
+            }
+        )
     assert len(said) == 1 and "answer length 200 at step 29, 10.0 times" in said[0]
-    assert not guard.accepts(float("inf"), 1.0) and not guard.accepts(0.0, float("nan")) and guard.accepts(0.0, 0.0)
+    assert (
+        not guard.accepts(float("inf"), 1.0)
+        and not guard.accepts(0.0, float("nan"))
+        and guard.accepts(0.0, 0.0)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- bad options
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--answers-per-prompt", "1"], "--answers-per-prompt 1: hapo compares the answers"),
-    (["--prompts-per-step", "5"], "--prompts-per-step 5: must be a multiple of --updates-per-rollout 2"),
-    (["--micro-batch", "3"], "--micro-batch 3: must divide the 8 answers of an update"),
-    (["--micro-batch", "2", "--micro-tokens", "100"], "not both"),
-    (["--rho", "1.5"], "--rho 1.5: must lie between 0 and 1"), (["--tau", "-1"], "--tau -1.0"), (["--clip-low", "1.2"], "--clip-low 1.2"), (["--temperature", "0"], "--temperature 0.0"),
-    (["--steps", "0"], "--steps 0: must be at least 1"), (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"), (["--data", "", "--difficulty", "0"], "--difficulty 0: countdown has the levels"), (["--lr", "nan"], "--lr nan"), (["--dual-clip", "0.5"], "--dual-clip 0.5"),
-    (["--frobnicate"], "unrecognized arguments: --frobnicate"), (["--algo", "ppo"], "invalid choice: 'ppo'"), (["--steps", "many"], "invalid int value"),
-    (["--model", "/nowhere"], "--model /nowhere: no such folder"), (["--data", "/nowhere.jsonl"], "--data /nowhere.jsonl: no such file"),
-    (["--bupo-layer", "99", "--bupo-steps", "1"], "layer 99: this model has the layers 1 to"), (["--bupo-layer", "x"], "--bupo-layer x: must be auto or a layer"),
-    (["--bupo-layer", "1", "--bupo-steps", "2"], "--bupo-steps 2: the first phase must be shorter than the run"),
-    (["--max-new-tokens", "100000"], "--max-new-tokens 100000: no prompt fits"), (["--offload"], "--offload: .* torchrun"), (["--diagnose-every", "1"], "--diagnose-every 1: needs --bupo-layer"),
-    (["--device", "gpu"], "--device gpu: must be cpu, cuda or cuda:N"), (["--device", "cuda:99"], "--device cuda:99: no such CUDA device"), (["--dual-clip", "nan"], "--dual-clip nan"),
-    (["--data", "", "--difficulty", "7"], "--difficulty 7: countdown has the levels"), (["--overlong-buffer", "9"], "--overlong-buffer 9: longer than"), (["--data", "", "--eval-data", "x"], "--eval-data x: goes with --data"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--answers-per-prompt", "1"], "--answers-per-prompt 1: hapo compares the answers"),
+        (
+            ["--prompts-per-step", "5"],
+            "--prompts-per-step 5: must be a multiple of --updates-per-rollout 2",
+        ),
+        (["--micro-batch", "3"], "--micro-batch 3: must divide the 8 answers of an update"),
+        (["--micro-batch", "2", "--micro-tokens", "100"], "not both"),
+        (["--rho", "1.5"], "--rho 1.5: must lie between 0 and 1"),
+        (["--tau", "-1"], "--tau -1.0"),
+        (["--clip-low", "1.2"], "--clip-low 1.2"),
+        (["--temperature", "0"], "--temperature 0.0"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+        (["--data", "", "--difficulty", "0"], "--difficulty 0: countdown has the levels"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--dual-clip", "0.5"], "--dual-clip 0.5"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--algo", "ppo"], "invalid choice: 'ppo'"),
+        (["--steps", "many"], "invalid int value"),
+        (["--model", "/nowhere"], "--model /nowhere: no such folder"),
+        (["--data", "/nowhere.jsonl"], "--data /nowhere.jsonl: no such file"),
+        (["--bupo-layer", "99", "--bupo-steps", "1"], "layer 99: this model has the layers 1 to"),
+        (["--bupo-layer", "x"], "--bupo-layer x: must be auto or a layer"),
+        (
+            ["--bupo-layer", "1", "--bupo-steps", "2"],
+            "--bupo-steps 2: the first phase must be shorter than the run",
+        ),
+        (["--max-new-tokens", "100000"], "--max-new-tokens 100000: no prompt fits"),
+        (["--offload"], "--offload: .* torchrun"),
+        (["--diagnose-every", "1"], "--diagnose-every 1: needs --bupo-layer"),
+        (["--device", "gpu"], "--device gpu: must be cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "--device cuda:99: no such CUDA device"),
+        (["--dual-clip", "nan"], "--dual-clip nan"),
+        (["--data", "", "--difficulty", "7"], "--difficulty 7: countdown has the levels"),
+        (["--overlong-buffer", "9"], "--overlong-buffer 9: longer than"),
+        (["--data", "", "--eval-data", "x"], "--eval-data x: goes with --data"),
+    ],
+)
 def test_bad_options_are_one_line(tmp_path, args, message):
     with pytest.raises(BadInput, match=message) as error:
         run(tmp_path / "run", *args)
@@ -478,12 +759,37 @@ def test_bad_options_are_one_line(tmp_path, args, message):
 def test_models_that_cannot_be_used(tmp_path, tiny_folder):
     import transformers
 
-    transformers.BertModel(transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=30)).save_pretrained(tmp_path / "bert")
-    granite = transformers.GraniteForCausalLM(transformers.GraniteConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, vocab_size=400, logits_scaling=4.0))
+    transformers.BertModel(
+        transformers.BertConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            vocab_size=30,
+        )
+    ).save_pretrained(tmp_path / "bert")
+    granite = transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=32,
+            vocab_size=400,
+            logits_scaling=4.0,
+        )
+    )
     granite.save_pretrained(tmp_path / "scaled")
     for file in tiny_folder.glob("*token*"):
         shutil.copy(file, tmp_path / "scaled")
-    cases = {"scaled": "logits are more than hidden states times the unembedding .logits_scaling.", "bert": "is not a causal language model", "empty": "holds no config.json", "no-tokenizer": "its tokenizer cannot be read", "cut": "its weights cannot be read", "short": "weights are missing"}
+    cases = {
+        "scaled": "logits are more than hidden states times the unembedding .logits_scaling.",
+        "bert": "is not a causal language model",
+        "empty": "holds no config.json",
+        "no-tokenizer": "its tokenizer cannot be read",
+        "cut": "its weights cannot be read",
+        "short": "weights are missing",
+    }
     (tmp_path / "empty").mkdir()
     for name in ("no-tokenizer", "cut", "short"):
         shutil.copytree(tiny_folder, tmp_path / name)
@@ -492,7 +798,9 @@ def test_models_that_cannot_be_used(tmp_path, tiny_folder):
     content = (tmp_path / "cut" / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(content[: len(content) // 2])
     config = json.loads((tmp_path / "short" / "config.json").read_text())
-    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4, "layer_types": None}))
+    (tmp_path / "short" / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": 4, "layer_types": None})
+    )
     for name, message in cases.items():
         with pytest.raises(BadInput, match=message) as error:
             run(tmp_path / "run", "--model", tmp_path / name)
@@ -512,13 +820,24 @@ def test_damaged_weights_are_one_line(real_verdicts, tiny_folder, tmp_path, caps
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit) as stop:
         options.run_main(lambda: run(tmp_path / "run", "--model", broken))
-    assert stop.value.code == 2 and "weights are damaged" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        stop.value.code == 2 and "weights are damaged" in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 def test_a_default_that_depends_on_others_gives_way_to_what_was_asked_for():
     parse = lambda *args: options.parse(["--estimate", *args], "")
-    assert (parse().tau, parse().clip_high, parse("--algo", "grpo").clip_high, parse("--temperature-form", "zscore").tau) == (0.05, 0.28, 0.2, 0.1)
-    assert (parse("--tau", "0").tau, parse("--clip-high", "0").clip_high, parse("--loss-mean", "fixed").loss_mean) == (0, 0, "fixed")
+    assert (
+        parse().tau,
+        parse().clip_high,
+        parse("--algo", "grpo").clip_high,
+        parse("--temperature-form", "zscore").tau,
+    ) == (0.05, 0.28, 0.2, 0.1)
+    assert (
+        parse("--tau", "0").tau,
+        parse("--clip-high", "0").clip_high,
+        parse("--loss-mean", "fixed").loss_mean,
+    ) == (0, 0, "fixed")
 
 
 def test_every_option_has_a_flag_and_a_help_text():

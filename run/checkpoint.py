@@ -2,11 +2,11 @@
 
 checkpoint-N/ is an ordinary Hugging Face folder (config, weights, tokenizer) plus
     optimizer.pt     AdamW's moments by weight name (torch.load(weights_only=True))
-    run.json         step, data position, BuPO layer, entropy statistics, guard: everything that is not a tensor
+    run.json         step, data position, BuPO layer, entropy statistics, guard: all but tensors
     checksums.json   SHA-256 of every other file, written last
-It is written under another name, flushed to the disk and renamed, so a kill at any moment leaves either no checkpoint-N or a
-whole one. Reading checks every sum and takes the newest folder that passes. There is no random state to save: every draw is
-seeded by (seed, step).
+It is written under another name, flushed to the disk and renamed, so a kill at any moment leaves
+either no checkpoint-N or a whole one. Reading checks every sum and takes the newest folder that
+passes. There is no random state to save: every draw is seeded by (seed, step).
 """
 
 import contextlib
@@ -20,8 +20,14 @@ import shutil
 import torch
 from safetensors import SafetensorError
 
+from program.errors import BadInput
 from scale.shard import whole
-from tasks import BadInput
+
+
+SHAPE = (
+    "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "intermediate_size vocab_size tie_word_embeddings"
+).split()
 
 
 def write_file(path, text):
@@ -35,7 +41,10 @@ def write_file(path, text):
 
 
 def save(run, step):
-    """Write checkpoint-`step` and remove all but the newest --keep. Every process must call it; process 0 writes."""
+    """Write checkpoint-`step` and remove all but the newest --keep.
+
+    Every process must call it; process 0 writes.
+    """
     weights, moments = gather(run)
     if not run.world.main:
         return
@@ -45,13 +54,16 @@ def save(run, step):
     with disk_faults_in_one_line(run.out, f"checkpoint {step}", aside):
         save_model(run, aside, weights)
         torch.save(moments, aside / "optimizer.pt")
-        (aside / "run.json").write_text(json.dumps({"step": step, "fingerprint": fingerprint(run.policy.config, run.tokenizer), **run.state()}))
+        made_of = fingerprint(run.policy.config, run.tokenizer)
+        state = {"step": step, "fingerprint": made_of, **run.state()}
+        (aside / "run.json").write_text(json.dumps(state))
         files = sorted(p for p in aside.iterdir() if p.is_file())
         for path in files:
             _flush(path)
-        (aside / "checksums.json").write_text(json.dumps({p.name: _sha256(p) for p in files}, indent=1))
+        sums = {p.name: _sha256(p) for p in files}
+        (aside / "checksums.json").write_text(json.dumps(sums, indent=1))
         _flush(aside / "checksums.json")
-        if folder.exists():  # of an earlier life of this run, which had got further than where it was resumed
+        if folder.exists():  # of an earlier life of this run, which had got further
             shutil.rmtree(folder)
         os.replace(aside, folder)
         _flush(run.out)
@@ -61,13 +73,16 @@ def save(run, step):
 
 @contextlib.contextmanager
 def disk_faults_in_one_line(out, what, unfinished):
-    """A disk that is full or read-only, in the words of whichever library met it first; `unfinished` is removed."""
+    """A full or read-only disk, in the words of whichever library met it; removes `unfinished`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # ours, torch.save's, safetensors'
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
-        raise BadInput(f"--out {out}: {what} cannot be written ({reason}); what was saved before is intact. Free space, then --resume") from error
+        raise BadInput(
+            f"--out {out}: {what} cannot be written ({reason}); what was saved before is intact. "
+            "Free space, then --resume"
+        ) from error
 
 
 def save_model(run, folder, weights):
@@ -76,30 +91,37 @@ def save_model(run, folder, weights):
     if not run.tokenizer_files:
         run.tokenizer.save_pretrained(folder)
         made = {"model", "config", "generation_config"}
-        run.tokenizer_files = {p.name: p.read_bytes() for p in folder.iterdir() if p.stem.split(".")[0] not in made}
+        files = [p for p in folder.iterdir() if p.stem.split(".")[0] not in made]
+        run.tokenizer_files = {p.name: p.read_bytes() for p in files}
     for name, content in run.tokenizer_files.items():
         (folder / name).write_bytes(content)
 
 
 def gather(run):
     """(weights by name, AdamW state by weight name) as whole tensors in main memory."""
-    tied = {name for name, _ in run.policy.named_parameters(remove_duplicate=False)} - {name for name, _ in run.policy.named_parameters()}
-    weights = {name: whole(p.detach()).cpu() for name, p in run.policy.state_dict().items() if name not in tied}
-    moments = {}
+    every = {name for name, _ in run.policy.named_parameters(remove_duplicate=False)}
+    tied = every - {name for name, _ in run.policy.named_parameters()}
+    weights, moments = run.policy.state_dict(), {}
+    weights = {n: whole(p.detach()).cpu() for n, p in weights.items() if n not in tied}
     for name, p in run.policy.named_parameters():
         if p in run.optimizer.state:
-            moments[name] = {key: whole(value).cpu() for key, value in run.optimizer.state[p].items()}
+            state = run.optimizer.state[p]
+            moments[name] = {key: whole(value).cpu() for key, value in state.items()}
     return weights, moments
 
 
 def folders(out, last=math.inf):
-    """checkpoint-N folders up to step `last`, newest first. (Behind it may lie damaged ones that a resumed run has passed over.)"""
-    found = [(int(m.group(1)), p) for p in out.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    """checkpoint-N folders up to step `last`, newest first.
+
+    (Behind it may lie damaged ones that a resumed run has passed over.)
+    """
+    named = [(re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in out.glob("checkpoint-*")]
+    found = [(int(match.group(1)), p) for match, p in named if match]
     return [p for step, p in sorted(found, reverse=True) if step <= last]
 
 
 def newest_whole(out, say):
-    """The newest checkpoint whose files all carry their sums, or None; says which was passed over and why."""
+    """The newest checkpoint whose files all carry their sums, or None; names those passed over."""
     for folder in folders(out):
         fault = _fault(folder)
         if fault is None:
@@ -119,39 +141,46 @@ def _fault(folder):
                 return f"{name} is damaged (its checksum differs)"
     except (OSError, ValueError) as error:
         return f"checksums.json cannot be read ({error})"
-    return None if "run.json" in sums and "optimizer.pt" in sums else "it lists no run.json or optimizer.pt"
+    listed = "run.json" in sums and "optimizer.pt" in sums
+    return None if listed else "it lists no run.json or optimizer.pt"
 
 
 def restore(run, folder):
-    """Put back the optimiser and everything else that is not the weights; returns the step the checkpoint was written at."""
+    """Put back everything but the weights; returns the step the checkpoint was written at."""
     state = json.loads((folder / "run.json").read_text())
     run.restore(state)
     run.optimizer = run.make_optimizer()
     moments = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
     for name, p in run.policy.named_parameters():
         if name in moments:
-            run.optimizer.state[p] = {key: _placed_like(value, p) if value.dim() else value.to(p.device, copy=True) for key, value in moments[name].items()}
+            kept = moments[name].items()
+            run.optimizer.state[p] = {key: _placed_like(value, p) for key, value in kept}
     return state["step"]
 
 
 def _placed_like(value, parameter):
-    if hasattr(parameter, "placements"):
+    if value.dim() and hasattr(parameter, "placements"):
         from torch.distributed.tensor import distribute_tensor
 
-        mine, placed = torch.empty_like(parameter), distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        mine.to_local().copy_(placed.to_local())  # offloaded parameters live in main memory, their mesh on the GPU
+        mesh, placements = parameter.device_mesh, parameter.placements
+        placed = distribute_tensor(value, mesh, placements, src_data_rank=None)
+        mine = torch.empty_like(parameter)
+        # offloaded parameters live in main memory, their mesh on the GPU
+        mine.to_local().copy_(placed.to_local())
         return mine
     return value.to(parameter.device, copy=True)
 
 
 def fingerprint(config, tokenizer):
-    """What must agree between a checkpoint and the model and tokenizer a user names beside --resume."""
-    shape = {k: getattr(config, k, None) for k in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size", "tie_word_embeddings")}
-    return {"model": shape, "tokenizer": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()}
+    """What must agree between a checkpoint and the model that a user names beside --resume."""
+    shape = {name: getattr(config, name, None) for name in SHAPE}
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {"model": shape, "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()}
 
 
 def keep_lines(path, last_step):
-    """Drop the lines of a JSONL file that are later than `last_step` or not whole: a resumed run writes them again."""
+    """Drop the lines of a JSONL file that are later than `last_step` or not whole: a resumed run
+    writes them again."""
     if path.exists():
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():

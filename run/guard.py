@@ -1,14 +1,20 @@
-"""What keeps one bad number from ruining a run: refusing it, counting it, saying so; and stopping politely when asked to."""
+"""What keeps one bad number from ruining a run: refusing it, counting it, saying so; and stopping
+politely when asked to."""
 
 import math
 import signal
 
 ALARM_FACTOR = 4.0  # how far from its running mean a watched number may be before a line says so
-WATCHED = {"grad_norm": "gradient norm", "entropy": "entropy", "response_length": "answer length"}
+WATCHED = {
+    "grad_norm": "gradient norm",
+    "entropy": "entropy",
+    "response_length": "answer length",
+}
 
 
 class Guard:
-    """Non-finite losses and gradients never reach the optimiser; jumps are reported; bad steps in a row end the run."""
+    """Non-finite losses and gradients never reach the optimiser; jumps are reported; bad steps in a
+    row end the run."""
 
     def __init__(self, say):
         self.say, self.bad_in_a_row, self.means = say, 0, {}
@@ -16,7 +22,10 @@ class Guard:
     def accepts(self, loss, grad_norm):
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return True
-        self.say(f"warning: update skipped, loss {loss} and gradient norm {grad_norm}; the weights stay as they were")
+        self.say(
+            f"warning: update skipped, loss {loss} and gradient norm {grad_norm}; "
+            "the weights stay as they were"
+        )
         return False
 
     def bad_step(self, reason):
@@ -27,9 +36,13 @@ class Guard:
         """Compare the step with the running means of the steps before it."""
         self.bad_in_a_row = 0
         for key, name in WATCHED.items():
-            value, mean = metrics[key], self.means.get(key)
-            if mean is not None and metrics["step"] > 10 and mean > 1e-3 and not mean / ALARM_FACTOR < value < mean * ALARM_FACTOR:
-                self.say(f"alarm: {name} {value:.3g} at step {metrics['step']}, {value / mean:.1f} times its running mean {mean:.3g}; look at samples.jsonl, consider a lower --lr")
+            value, mean, step = metrics[key], self.means.get(key), metrics["step"]
+            known = mean is not None and step > 10 and mean > 1e-3
+            if known and not mean / ALARM_FACTOR < value < mean * ALARM_FACTOR:
+                self.say(
+                    f"alarm: {name} {value:.3g} at step {step}, {value / mean:.1f} times its "
+                    f"running mean {mean:.3g}; look at samples.jsonl, consider a lower --lr"
+                )
             self.means[key] = value if mean is None else 0.9 * mean + 0.1 * value
 
     def state(self):
@@ -40,7 +53,8 @@ class Guard:
 
 
 class StopRequest:
-    """While open, SIGINT and SIGTERM ask the run to finish its step, save and leave; a second SIGINT interrupts at once."""
+    """While open, SIGINT and SIGTERM ask the run to finish its step, save and leave; a second
+    SIGINT interrupts at once."""
 
     def __init__(self, say):
         self.say, self.asked, self.before = say, False, {}
@@ -58,4 +72,7 @@ class StopRequest:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        self.say(f"{signal.Signals(number).name}: finishing this step, then saving and leaving (Ctrl-C twice leaves at once)")
+        self.say(
+            f"{signal.Signals(number).name}: finishing this step, then saving and leaving "
+            "(Ctrl-C twice leaves at once)"
+        )

@@ -1,0 +1,142 @@
+"""Decoding without copies: buffers for keys and values, rows that move, draws into a buffer.
+
+Functions of the same names and signatures as the plain ones in sampling.py, and the same tokens.
+Shapes: R rows still in flight, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+
+class Drawn(NamedTuple):
+    """One step's tokens and what is kept of each, (R,)."""
+
+    token: Tensor
+    temperature: Tensor
+    logp: Tensor  # under the distribution it was drawn from
+    entropy: Tensor  # of the raw logits, in nats; NaN where nobody asked for it
+
+
+class _KeysAndValues(DynamicLayer):
+    """One layer's keys and values in a buffer of their final length: a step writes one token."""
+
+    def __init__(self, keys, values, repeats, room):
+        super().__init__()
+        self.filled, self.is_initialized = keys.shape[-2], True
+        self.buffers = [self._buffer(x, repeats, room) for x in (keys, values)]
+        self._show()
+
+    @staticmethod
+    def _buffer(x, repeats, room):
+        rows, heads, length, size = x.shape
+        buffer = x.new_empty(rows * repeats, heads, length + room, size)
+        buffer[:, :, :length] = x.repeat_interleave(repeats, 0)
+        return buffer
+
+    def _show(self):
+        self.keys, self.values = (b[:, :, : self.filled] for b in self.buffers)
+
+    def update(self, keys, values, *args, **kwargs):
+        end = self.filled + keys.shape[-2]
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[:, :, self.filled : end] = new
+        self.filled = end
+        self._show()
+        return self.keys, self.values
+
+    def fill_holes(self, holes, movers, count):
+        """Rows `movers` move into `holes`; the first `count` rows live on."""
+        self.buffers = [b.index_copy_(0, holes, b[movers])[:count] for b in self.buffers]
+        self._show()
+
+
+def repeat_cache(cache, repeats, room):
+    """Every row's keys and values `repeats` times, in buffers with room for `room` more tokens."""
+    cache.layers = [_KeysAndValues(x.keys, x.values, repeats, room) for x in cache.layers]
+
+
+def drop_finished(ended, cache, *per_row):
+    """Rows that ended leave the cache and each tensor of `per_row`: live rows from the back fill
+    their places, so that as many rows are copied as ended."""
+    keep = (~ended).nonzero().squeeze(1)
+    count = len(keep)
+    holes, movers = ended[:count].nonzero().squeeze(1), keep[keep >= count]
+    for layer in cache.layers:
+        layer.fill_holes(holes, movers, count)
+    order = torch.arange(count, device=ended.device)
+    order[holes] = movers
+    return [x[order] for x in per_row]
+
+
+class Draw:
+    """`sampling.draw`, with one buffer for the work of all steps of a rollout."""
+
+    def __init__(self):
+        self.buffer = None
+
+    def __call__(self, logits, temperature, uniform, measure_entropy=False):
+        if self.buffer is None:
+            self.buffer = torch.empty_like(logits)
+        buffer = self.buffer[: len(logits)]
+        entropy = torch.full_like(uniform, torch.nan)
+        if callable(temperature) or measure_entropy:
+            entropy = entropy_of(logits, buffer)
+        if callable(temperature):
+            heat = temperature(entropy)
+            logits = torch.div(logits, heat[:, None], out=buffer)
+        else:
+            heat = torch.full_like(uniform, temperature)
+            if temperature == 0:  # greedy: the distribution is a single token
+                token = logits.argmax(-1)
+                logp = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)
+                return Drawn(token, heat, logp, entropy)
+            if temperature != 1:
+                logits = torch.div(logits, temperature, out=buffer)
+        probs = torch.softmax(logits, -1, out=buffer)
+        token = invert_cdf(probs, uniform)
+        return Drawn(token, heat, probs.gather(-1, token[:, None]).squeeze(-1).log(), entropy)
+
+
+def entropy_of(logits, buffer=None):
+    """Entropy in nats of softmax(logits), (R, V) -> (R,). Logits of -inf have probability 0."""
+    probs = torch.softmax(logits, -1, out=buffer)
+    # H = log Z - E[logit], and the likeliest token says log Z = max logit - log max p
+    log_z = logits.amax(-1) - probs.amax(-1).log()
+    mean = probs.mul_(logits).sum(-1)
+    if not bool(mean.isfinite().all()):  # a masked id: keep 0 * -inf out of the mean
+        floor = torch.finfo(logits.dtype).min
+        mean = torch.linalg.vecdot(logits.softmax(-1), logits.clamp_min(floor))
+    return (log_z - mean).clamp_min(0)
+
+
+def invert_cdf(probs, uniform):
+    """The smallest index whose cumulative probability exceeds `uniform`; (R, V), (R,) -> (R,).
+
+    In two levels, blocks of about sqrt(V) and then inside the block drawn: two short cumulative
+    sums instead of one as long as the vocabulary, and no multinomial, which draws V random numbers
+    a row.
+    """
+    rows, size = probs.shape
+    block = max(1, round(size**0.5))
+    whole = size // block * block
+    sums = probs[:, :whole].unflatten(1, (-1, block)).sum(-1)
+    if whole < size:
+        sums = torch.cat([sums, probs[:, whole:].sum(-1, keepdim=True)], 1)
+    chosen, rest = _first_above(sums, uniform[:, None] * sums.sum(-1, keepdim=True))
+    inside = chosen * block + torch.arange(block, device=probs.device)
+    weights = probs.gather(1, inside.clamp_max(size - 1)).masked_fill(inside >= size, 0.0)
+    offset, _ = _first_above(weights, rest)
+    return (chosen * block + offset).squeeze(1).clamp_max(size - 1)
+
+
+def _first_above(weights, threshold):
+    """First index whose cumulative weight exceeds the threshold, and what of it is left: (R, 1)."""
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:]
+    # rounding may carry the threshold up to the total; below it, no index of weight 0 is chosen
+    threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, threshold, right=True).clamp_max(weights.shape[1] - 1)
+    return index, (threshold - (cumulative - weights).gather(1, index)).clamp_min(0)

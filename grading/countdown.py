@@ -1,0 +1,63 @@
+"""Countdown's expressions: read by a walk over a syntax tree that knows four operators, and drawn
+at random."""
+
+import ast
+import operator
+import re
+from fractions import Fraction
+
+LONGEST_EXPRESSION = 200  # characters
+
+EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: lambda a, b: a / b if b else None,
+}
+_APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+def evaluate_expression(text):
+    """(value, numbers used) of an expression over + - * / and brackets, or None.
+
+    Exact, bounded, never `eval`.
+    """
+    if len(text) > LONGEST_EXPRESSION or not EXPRESSION.fullmatch(text) or text.count("(") > 20:
+        return None
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    numbers = []
+
+    def value(node):
+        if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 10**6:
+            numbers.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            left, right = value(node.left), value(node.right)
+            if left is not None and right is not None:
+                return _OPERATORS[type(node.op)](left, right)
+        return None  # **, //, unary signs, names, calls: not part of the game
+
+    result = value(tree)
+    return None if result is None else (result, numbers)
+
+
+def random_expression(numbers, rng):
+    """(text, value) of a random expression with + - * over all the numbers, each used once.
+
+    With brackets where they are needed.
+    """
+    terms = [(str(n), "", n) for n in rng.sample(numbers, len(numbers))]
+    while len(terms) > 1:
+        left, right = terms.pop(rng.randrange(len(terms))), terms.pop(rng.randrange(len(terms)))
+        sign = rng.choice("+-*")
+        a, b = left[0], right[0]
+        if left[1] in ("+", "-") and sign == "*":
+            a = f"({a})"
+        if right[1] and (sign == "*" or (sign == "-" and right[1] in "+-")):
+            b = f"({b})"
+        terms.append((f"{a}{sign}{b}", sign, _APPLY[sign](left[2], right[2])))
+    return terms[0][0], terms[0][2]

@@ -1,0 +1,132 @@
+"""Opening a model folder: weights in float32, a tokenizer, and one clear line for whatever can be
+wrong with them."""
+
+import pathlib
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from program.errors import BadInput
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def check_device(name):
+    """BadInput unless torch knows the device and it is there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device {name}: must be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(
+            f"--device {name}: no such CUDA device is visible ({torch.cuda.device_count()} are); "
+            "use --device cpu"
+        )
+
+
+def load_config(name):
+    """The configuration of a causal language model, or BadInput."""
+    folder = pathlib.Path(name)
+    path_like = folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2
+    if not folder.is_dir() and (path_like or folder.parent.is_dir()):
+        raise BadInput(
+            f"--model {name}: no such folder; "
+            "give a Hugging Face model folder or a hub name such as Qwen/Qwen3-0.6B"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise BadInput(
+            f"--model {name}: the folder holds no config.json; "
+            "give a folder written by save_pretrained"
+        )
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds, the hub's among them
+        raise BadInput(
+            f"--model {name}: its configuration cannot be read ({_first_line(error)})"
+        ) from error
+    names = getattr(config, "architectures", None) or []
+    causal = not names or any(n.endswith(("CausalLM", "LMHeadModel")) for n in names)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
+        raise BadInput(
+            f"--model {name}: {', '.join(names) or config.model_type} is not a causal language "
+            "model; this project trains those only"
+        )
+    return config
+
+
+def load_tokenizer(name):
+    wrong = "the folder needs tokenizer.json or the files it is made from"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # noqa: BLE001 - as above
+        raise BadInput(
+            f"--model {name}: its tokenizer cannot be read ({_first_line(error)}); {wrong}"
+        ) from error
+    if not tokenizer("1").input_ids:  # the library makes an empty one where it finds no files
+        raise BadInput(
+            f"--model {name}: its tokenizer cannot be read (it has no vocabulary); {wrong}"
+        )
+    if not tokenizer.chat_template:
+        print(
+            "note: the tokenizer has no chat template; "
+            "prompts use the plain form 'Question: ... Answer:'"
+        )
+    return tokenizer
+
+
+def load_model(name, device="cpu", dtype=torch.float32):
+    """(model, tokenizer). Weights are float32 whatever the folder holds: AdamW at 1e-6 does not
+    move bfloat16 weights."""
+    load_config(name)
+    tokenizer = load_tokenizer(name)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # noqa: BLE001 - as above, and safetensors' own for a damaged file
+        raise BadInput(
+            f"--model {name}: its weights cannot be read ({_first_line(error)})"
+        ) from error
+    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise BadInput(
+            f"--model {name}: {len(wrong)} weights are missing or have another shape, "
+            f"first {wrong[0]}; they would start at random"
+        )
+    _check_vocabulary(name, model, tokenizer)
+    assert_tied(model)
+    return model.to(device), tokenizer
+
+
+def _check_vocabulary(name, model, tokenizer):
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise BadInput(
+            f"--model {name}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; "
+            "they do not belong together"
+        )
+    options = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    scaled = [k for k in options if getattr(model.config, k, None) not in (None, 1.0)]
+    if scaled or getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise BadInput(
+            f"--model {name}: its logits are more than hidden states times the unembedding "
+            f"({', '.join(scaled) or 'a bias'}); scoring would disagree with sampling"
+        )
+
+
+def assert_tied(model):
+    """Where the configuration ties the embeddings, input and output must be one tensor: after load,
+    sharding and resume."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.tie_word_embeddings and embedding.weight is not head.weight:
+        raise AssertionError(
+            "the configuration ties input and output embeddings, but they are two tensors"
+        )
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,45 @@
+"""How a run ends: with a model and its curves, or with the last good checkpoint and the reason."""
+
+import torch
+
+from program.errors import BadInput
+from run import checkpoint
+from run.report import samples_of, write_lines
+
+
+def finish(run):
+    """The trained model as final/, and the curves."""
+    weights, _ = checkpoint.gather(run)
+    if not run.world.main:
+        return
+    with checkpoint.disk_faults_in_one_line(run.out, "the final model", run.out / "final"):
+        checkpoint.save_model(run, run.out / "final", weights)
+    run.say(
+        f"done: {run.out / 'final'} holds the model, metrics.jsonl and samples.jsonl what happened"
+    )
+    try:
+        from scripts.curves import plot  # needs matplotlib, which is optional
+    except ImportError:
+        run.say(
+            "no curves.png without matplotlib: "
+            f"pip install matplotlib, then python scripts/curves.py {run.out}"
+        )
+    else:
+        run.say(f"curves: {plot([run.out])}")
+
+
+def give_up(run, step):
+    """Too many bad steps in a row: leave the last answers on disk and stop with BadInput."""
+    where, batch, options = run.out / f"bad-step-{step}.jsonl", run.last_batch, run.options
+    if batch is not None and run.world.main:
+        worst = torch.argsort(batch.rollout.logp.sum(1))[:32].tolist()
+        write_lines(where, samples_of(step, run, worst))
+    answers = (
+        f"the last answers are in {where}" if batch is not None else "no answer could be drawn"
+    )
+    newest = checkpoint.folders(run.out, step)[0]
+    raise BadInput(
+        f"{run.guard.bad_in_a_row} bad steps in a row (NaN or infinity), stopped at step {step}; "
+        f"the last good checkpoint is {newest}, {answers}. Lower --lr {options.lr:g} or "
+        f"--grad-clip {options.grad_clip:g} and start again from that checkpoint with --model"
+    )

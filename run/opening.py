@@ -1,0 +1,171 @@
+"""Opening a run: model, data and folder, new or where it stopped; and what it says of itself."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import torch
+
+import internals
+from program.errors import BadInput
+from program.models import load_config, load_model, load_tokenizer
+from run import checkpoint
+from run.guard import Guard
+from run.state import Run
+from sampling import eos_ids_of
+from scale import memory, shard
+from tasks import fit_context, load_problems, read_problems
+
+
+def open_run(options, world):
+    """(run, step it stands at): the newest whole checkpoint of an old run; or a new run, None."""
+    shard.check_world(options, world)
+    say = print if world.main else lambda *args, **kwargs: None
+    out = pathlib.Path(options.out)
+    found = checkpoint.newest_whole(out, say) if options.resume else None
+    if options.resume and found is None:
+        say(f"no whole checkpoint in {out}: starting from the beginning")
+    source = str(found or options.model)
+    config = load_config(source)
+    if options.resume and found:
+        check_fingerprint(options, found)
+
+    policy, tokenizer = open_policy(options, source, world)
+    items, held_out = load_data(options, tokenizer, config, say)
+    run = Run(
+        options=options,
+        world=world,
+        policy=policy,
+        actor=shard.make_actor(policy, world),
+        reference=open_reference(options, world) if options.needs_reference else None,
+        tokenizer=tokenizer,
+        eos_ids=eos_ids_of(policy, tokenizer),
+        items=items,
+        held_out=held_out,
+        out=out,
+        guard=Guard(say),
+    )
+    run.optimizer = run.make_optimizer()
+    if not run.eos_ids:
+        say(
+            "note: neither the model nor the tokenizer names an end-of-sequence token; "
+            "answers end at --max-new-tokens only"
+        )
+    step = checkpoint.restore(run, found) if found else None
+    describe(run, config, say)
+    if world.main:
+        prepare_folder(options, out, -1 if step is None else step)
+    return run, step
+
+
+def open_policy(options, source, world):
+    """(model, tokenizer), ready to be trained."""
+    if world.sharded:
+        policy = shard.shard_model(source, world, options.offload)
+        tokenizer = load_tokenizer(source)
+    else:
+        policy, tokenizer = load_model(source, world.device)
+    if options.gradient_checkpointing:
+        # its name from transformers 5.20 on
+        older = policy.gradient_checkpointing_enable
+        getattr(policy, "activation_checkpointing_enable", older)({"use_reentrant": False})
+    policy.train()
+    no_dropout(policy)
+    internals.decoder_body(policy)
+    if options.bupo_layer and options.bupo_layer != "auto":
+        internals.check_layer(policy, int(options.bupo_layer))
+    return policy, tokenizer
+
+
+def open_reference(options, world):
+    """The initial model, never trained."""
+    if world.sharded:
+        reference = shard.shard_model(options.model, world, options.offload)
+    else:
+        reference, _ = load_model(options.model, world.device)
+    return reference.requires_grad_(False)
+
+
+def check_fingerprint(options, found):
+    """--model beside --resume, or a folder copied together from two runs: model and tokenizer must
+    be the checkpoint's."""
+    started_with = json.loads((pathlib.Path(options.out) / "config.json").read_text())["model"]
+    if options.model == started_with and not pathlib.Path(options.model).exists():
+        return  # a hub's, or moved away since: the checkpoint holds everything that is needed
+    stored = json.loads((found / "run.json").read_text())["fingerprint"]
+    config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    current = checkpoint.fingerprint(config, tokenizer)
+    for part in ("model", "tokenizer"):
+        if stored[part] != current[part]:
+            raise BadInput(
+                f"--resume: {found} was made with another {part} than --model {options.model}; "
+                "name the model the run was started with, or another --out"
+            )
+
+
+def load_data(options, tokenizer, config, say):
+    """([(problem, prompt ids)] to train on, held-out problems).
+
+    Prompts that leave no room for an answer are dropped and counted.
+    """
+    if options.eval_data:
+        train_set = read_problems(options.data)
+        held_out = read_problems(options.eval_data, "--eval-data")
+    else:
+        train_set, held_out = load_problems(
+            options.task, options.data or None, options.difficulty, held_out=options.eval_prompts
+        )
+    cap = options.max_new_tokens
+    items = fit_context(train_set, tokenizer, config, cap, say)
+    return items, [problem for problem, _ in fit_context(held_out, tokenizer, config, cap, say)]
+
+
+def no_dropout(policy):
+    """Old and new log-probabilities must come from one function: dropout would make every ratio a
+    random number."""
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
+def prepare_folder(options, out, step):
+    """The run's folder with its options; lines of metrics and samples later than `step` go."""
+    if options.overwrite and (out / "config.json").exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(dataclasses.asdict(options), indent=1) + "\n"
+    checkpoint.write_file(out / "config.json", config)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        checkpoint.keep_lines(out / name, step)
+
+
+def describe(run, config, say):
+    """What is trained on what, in which sizes; BadInput if it cannot fit the device."""
+    options, cuda = run.options, run.world.device.type == "cuda"
+    prompt = max(len(ids) for _, ids in run.items[:1000])
+    need = memory.estimate(config, options, prompt, run.world.size, cuda)
+    memory.check_fit(need, config, options, prompt, run.world.device)
+    peak = need.peak / memory.GIB
+    say(
+        f"{options.algo} on {options.data or options.task}: {len(run.items)} questions to train "
+        f"on, {len(run.held_out)} held out; {options.model}, {need.parameters / 1e6:.2f} M "
+        f"parameters, {internals.layer_count(run.policy)} layers"
+    )
+    answers = options.micro_batch or options.answers_per_update // run.world.size
+    one_pass = f"{options.micro_tokens} tokens" if options.micro_tokens else f"{answers} answers"
+    say(
+        f"a step: {options.prompts_per_step} prompts x {options.answers_per_prompt} answers = "
+        f"{options.answers_per_step}, {options.updates_per_rollout} updates of "
+        f"{options.answers_per_update} answers, in passes of {one_pass}; "
+        f"{run.world.size} process(es)"
+    )
+    say(
+        f"weights and moments {str(next(run.policy.parameters()).dtype)[6:]}, compute "
+        f"{'bfloat16 autocast' if cuda else 'float32'} on {run.world.device}; peak memory about "
+        f"{peak:.2f} GiB a process (--estimate: its parts on a GPU)"
+    )
+    _, ids = run.items[0]
+    say(f"the first prompt ({len(ids)} tokens):\n{run.tokenizer.decode(ids)}\n")

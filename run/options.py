@@ -1,0 +1,304 @@
+"""Every setting of a run, the command line made of them, and one line for each that cannot work."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from dataclasses import dataclass
+
+import torch
+
+from losses import GROUP_RULES
+from program.command import OneLineParser
+from program.errors import BadInput
+from program.models import check_device
+from tasks import BUILT_IN, FILE_CAP, default_cap
+
+COMPARISONS = ["none", "forking", "archer", "entropy-advantage", "edge"]
+TASKS = "; ".join(f"{name}: {task.help}" for name, task in sorted(BUILT_IN.items()))
+CAPS = ", ".join(f"{task.cap} {name}" for name, task in sorted(BUILT_IN.items()))
+
+
+def opt(default, help, choices=None):
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every setting of a run, saved with it as config.json. Symbols are the papers'."""
+
+    # what is trained, and on what
+    model: str = opt("assets/tiny-qwen3", "Hugging Face folder or hub name")
+    task: str = opt("countdown", f"built-in task; {TASKS}", sorted(BUILT_IN))
+    difficulty: int = opt(None, "level of the built-in task; default its first")
+    data: str = opt("", "JSONL or parquet file of questions instead of a built-in task")
+    eval_data: str = opt("", "file of held-out questions; default: some rows of --data")
+    reward: str = opt("lenient", "which verdict is the reward", ["strict", "lenient"])
+    out: str = opt("", "output folder; default runs/ALGO-TASK")
+    resume: bool = opt(False, "continue the run in --out where its newest whole checkpoint stands")
+    overwrite: bool = opt(False, "delete the run that --out already holds")
+    seed: int = opt(0, "every random draw follows from it (the split of the questions is fixed)")
+    steps: int = opt(120, "rollout batches")
+    device: str = opt("", "cpu or cuda; default cuda where there is one")
+    plain: bool = opt(False, "the readable version of everything in fast/ (for small models)")
+
+    # the batch
+    prompts_per_step: int = opt(32, "P, prompts a step")
+    answers_per_prompt: int = opt(8, "G, answers a prompt")
+    updates_per_rollout: int = opt(4, "optimiser steps on one batch of answers")
+    micro_batch: int = opt(0, "sequences in one pass; 0: all at once (never changes the result)")
+    micro_tokens: int = opt(0, "instead of --micro-batch: tokens in one pass, padding included")
+    max_new_tokens: int = opt(None, f"length cap of an answer; default {CAPS}, {FILE_CAP} files")
+    temperature: float = opt(1.0, "T_base")
+    dynamic_sampling: bool = opt(False, "replace groups whose rewards are all equal (DAPO)")
+    max_rounds: int = opt(3, "rounds of dynamic sampling; then train on what there is")
+    overlong_buffer: int = opt(0, "DAPO's soft punishment over so many last tokens; 0: off")
+
+    # the objective
+    algo: str = opt(
+        "hapo",
+        "grpo: clip 0.2/0.2, sequence mean; dapo: clip-higher 0.2/0.28, token mean; "
+        "hapo: dapo and the four parts",
+        ["grpo", "dapo", "hapo"],
+    )
+    adaptive_temperature: bool = opt(True, "HAPO A: temperature by token entropy (Eq. 8)")
+    token_group_average: bool = opt(True, "HAPO B: token-level group average (Eq. 9)")
+    advantage_redistribution: bool = opt(True, "HAPO C: advantage redistribution (Eq. 10-11)")
+    adaptive_clip: bool = opt(True, "HAPO D: asymmetric adaptive clipping (Eq. 12-13)")
+    released: bool = opt(False, "as HAPO's released code where it departs from the paper's text")
+    advantage: str = opt("grpo", "group rule where HAPO's B is off", sorted(GROUP_RULES))
+    rho: float = opt(0.8, "rho, quantile of the entropy pivot")
+    tau: float = opt(None, "tau of the adaptive temperature; default 0.05 bounded, 0.1 zscore")
+    temperature_form: str = opt("bounded", "form of Eq. 8", ["bounded", "zscore"])
+    clip_low: float = opt(0.2, "eps_low")
+    clip_high: float = opt(None, "eps_high; default 0.2 grpo, 0.28 dapo and hapo")
+    dual_clip: float = opt(0.0, "c > 1: a token with A < 0 costs at most -c A; 0: off (papers: 10)")
+    loss_mean: str = opt(
+        "", "default: sequence for grpo, token otherwise", ["token", "sequence", "fixed"]
+    )
+    kl: float = opt(0.0, "coefficient of the k3 KL to the initial model (phase 2)")
+    comparison: str = opt("none", "another use of entropy, for comparison", COMPARISONS)
+
+    # BuPO
+    bupo_layer: str = opt("", "align this layer's policy first: 1 ... L, or auto: the boundary")
+    bupo_steps: int = opt(30, "s_inter, steps of the first phase")
+    bupo_norm: bool = opt(False, "final norm on the internal policy too")
+    bupo_arm: str = opt(
+        "align",
+        "align: BuPO; comparison arms: freeze layers 1 ... l in the first phase, or layer-lr: "
+        "upper layers learn at 0.1 x lr",
+        ["align", "freeze", "layer-lr"],
+    )
+    diagnose_every: int = opt(0, "log similarity, KL and entropy of the layers; 0: never")
+
+    # the optimiser
+    lr: float = opt(1e-4, "AdamW; 1e-6 is the papers' for 1.5B to 14B")
+    weight_decay: float = opt(0.1, "AdamW")
+    warmup_steps: int = opt(10, "linear warm-up")
+    grad_clip: float = opt(1.0, "largest gradient norm")
+    gradient_checkpointing: bool = opt(False, "less memory, a third more time")
+    offload: bool = opt(False, "with torchrun: weights, gradients and moments in main memory")
+    estimate: bool = opt(False, "print the memory the run would need and stop; loads no weights")
+
+    # looking at it
+    eval_prompts: int = opt(512, "held-out answers an evaluation")
+    eval_every: int = opt(30, "steps; step 0 and the last are always evaluated")
+    save_every: int = opt(1, "steps between checkpoints: what a killed run may lose")
+    keep: int = opt(2, "checkpoints that are kept")
+    max_bad_steps: int = opt(5, "stop after so many steps in a row with NaN or infinity")
+
+    @property
+    def answers_per_step(self):
+        return self.prompts_per_step * self.answers_per_prompt
+
+    @property
+    def answers_per_update(self):
+        return self.answers_per_step // self.updates_per_rollout
+
+    @property
+    def needs_reference(self):
+        """Whether anything asks for the initial model's log-probabilities."""
+        return self.kl > 0
+
+
+def parse(argv, description):
+    """Options from the command line, a resumed run's config.json, and each other."""
+    given = vars(_parser(description).parse_args(argv))
+    options = Options(**given)
+    name = pathlib.Path(options.data).stem if options.data else options.task
+    options = dataclasses.replace(options, out=options.out or f"runs/{options.algo}-{name}")
+    held = pathlib.Path(options.out) / "config.json"
+    taken = held.exists() and not options.estimate
+    if taken and "prompts_per_step" not in held.read_text(errors="replace"):
+        raise BadInput(
+            f"--out {options.out}: holds something that is not a run (its config.json is another "
+            "program's); name another folder"
+        )
+    if taken and options.resume:
+        return complete(resumed_options(held, given, options))
+    options = complete(options)  # a setting that cannot work is named before the folder is
+    if taken and not options.overwrite:
+        raise BadInput(
+            f"--out {options.out}: already holds a run; --resume continues it, --overwrite deletes "
+            "it, or name another folder"
+        )
+    return options
+
+
+def _parser(description):
+    parser = OneLineParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    for f in dataclasses.fields(Options):
+        flag, text = flag_of(f.name), f.metadata["help"]
+        if f.type is bool:
+            on = f" (default {f.default})"
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text + on)
+            continue
+        if f.default not in ("", 0, None):
+            text += f" (default {f.default})"
+        parser.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=text)
+    return parser
+
+
+def flag_of(name):
+    return f"--{name.replace('_', '-')}"
+
+
+MAY_CHANGE = {  # on resume: these change no result
+    *("steps", "device", "plain", "micro_batch", "micro_tokens", "gradient_checkpointing"),
+    *("offload", "eval_every", "save_every", "keep", "max_bad_steps", "diagnose_every"),
+    *("resume", "overwrite", "out", "model"),
+}
+
+
+def resumed_options(held, given, options):
+    """A resumed run's own options; those given again must agree, unless they change no result."""
+    try:
+        stored = json.loads(held.read_text())
+    except ValueError as error:
+        raise BadInput(f"{held}: not a run's config.json ({error})") from None
+    names = {f.name for f in dataclasses.fields(Options)}
+    if not names <= stored.keys():
+        raise BadInput(
+            f"--resume: the run in {options.out} is of an older version of this code (no "
+            f"{min(names - stored.keys())} in its config.json) and cannot be continued; start a "
+            "new one in another --out, from a checkpoint of it with --model"
+        )
+    for key, value in given.items():
+        if key not in MAY_CHANGE and stored[key] != value:
+            raise BadInput(
+                f"{flag_of(key)} {value}: the run in {options.out} was started with "
+                f"{stored[key]}; leave the option out, or start a new run in another --out"
+            )
+    kept = {name: stored[name] for name in names}
+    changed = {name: value for name, value in given.items() if name in MAY_CHANGE}
+    return Options(**kept | changed | {"resume": True, "overwrite": False})
+
+
+def complete(options):
+    """Fill in the defaults that depend on other options, and refuse what cannot work."""
+    grpo = options.algo == "grpo"
+    defaults = dict(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        loss_mean="sequence" if grpo else "token",
+        max_new_tokens=default_cap(options.task, options.data),
+        difficulty=None if options.data else next(iter(BUILT_IN[options.task].levels)),
+        clip_high=0.2 if grpo else 0.28,
+        tau=0.1 if options.temperature_form == "zscore" else 0.05,
+    )
+    missing = {k: v for k, v in defaults.items() if getattr(options, k) in (None, "")}
+    options = dataclasses.replace(options, **missing)
+    check_ranges(options)
+    for wrong, name, why in impossible(options):
+        if wrong:
+            raise BadInput(f"{flag_of(name)} {getattr(options, name)}: {why}")
+    check_device(options.device)
+    return options
+
+
+AT_LEAST = dict.fromkeys(
+    "micro_batch micro_tokens warmup_steps diagnose_every overlong_buffer seed".split(), 0
+) | dict.fromkeys(
+    "steps prompts_per_step updates_per_rollout max_new_tokens max_rounds eval_prompts eval_every "
+    "save_every keep max_bad_steps bupo_steps".split(),
+    1,
+)
+WITHIN = dict(
+    rho=(0, 1),
+    tau=(0, 0.9),
+    clip_low=(0, 1),
+    clip_high=(0, 10),
+    temperature=(0.05, 10),
+    lr=(0, 1),
+    weight_decay=(0, 10),
+    grad_clip=(1e-8, 1e8),
+    kl=(0, 100),
+)
+
+
+def check_ranges(options):
+    for name, low in AT_LEAST.items():
+        if getattr(options, name) < low:
+            raise BadInput(f"{flag_of(name)} {getattr(options, name)}: must be at least {low}")
+    for name, (low, high) in WITHIN.items():
+        value = getattr(options, name)
+        if not low <= value <= high:
+            raise BadInput(f"{flag_of(name)} {value}: must lie between {low:g} and {high:g}")
+
+
+def impossible(options):
+    """(is it so, option, what to do) of settings that cannot work together."""
+    o = options
+    P, G, updates = o.prompts_per_step, o.answers_per_prompt, o.updates_per_rollout
+    layer = o.bupo_layer and o.bupo_layer != "auto"
+    token_average = o.algo == "hapo" and o.token_group_average
+    yield (
+        G < 2,
+        "answers_per_prompt",
+        f"{o.algo} compares the answers to one prompt, so it needs at least 2",
+    )
+    yield (
+        P % updates,
+        "prompts_per_step",
+        f"must be a multiple of --updates-per-rollout {updates}, so that every update holds whole "
+        "groups",
+    )
+    yield (
+        o.micro_batch and o.answers_per_update % o.micro_batch,
+        "micro_batch",
+        f"must divide the {o.answers_per_update} answers of an update ({P} x {G} / {updates})",
+    )
+    both = o.micro_batch and o.micro_tokens
+    yield both, "micro_tokens", "give --micro-batch or --micro-tokens, not both"
+    yield o.dual_clip and not o.dual_clip > 1, "dual_clip", "must be larger than 1, or 0 for none"
+    longer = o.overlong_buffer > o.max_new_tokens
+    yield longer, "overlong_buffer", f"longer than --max-new-tokens {o.max_new_tokens}"
+    yield (
+        o.advantage != "grpo" and token_average,
+        "advantage",
+        "HAPO's B is a group rule of its own; add --no-token-group-average or another --algo",
+    )
+    yield (
+        o.eval_data and not o.data,
+        "eval_data",
+        "goes with --data; built-in tasks hold out problems of their own",
+    )
+    yield (
+        layer and not o.bupo_layer.isdecimal(),
+        "bupo_layer",
+        "must be auto or a layer from 1 to the model's last",
+    )
+    yield (
+        o.bupo_layer and o.bupo_steps >= o.steps,
+        "bupo_steps",
+        f"the first phase must be shorter than the run (--steps {o.steps})",
+    )
+    yield (
+        o.diagnose_every and not o.bupo_layer,
+        "diagnose_every",
+        "needs --bupo-layer, the layer to compare the others with",
+    )

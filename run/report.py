@@ -1,0 +1,294 @@
+"""What a run says of itself: metrics.jsonl, samples.jsonl, console lines, held-out accuracy."""
+
+import time
+
+import torch
+
+import internals
+from evaluate import sample_answers, summarise, valid_json
+from grading.latex import LATEX
+from run.state import seed_of
+from scale import shard
+
+
+class Stopwatch:
+    """Seconds of each part of a step, by name."""
+
+    def __init__(self):
+        self.seconds, self._since = {}, time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.seconds[name], self._since = now - self._since, now
+
+
+@torch.no_grad()
+def weight_sample(policy):
+    """About a thousand entries of every weight, to see what share of them a step really changes."""
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in policy.parameters()]
+    return torch.cat([p.flatten()[:: max(1, p.numel() // 1000)].cpu() for p in local])
+
+
+def tally(batch):
+    """Sums over the answers of a batch; verdicts as they are before any length penalty."""
+    rollout, right = batch.rollout, batch.right
+    groups, done = right.view(-1, rollout.group_size), rollout.finished
+    sums = {
+        "all_right": groups.all(1),
+        "all_wrong": ~groups.any(1),
+        "right": right,
+        "strict": batch.strict,
+        "lenient": batch.lenient,
+        "finished": done,
+        "finished_right": right[done],
+        "finished_tokens": rollout.lengths[done],
+        "tokens": rollout.lengths,
+    }
+    sums = {name: int(values.sum()) for name, values in sums.items()}
+    return {"answers": len(right), "groups": len(groups), **sums}
+
+
+def step_metrics(step, run, batch, layer, trained_entropy, updates, weights_before, clock):
+    """The line of metrics.jsonl. Shares of tokens are over every token of every update."""
+    counts = run.total(batch.counts)
+    mask = batch.rollout.mask
+
+    def over_tokens(values):
+        return (run.world.sum((values * mask).sum()) / run.world.sum(mask.sum())).item()
+
+    metrics = {
+        "step": step,
+        "phase": "full" if layer is None else "internal",
+        **answer_metrics(counts),
+        "entropy": over_tokens(batch.entropy),
+        "temperature": over_tokens(batch.rollout.temperature),
+        **update_metrics(updates),
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "weights_changed": share_changed(run, weights_before),
+        "latex_failures": LATEX.failures,
+        "tokens_per_second": counts["tokens"] / clock.seconds["generate"],
+        **{f"seconds_{name}": seconds for name, seconds in clock.seconds.items()},
+    }
+    if layer is None:
+        metrics["logp"] = over_tokens(batch.old_logp)
+    else:  # phase 1: both policies, each under its own name
+        metrics["layer"] = layer
+        metrics["logp"] = over_tokens(batch.rollout.logp)
+        metrics["internal_entropy"] = over_tokens(trained_entropy)
+        metrics["internal_logp"] = over_tokens(batch.old_logp)
+    return metrics
+
+
+def answer_metrics(counts):
+    """What the answers of a step were like, those of groups that were replaced included."""
+    answers, finished = counts["answers"], max(1, counts["finished"])
+    metrics = {
+        "reward": counts["right"] / answers,
+        "strict": counts["strict"] / answers,
+        "lenient": counts["lenient"] / answers,
+        "response_length": counts["tokens"] / answers,
+        "finished_length": counts["finished_tokens"] / finished,
+        "finished_accuracy": counts["finished_right"] / finished,
+        "clipped_ratio": 1 - counts["finished"] / answers,
+        "groups": int(counts["groups"]),
+        "dead_groups": int(counts["all_right"] + counts["all_wrong"]),
+        "all_right": int(counts["all_right"]),
+        "all_wrong": int(counts["all_wrong"]),
+    }
+    if "not_filled" in counts:
+        metrics["not_filled"] = int(counts["not_filled"])
+    return metrics
+
+
+def update_metrics(updates):
+    """What the updates of a step did; tokens of updates that were not made do not count."""
+    tokens = max(1, sum(u.tokens for u in updates))
+    first = updates[0]
+    return {
+        "loss": sum(u.loss for u in updates) / len(updates),
+        "grad_norm": sum(u.grad_norm for u in updates) / len(updates),
+        "ratio_max": max(u.ratio_max for u in updates),
+        "clip_low": sum(u.clip_low for u in updates) / tokens,
+        "clip_high": sum(u.clip_high for u in updates) / tokens,
+        "kl_old": sum(u.kl_old for u in updates) / tokens,
+        "outside_before_update": first.outside / max(1, first.tokens),
+        "updates": sum(u.outcome == "applied" for u in updates),
+        "skipped_updates": sum(u.outcome == "skipped" for u in updates),
+        "dead_updates": sum(u.outcome == "dead" for u in updates),
+    }
+
+
+def share_changed(run, weights_before):
+    changed = weight_sample(run.policy) != weights_before
+    return (run.world.sum(changed.double().sum()) / run.world.sum(len(changed))).item()
+
+
+def console_line(m, options):
+    seconds = {part: m[f"seconds_{part}"] for part in ("generate", "score", "update")}
+    parts = [
+        f"step {m['step']:>{len(str(options.steps))}}/{options.steps}"
+        + (f" layer {m['layer']}" if m["phase"] == "internal" else ""),
+        f"reward {m['reward']:.3f}",
+        f"loss {m['loss']:+.4f}",
+        f"grad {m['grad_norm']:.2f}",
+        f"entropy {m['entropy']:.3f}",
+        f"length {m['response_length']:.1f}",
+        f"dead {m['dead_groups']}/{m['groups']} ({m['all_right']} right, {m['all_wrong']} wrong)",
+        f"{sum(seconds.values()):.2f} s = "
+        + " + ".join(f"{s:.2f} {part}" for part, s in seconds.items())
+        + f", {m['tokens_per_second']:.0f} tok/s",
+    ]
+    if "eval_accuracy" in m:
+        parts.append(f"held-out {m['eval_accuracy']:.3f} (greedy {m['eval_greedy']:.3f})")
+    return "  ".join(parts)
+
+
+def held_out(run, step):
+    """Accuracy on held-out questions: sampled at T = 1, and greedy.
+
+    Questions are repeated if they are fewer than asked for.
+    """
+    options, name = run.options, f"evaluating step {step}"
+    shard.refresh_actor(run.actor, run.policy)
+    asked = [run.held_out[i % len(run.held_out)] for i in range(options.eval_prompts)]
+    seed = seed_of(options.seed, "held out")
+    sampled = evaluate_over(run, asked, 1.0, seed, f"{name}, sampled")
+    greedy = evaluate_over(run, run.held_out[: options.eval_prompts], 0.0, 0, f"{name}, greedy")
+    return {
+        "eval_accuracy": getattr(sampled, options.reward),
+        "eval_greedy": getattr(greedy, options.reward),
+        "eval_strict": sampled.strict,
+        "eval_lenient": sampled.lenient,
+        "eval_error": getattr(sampled, options.reward + "_error"),
+        "eval_finished": sampled.finished,
+        "eval_length": sampled.length,
+    }
+
+
+def evaluate_over(run, problems, temperature, seed, name):
+    """Accuracy of one answer to each problem, over all processes."""
+    options, world = run.options, run.world
+    problems = world.mine(problems)
+    answers = run.together(
+        sample_answers,
+        run.actor,
+        run.tokenizer,
+        problems,
+        1,
+        options.max_new_tokens,
+        run.eos_ids,
+        temperature,
+        seed + world.rank,
+        rows_at_once=max(1, options.answers_per_step // world.size),
+        progress=name if world.main else None,
+        plain=options.plain,
+    )
+    by_question = {}  # a question that was asked twice is one question with two answers
+    rows = [(p.question, row) for p, row in zip(problems, answers)]
+    for part in world.gather_objects(rows):
+        for question, row in part:
+            by_question.setdefault(question, []).extend(row)
+    return summarise(list(by_question.values()))
+
+
+def samples_of(step, run, rows=(0, 1)):
+    """A few answers of the last batch, readable: verdict, entropy and temperature of each token."""
+    batch, rollout = run.last_batch, run.last_batch.rollout
+    # a batch that was refused before it was scored has the sampler's entropy alone
+    entropy = rollout.entropy if batch.entropy is None else batch.entropy
+    for row in rows:
+        n, problem = int(rollout.lengths[row]), batch.problems[row // rollout.group_size]
+        yield {
+            "step": step,
+            "question": problem.question,
+            "truth": problem.answer,
+            "answer": batch.texts[row],
+            "reward": float(batch.rewards[row]),
+            "finished": bool(rollout.finished[row]),
+            "tokens": [run.tokenizer.decode([t]) for t in rollout.tokens[row, :n].tolist()],
+            "entropy": [round(x, 4) for x in entropy[row, :n].tolist()],
+            "temperature": [round(x, 4) for x in rollout.temperature[row, :n].tolist()],
+        }
+
+
+def first_look(run):
+    """Before training: held-out accuracy, the pass rate on training prompts, what to expect."""
+    options, seed = run.options, seed_of(run.options.seed, "probe")
+    metrics = {"step": 0, **held_out(run, 0)}
+    probe, G = [p for p, _ in run.items[:64]], options.answers_per_prompt
+    look = evaluate_over(run, probe, options.temperature, seed, "pass rate of 64 prompts")
+    rate = getattr(look, options.reward)
+    live = 1 - rate**G - (1 - rate) ** G
+    metrics |= {"pass_rate": rate, "expected_live_groups": live}
+    run.say(
+        f"before training: held-out {metrics['eval_accuracy']:.3f} sampled, "
+        f"{metrics['eval_greedy']:.3f} greedy (strict {metrics['eval_strict']:.3f}, lenient "
+        f"{metrics['eval_lenient']:.3f}); pass rate of {len(probe)} training prompts {rate:.3f}, "
+        f"so about {live:.0%} of the groups will have both right and wrong answers"
+    )
+    if not 0.05 <= rate <= 0.95:
+        never = rate < 0.05
+        run.say(
+            f"warning: the model is almost {'never' if never else 'always'} right on this task; "
+            f"groups that are all {'wrong' if never else 'right'} teach nothing (expected live "
+            f"groups {live:.1%}). Try "
+            f"{'an easier task, a stronger model' if never else 'a harder task'} or more "
+            "--answers-per-prompt"
+        )
+    if metrics["eval_finished"] < 0.8:
+        run.say(
+            f"warning: {1 - metrics['eval_finished']:.0%} of the answers reach --max-new-tokens "
+            f"{options.max_new_tokens} and are cut; a cut answer is rarely right"
+        )
+    run.say(
+        "a loss near 0 is right: advantages are centred and the ratio starts at 1. What shows "
+        "learning is a gradient norm above 0, few dead groups, and a rising held-out accuracy."
+    )
+    if run.world.main:
+        write_lines(run.out / "metrics.jsonl", [metrics])
+
+
+def diagnose(run):
+    """BuPO's diagnostics on a fixed set of answers, those of the first step they are asked for.
+
+    Sharded: process 0's.
+    """
+    if run.diagnosed is None:
+        run.diagnosed = run.last_batch.rollout.with_response_mask(32)
+    answers, vocab = run.diagnosed, run.vocab_size
+    cosine, kl = internals.layer_similarity(run.policy, *answers, run.layer, vocab)
+    entropy = internals.internal_entropy(run.policy, *answers, vocab)
+    perplexity = internals.perplexity(run.policy, *answers, vocab)
+    shard.reshard(run.policy)
+    return {
+        "diagnose_cosine": cosine.tolist(),
+        "diagnose_kl": kl.tolist(),
+        "diagnose_layer_change": entropy.layer_change.tolist(),
+        "diagnose_policy_entropy": entropy.policy.item(),
+        "diagnose_perplexity": perplexity,
+    }
+
+
+def record(step, metrics, bad, run):
+    """One step's lines: on the console, in metrics.jsonl and in samples.jsonl."""
+    options = run.options
+    if bad:
+        run.guard.bad_step(bad)
+    else:
+        run.guard.good_step(metrics)
+        run.say(console_line(metrics, options))
+        if metrics.get("not_filled"):
+            run.say(
+                f"warning: after {options.max_rounds} rounds of dynamic sampling "
+                f"{metrics['not_filled']} of {options.prompts_per_step} groups are still all right "
+                "or all wrong; training on the others"
+            )
+    if run.world.main:
+        write_lines(run.out / "metrics.jsonl", [metrics])
+        if "reward" in metrics:
+            write_lines(run.out / "samples.jsonl", samples_of(step, run))
+
+
+def write_lines(path, rows):
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(valid_json(row) + "\n" for row in rows)

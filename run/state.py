@@ -1,0 +1,160 @@
+"""What lives from step to step of a run, and what a step asks of it.
+
+`train.py` is written as if there were one process: whatever concerns several of them, the device or
+the cut into passes is behind the methods of Run.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import random
+from dataclasses import dataclass
+
+import torch
+
+import bupo
+import hapo
+from program.errors import NonFinite
+from run.guard import Guard
+from run.options import Options
+from scale.shard import World
+
+
+@dataclass(kw_only=True)
+class Run:
+    """`drawn`, `layer`, `sampler_stats`, `diagnosed` and the guard are saved with checkpoints."""
+
+    options: Options
+    world: World  # the processes of this run; usually one
+    policy: torch.nn.Module
+    actor: torch.nn.Module  # draws the answers: on a CPU the policy itself, else a replica of it
+    reference: torch.nn.Module | None  # the initial model, where an option needs it
+    tokenizer: object
+    eos_ids: list
+    items: list  # (problem, prompt ids) to train on
+    held_out: list  # problems
+    out: pathlib.Path
+    guard: Guard
+    optimizer: torch.optim.Optimizer = None
+    tokenizer_files: dict = dataclasses.field(default_factory=dict)  # as checkpoints hold them
+    drawn: int = 0  # prompts drawn so far: the position in the data
+    layer: int = None  # BuPO's layer
+    sampler_stats: hapo.EntropyStats = None  # of the last batch: the next one is sampled with them
+    diagnosed: tuple = None  # the fixed answers of --diagnose-every
+    last_batch: object = None  # the last that was drawn
+
+    def say(self, text):
+        if self.world.main:
+            print(text, flush=True)
+
+    @property
+    def vocab_size(self):
+        """Ids from here on only pad the model's vocabulary."""
+        return len(self.tokenizer)
+
+    def draw_items(self):
+        """The next P (problem, prompt): the data in a new random order every epoch."""
+        items, size = [], len(self.items)
+        for i in range(self.drawn, self.drawn + self.options.prompts_per_step):
+            epoch, place = divmod(i, size)
+            items.append(self.items[_permutation(size, self.options.seed, epoch)[place]])
+        self.drawn += len(items)
+        return self.world.mine(items)
+
+    def uniform(self, step, attempt):
+        """The random numbers of a round of sampling, (max_new_tokens, B): the same whatever the
+        number of processes, each takes the columns of its own answers."""
+        options = self.options
+        shape = (options.max_new_tokens, options.prompts_per_step, options.answers_per_prompt)
+        generator = torch.Generator().manual_seed(seed_of(options.seed, step, attempt))
+        draws = torch.rand(shape, generator=generator)
+        return draws[:, self.world.rank :: self.world.size].flatten(1)
+
+    def together(self, function, *args, **kwargs):
+        """function(...); a NonFinite in one process is raised in all, so that none waits."""
+        return self.world.together(NonFinite, function, *args, **kwargs)
+
+    def passes(self, rollout, rows):
+        """The forward passes over some rows, as (rows, weight). Weight 0 marks a pass that only
+        keeps other processes company: a sharded model needs all of them."""
+        options = self.options
+        parts = micro_batches(rollout, rows, options.micro_batch, options.micro_tokens)
+        return self.world.even(parts)
+
+    def autocast(self):
+        """bfloat16 products on a GPU, float32 on a CPU."""
+        cuda = self.world.device.type == "cuda"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=cuda)
+
+    def backward(self, loss):
+        """Sharded gradients are averaged over processes; times their number, the mean is a sum."""
+        (loss * self.world.size).backward()
+
+    def check_finite(self, values, what):
+        """NonFinite, in every process, if one of them holds a NaN or an infinity."""
+        if self.world.any(not values.isfinite().all()):
+            raise NonFinite(f"{what} is NaN or infinite")
+
+    def total(self, numbers):
+        """A dictionary of numbers, summed over processes."""
+        sums = self.world.sum(torch.tensor(list(numbers.values()), dtype=torch.float64))
+        return dict(zip(numbers, sums.tolist()))
+
+    def make_optimizer(self):
+        """AdamW in float32. BuPO's first phase needs nothing special: a weight without a gradient
+        is passed by, decay and moments included."""
+        options = self.options
+        groups = [{"params": list(self.policy.parameters()), "lr": options.lr}]
+        if self.layer is not None and options.bupo_arm == "layer-lr":  # BuPO 7: a comparison arm
+            groups = bupo.layerwise_groups(self.policy, self.layer, options.lr)
+        for group in groups:
+            group["peak_lr"] = group["lr"]
+        decay = options.weight_decay
+        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=decay, fused=True)
+
+    def state(self):
+        """What a checkpoint keeps beside weights and moments, as JSON."""
+        return {
+            "drawn": self.drawn,
+            "layer": self.layer,
+            "sampler_stats": self.sampler_stats and [float(x) for x in self.sampler_stats],
+            "guard": self.guard.state(),
+            "diagnosed": self.diagnosed and [x.tolist() for x in self.diagnosed],
+        }
+
+    def restore(self, state):
+        def tensors(values):
+            return (torch.tensor(x, device=self.world.device) for x in values)
+
+        stats, diagnosed = state["sampler_stats"], state["diagnosed"]
+        self.drawn, self.layer = state["drawn"], state["layer"]
+        self.sampler_stats = stats and hapo.EntropyStats(*tensors(stats))
+        self.diagnosed = diagnosed and tuple(tensors(diagnosed))
+        self.guard.restore(state["guard"])
+
+
+def micro_batches(rollout, rows, sequences=0, tokens=0):
+    """Cut rows into lists of at most `sequences` rows, or of at most `tokens` tokens, padding
+    included; 0: no limit."""
+    rows = list(rows)
+    if not tokens:
+        size = sequences or len(rows)
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+    lengths, prompt, parts = rollout.lengths.tolist(), rollout.prompt.shape[1], [[]]
+    for row in sorted(rows, key=lengths.__getitem__):  # neighbours of like length: little padding
+        if parts[-1] and (len(parts[-1]) + 1) * (prompt + lengths[row]) > tokens:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(size, seed, epoch):
+    return random.Random(seed_of(seed, "epoch", epoch)).sample(range(size), size)
+
+
+def seed_of(*parts):
+    """A random seed that is a function of its arguments, the same on every machine: randomness
+    without state, so a resumed run need not restore any."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
