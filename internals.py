@@ -273,7 +273,7 @@ def internal_entropy(
         total = sums if total is None else [t + s for t, s in zip(total, sums)]
         count += len(own)
     if not count:
-        raise ValueError("internal entropies need a response token behind another token")
+        raise ValueError("internal entropies need at least one response token behind another")
     return InternalEntropy(*((t / count).cpu() for t in total))
 
 

@@ -373,7 +373,7 @@ def update(batch: Batch, rows: list[int], layer: int | None, run: Run) -> Update
         per_token, seen, highest = policy_loss(logp, batch, part, options)
         loss = mean_loss(per_token, batch.loss_mask[part], tokens, responses, options) * weight
         run.backward(loss)
-        for name, value in (seen | {"loss": loss}).items():
+        for name, value in (seen | {"loss": loss.detach()}).items():
             sums[name] = sums.get(name, 0.0) + float(value) * weight
         ratio_max = max(ratio_max, highest)
     sums, ratio_max = run.total(sums), float(run.world.max(ratio_max))

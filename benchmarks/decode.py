@@ -12,8 +12,7 @@ import torch
 from common import AutoModelForCausalLM, AutoTokenizer, in_turn, median, qwen3, ratio
 
 from hapo import EntropyStats, adaptive_temperature
-from sampling import eos_ids_of, generate
-from scale.rollout import pad_prompts
+from sampling import eos_ids_of, generate, pad_prompts
 from tasks import read_problems, render_prompt
 
 STATS = EntropyStats(*map(torch.tensor, (-0.5, 1.0, 1.0, -3.0)))

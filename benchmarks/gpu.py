@@ -14,8 +14,9 @@ import torch
 from common import Qwen2Config
 
 import train
+from run import options
 from sampling import generate
-from scale import memory, options
+from scale import memory
 
 SHAPES = {
     "0.5b": dict(

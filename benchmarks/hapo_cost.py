@@ -12,8 +12,9 @@ import tempfile
 from common import in_turn, median, ratio
 
 import train
-from scale import options, shard
-from scale.run import open_run
+from run import options
+from run.opening import open_run
+from scale import shard
 
 
 def main():

@@ -8,7 +8,8 @@ import dataclasses
 from common import Qwen2Config
 from gpu import SHAPES
 
-from scale import memory, options
+from run import options
+from scale import memory
 
 
 def main():

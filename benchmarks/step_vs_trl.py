@@ -15,8 +15,9 @@ import time
 from common import AutoTokenizer, median, qwen3, ratio
 
 import train
-from scale import options, shard
-from scale.run import open_run
+from run import options
+from run.opening import open_run
+from scale import shard
 from tasks import Grade, load_problems, render_prompt
 
 TINY = str(pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen3")

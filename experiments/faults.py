@@ -14,7 +14,7 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from scale.checkpoint import newest_whole  # noqa: E402
+from run.checkpoint import newest_whole  # noqa: E402
 
 SMALL = [
     "--prompts-per-step",

@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from program.errors import BadInput
 from scale.shard import whole
 
-
 SHAPE = (
     "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
     "intermediate_size vocab_size tie_word_embeddings"

@@ -8,10 +8,11 @@ import torch
 from tqdm import tqdm
 
 from internals import boundary_layer, decoder_body, internal_entropy
+from program.command import OneLineParser
+from program.errors import BadInput
+from program.models import check_device, load_model
 from sampling import Rollout, eos_ids_of, generate
-from scale.load import check_device, fit_context, load_model
-from scale.options import OneLineParser
-from tasks import BUILT_IN, BadInput, load_problems, read_problems, render_prompt
+from tasks import BUILT_IN, fit_context, load_problems, read_problems, render_prompt
 
 
 def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):

@@ -23,8 +23,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from evaluate import sample_answers, summarise  # noqa: E402
+from grading.countdown import evaluate_expression, random_expression
 from sampling import eos_ids_of  # noqa: E402
-from tasks import evaluate_expression, load_problems, random_expression, render_prompt  # noqa: E402
+from tasks import load_problems, render_prompt  # noqa: E402
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -7,7 +7,7 @@ from conftest import random_model
 from bupo import boundary_or_fallback, layerwise_groups, lower_layers, target_layer
 from internals import layer_hidden, unembedding
 from losses import clipped_surrogate, masked_mean, token_logprobs_and_entropy
-from tasks import BadInput
+from program.errors import BadInput
 
 IDS = torch.randint(4, 50, (2, 8), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(2, 8, dtype=torch.long)

@@ -9,6 +9,7 @@ import transformers
 from conftest import TINY, checkpoint_layers, random_model
 
 import internals
+from fast import lines
 from internals import (
     boundary_layer,
     internal_entropy,
@@ -19,9 +20,10 @@ from internals import (
     residual_stream,
     unembedding,
 )
-from scale.rollout import Rollout, position_ids
+from program.errors import BadInput
+from run.state import micro_batches
+from sampling import Rollout, position_ids
 from scripts import internal_report
-from tasks import BadInput
 
 IDS = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
 LEFT, RIGHT = torch.ones(3, 9, dtype=torch.long), torch.ones(3, 9, dtype=torch.long)
@@ -166,7 +168,7 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, 
     (expected * weight).sum().backward()
     grads = [None if p.grad is None else p.grad.clone() for p in any_model.parameters()]
     any_model.zero_grad()
-    monkeypatch.setattr(internals, "answers_to_a_line", lambda *sizes: together)
+    monkeypatch.setattr(lines, "answers_to_a_line", lambda *sizes: together)
     states = internals.answer_states(any_model, ROLLOUT, rows, layer, layer is None)
     torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
     (states * weight).sum().backward()
@@ -189,7 +191,7 @@ def test_a_shared_prompt_runs_once():
 
 def test_answers_to_a_line():
     """k = sqrt(S (6 D + S)) / T makes (S / k + T) (6 D + S + k T) least; long answers stand alone."""
-    f, (S, T, D) = internals.answers_to_a_line, (17, 12, 96)
+    f, (S, T, D) = lines.cheapest_share, (17, 12, 96)
     assert (
         f([16, 16], S, T, D)
         == 8
@@ -217,7 +219,7 @@ def test_no_pass_holds_more_tokens_than_asked_for():
     model.get_input_embeddings().register_forward_hook(
         lambda m, args, out: seen.append(args[0].numel())
     )
-    parts = rollout.micro_batches(range(96), tokens=700)
+    parts = micro_batches(rollout, range(96), tokens=700)
     for part in parts:
         internals.answer_states(model, rollout, part)
     assert (

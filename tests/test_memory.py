@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 from conftest import TINY, random_model
 
-import losses
-from scale import memory, options, run
-from scale.load import load_config
-from tasks import BadInput
+from fast.logprobs import LOGIT_CHUNK_BYTES
+from program.errors import BadInput
+from program.models import load_config
+from run import opening, options
+from scale import memory
 
 
 def some_options(*more):
@@ -94,7 +95,7 @@ def test_a_chunk_of_logits_has_a_fixed_size():
     config = load_config(TINY)
     config.vocab_size = 151_936
     e = memory.estimate(config, some_options("--max-new-tokens", "512"), prompt_tokens=512)
-    assert e.logits < 3 * losses.LOGIT_CHUNK_BYTES + 4 * 151_936 * config.hidden_size + 1
+    assert e.logits < 3 * LOGIT_CHUNK_BYTES + 4 * 151_936 * config.hidden_size + 1
 
 
 def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypatch):
@@ -115,4 +116,4 @@ def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypat
         BadInput,
         match="this run needs 0.. GiB and the device has 0.0; try --gradient-checkpointing",
     ):
-        run.describe(fake, load_config(TINY), print)
+        opening.describe(fake, load_config(TINY), print)

@@ -1,5 +1,6 @@
-"""The decoder: fake models whose answers are known, then real architectures against their own full forward pass."""
+"""The decoder, plain and fast: fake models whose answers are known, then real architectures."""
 
+import functools
 import math
 
 import pytest
@@ -7,56 +8,73 @@ import torch
 import transformers
 from conftest import checkpoint_layers, random_model
 
+import sampling
+from fast import cpu, decoding
 from losses import token_logprobs_and_entropy
+from run.state import micro_batches
 from sampling import (
     AdaptiveTemperature,
     NonFinite,
     Rollout,
-    draw,
     entropy_of,
     eos_ids_of,
     generate,
-    invert_cdf,
+    position_ids,
 )
-from scale import cpu
-from scale.rollout import position_ids
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
+WAYS = dict(argvalues=[True, False], ids=["plain", "fast"])
 
 
 def full_logits(model, ids):
-    """The logits after every prefix of one unpadded sequence, from a single forward pass without cache."""
+    """The logits after every prefix of one unpadded sequence, from one pass without cache."""
     with torch.no_grad():
         return model.eval()(torch.tensor([ids])).logits[0].float()
 
 
-# ------------------------------------------------------------------------------------------------------- drawing
+@pytest.fixture(params=WAYS["argvalues"], ids=WAYS["ids"])
+def decode(request):
+    return functools.partial(generate, plain=request.param)
 
 
-def test_draw_by_hand():
+# ----------------------------------------------------------------------------------------- drawing
+
+
+@pytest.fixture(params=WAYS["argvalues"], ids=WAYS["ids"])
+def draw(request):
+    return sampling.draw if request.param else decoding.Draw()
+
+
+@pytest.fixture(params=WAYS["argvalues"], ids=WAYS["ids"])
+def invert_cdf(request):
+    return sampling.invert_cdf if request.param else decoding.invert_cdf
+
+
+def test_draw_by_hand(draw):
     # probabilities 1/4, 1/2, 1/4: u below 0.25 gives 0, below 0.75 gives 1, the rest 2
     logits = torch.tensor([[1.0, 2.0, 1.0]]).log().repeat(5, 1)
-    token, (heat, logp, entropy) = draw(logits, 1.0, torch.tensor([0.0, 0.24, 0.26, 0.74, 0.99]))
-    assert token.tolist() == [0, 0, 1, 1, 2]
-    assert logp.exp().tolist() == pytest.approx([0.25, 0.25, 0.5, 0.5, 0.25])
-    assert (heat == 1).all() and entropy.isnan().all()
+    drawn = draw(logits, 1.0, torch.tensor([0.0, 0.24, 0.26, 0.74, 0.99]))
+    assert drawn.token.tolist() == [0, 0, 1, 1, 2]
+    assert drawn.logp.exp().tolist() == pytest.approx([0.25, 0.25, 0.5, 0.5, 0.25])
+    assert (drawn.temperature == 1).all() and drawn.entropy.isnan().all()
 
 
-def test_draw_at_a_temperature_is_softmax_of_scaled_logits():
+def test_draw_at_a_temperature_is_softmax_of_scaled_logits(draw):
     logits, uniform = torch.randn(4, 7), torch.rand(4)
-    token, (heat, logp, _) = draw(logits, 0.5, uniform)
-    torch.testing.assert_close(
-        logp, (logits / 0.5).log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)
-    )
+    drawn = draw(logits, 0.5, uniform)
+    scaled = (logits / 0.5).log_softmax(-1)
+    torch.testing.assert_close(drawn.logp, scaled.gather(-1, drawn.token[:, None]).squeeze(-1))
     adaptive = draw(logits, lambda h: torch.full_like(h, 0.5), uniform)
-    assert torch.equal(adaptive[0], token)
-    torch.testing.assert_close(
-        adaptive[1][2], torch.distributions.Categorical(logits=logits).entropy()
-    )
+    assert torch.equal(adaptive.token, drawn.token)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(adaptive.entropy, entropy)
+    measured = draw(logits, 0.5, uniform, measure_entropy=True)
+    assert torch.equal(measured.token, drawn.token)
+    torch.testing.assert_close(measured.entropy, entropy)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 97, 1000])
-def test_inverse_cdf_against_a_loop(size):
+def test_inverse_cdf_against_a_loop(size, invert_cdf):
     probs, uniform = torch.rand(200, size).double().softmax(-1), torch.rand(200).double()
     probs[:, size // 2] = 0 if size > 2 else probs[:, size // 2]
     probs = probs / probs.sum(-1, keepdim=True)
@@ -65,48 +83,47 @@ def test_inverse_cdf_against_a_loop(size):
         assert below <= u + 1e-12 and u < below + row[token] + 1e-12 and row[token] > 0
 
 
-def test_a_token_of_probability_zero_is_never_drawn_even_at_the_edge():
+def test_a_token_of_probability_zero_is_never_drawn_even_at_the_edge(invert_cdf):
     probs = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0, 0.0]])
     edge = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float32).clamp_max(1 - 2**-24)
     assert invert_cdf(probs, edge).item() == 3 and invert_cdf(probs, torch.zeros(1)).item() == 1
 
 
-def test_frequencies_are_those_of_the_softmax():
+def test_frequencies_are_those_of_the_softmax(draw):
     logits = torch.randn(1, 30) * 2
-    tokens = draw(logits.expand(200_000, -1), 1.0, torch.rand(200_000))[0]
+    tokens = draw(logits.expand(200_000, -1), 1.0, torch.rand(200_000)).token
     share = torch.bincount(tokens, minlength=30) / 200_000
     assert (share - logits.softmax(-1)[0]).abs().max() < 0.005
 
 
-def test_entropy_of_masked_logits():
-    assert entropy_of(torch.tensor([[0.0, 0.0, -torch.inf]])).item() == pytest.approx(
-        math.log(2), abs=1e-6
-    )
+@pytest.mark.parametrize("entropy_of", [sampling.entropy_of, decoding.entropy_of])
+def test_entropy_of_masked_logits(entropy_of):
+    entropy = entropy_of(torch.tensor([[0.0, 0.0, -torch.inf]]))
+    assert entropy.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_a_buffer_changes_nothing():
+def test_the_draw_of_a_later_step_is_a_draw_of_its_own():
+    """The buffer of a rollout's first step serves the others: it leaves no trace in them."""
     logits, uniform = torch.randn(4, 7), torch.rand(4)
     logits[1, 3] = -torch.inf
-    buffer, rule = torch.full((6, 7), 5.0), lambda h: 0.5 + h
+    used, rule = decoding.Draw(), lambda h: 0.5 + h
+    used(torch.full((6, 7), 5.0), rule, torch.rand(6))
     for temperature in (1.0, 0.7, 0, rule):
         before = logits.clone()
-        (a, drawn_a), (b, drawn_b) = (
-            draw(logits, temperature, uniform),
-            draw(logits, temperature, uniform, buffer[:4]),
-        )
-        assert torch.equal(a, b) and torch.equal(logits, before)
-        for x, y in zip(drawn_a, drawn_b):
+        a, b = decoding.Draw()(logits, temperature, uniform), used(logits, temperature, uniform)
+        assert torch.equal(a.token, b.token) and torch.equal(logits, before)
+        for x, y in zip(a, b):
             torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
     by_hand = torch.distributions.Categorical(logits=logits[[0, 2, 3]]).entropy()
-    torch.testing.assert_close(draw(logits, rule, uniform)[1][2][[0, 2, 3]], by_hand)
+    torch.testing.assert_close(used(logits, rule, uniform).entropy[[0, 2, 3]], by_hand)
 
 
 # ------------------------------------------------------------------------------------------------------ decoding
 
 
-def test_matches_the_full_forward_pass(any_model):
+def test_matches_the_full_forward_pass(any_model, decode):
     """Every token's log-probability and entropy, for prompts of unequal length, equal those of an uncached, unpadded pass."""
-    rollout = generate(
+    rollout = decode(
         any_model,
         PROMPTS,
         3,
@@ -128,8 +145,8 @@ def test_matches_the_full_forward_pass(any_model):
         torch.testing.assert_close(rollout.logp[b, :n], logp, atol=1e-4, rtol=1e-4)
 
 
-def test_greedy_matches_generate(any_model):
-    rollout = generate(any_model, PROMPTS, 1, 8, eos_ids=[3], temperature=0)
+def test_greedy_matches_generate(any_model, decode):
+    rollout = decode(any_model, PROMPTS, 1, 8, eos_ids=[3], temperature=0)
     for prompt, answer in zip(PROMPTS, rollout.answers()):
         theirs = (
             any_model.eval()
@@ -164,9 +181,9 @@ class Chain(torch.nn.Module):
         return out
 
 
-def test_rows_leave_when_they_end_and_every_eos_counts():
+def test_rows_leave_when_they_end_and_every_eos_counts(decode):
     model = Chain()
-    rollout = generate(model, [[1], [5], [3, 3, 6]], 1, 8, eos_ids=[2, 4])
+    rollout = decode(model, [[1], [5], [3, 3, 6]], 1, 8, eos_ids=[2, 4])
     assert rollout.answers() == [[7, 8, 9, 2], [2], [10, 11, 4]]
     assert rollout.finished.all() and rollout.lengths.tolist() == [4, 1, 3]
     assert rollout.mask[1].tolist() == [
@@ -179,20 +196,20 @@ def test_rows_leave_when_they_end_and_every_eos_counts():
     assert model.calls == [([1, 5, 6], [0, 0, 2]), ([7, 10], [1, 3]), ([8, 11], [2, 4]), ([9], [3])]
 
 
-def test_dropping_rows_changes_no_other_row(any_model):
+def test_dropping_rows_changes_no_other_row(any_model, decode):
     """With and without an end id that some rows meet: the rows that never meet it draw the same tokens."""
     draws = torch.rand(10, 12, generator=torch.Generator().manual_seed(1))
-    free = generate(any_model, PROMPTS, 4, 10, eos_ids=[], uniform=draws)
+    free = decode(any_model, PROMPTS, 4, 10, eos_ids=[], uniform=draws)
     stop = int(free.tokens[0, 2])
-    dropped = generate(any_model, PROMPTS, 4, 10, eos_ids=[stop], uniform=draws)
+    dropped = decode(any_model, PROMPTS, 4, 10, eos_ids=[stop], uniform=draws)
     for whole, cut in zip(free.answers(), dropped.answers()):
         end = whole.index(stop) + 1 if stop in whole else len(whole)
         assert cut == whole[:end]
     assert dropped.finished.any() and not free.finished.any()
 
 
-def test_length_cap_is_not_an_end(any_model):
-    rollout = generate(any_model, [[5]], 2, 3, eos_ids=[])
+def test_length_cap_is_not_an_end(any_model, decode):
+    rollout = decode(any_model, [[5]], 2, 3, eos_ids=[])
     assert rollout.tokens.shape == (2, 3) and rollout.mask.all() and not rollout.finished.any()
 
 
@@ -202,11 +219,11 @@ def test_pad_equal_to_eos_is_trained_on():
     assert rollout.mask.tolist() == [[True, True, True]] and rollout.answers() == [[0, 5, 3]]
 
 
-def test_padded_vocabulary_is_never_drawn():
+def test_padded_vocabulary_is_never_drawn(decode):
     model = random_model(vocab=50)
     with torch.no_grad():
         model.lm_head.weight[40:] *= 100  # padding rows with the largest logits
-    rollout = generate(model, PROMPTS, 8, 10, vocab_size=40)
+    rollout = decode(model, PROMPTS, 8, 10, vocab_size=40)
     assert rollout.tokens.max() < 40
     ids, mask, predicts = rollout.sequences(list(range(24)))
     hidden = model.model(
@@ -218,27 +235,27 @@ def test_padded_vocabulary_is_never_drawn():
     torch.testing.assert_close(logp, rollout.logp[rollout.mask], atol=1e-4, rtol=1e-4)
 
 
-def test_generation_config_does_not_leak():
+def test_generation_config_does_not_leak(decode):
     model = random_model()
-    want = generate(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0))
+    want = decode(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0))
     model.generation_config = transformers.GenerationConfig(
         do_sample=True, top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1
     )
     assert torch.equal(
-        generate(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0)).tokens,
+        decode(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0)).tokens,
         want.tokens,
     )
 
 
-def test_training_mode_and_checkpointing_do_not_change_answers():
+def test_training_mode_and_checkpointing_do_not_change_answers(decode):
     """model.generate in train() mode with checkpointing drops the cache; ours must not, and must put the modes back."""
     model = random_model(vocab=384)
     model.eval()
-    want = generate(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
+    want = decode(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
     checkpoint_layers(model)
     model.train()
     model.model.norm.eval()
-    got = generate(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
+    got = decode(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logp, want.logp)
     assert (
         model.training
@@ -265,14 +282,14 @@ def test_the_product_for_few_rows_is_the_product(rows, monkeypatch):
         assert not any("forward" in vars(m) for m in net)
 
 
-def test_non_finite_logits_are_refused():
+def test_non_finite_logits_are_refused(decode):
     model = random_model()
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(NonFinite, match="position 0"):
-        generate(model, PROMPTS, 1, 4)
+        decode(model, PROMPTS, 1, 4)
     with pytest.raises(ValueError, match="at least one token"):
-        generate(random_model(), [[1], []], 1, 4)
+        decode(random_model(), [[1], []], 1, 4)
 
 
 # ------------------------------------------------------------------------------------------------------- rollouts
@@ -300,13 +317,13 @@ def test_select_and_join_keep_rows_together():
 
 def test_micro_batches_cover_every_row_once():
     rollout = Rollout.of_answers([[1, 1]] * 6, [[5] * n for n in (1, 9, 2, 8, 3, 7)])
-    assert rollout.micro_batches(range(6), sequences=4) == [[0, 1, 2, 3], [4, 5]]
-    parts = rollout.micro_batches(range(6), tokens=20)
+    assert micro_batches(rollout, range(6), sequences=4) == [[0, 1, 2, 3], [4, 5]]
+    parts = micro_batches(rollout, range(6), tokens=20)
     assert sorted(sum(parts, [])) == list(range(6))
     assert all(
         len(p) * (2 + max((1, 9, 2, 8, 3, 7)[r] for r in p)) <= 20 or len(p) == 1 for p in parts
     )
-    assert rollout.micro_batches([1], tokens=3) == [
+    assert micro_batches(rollout, [1], tokens=3) == [
         [1]
     ]  # one answer longer than the limit still goes through
 

@@ -13,8 +13,8 @@ from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
 import train
+from program.errors import BadInput
 from scale.shard import check_world
-from tasks import BadInput
 
 # HAPO with BuPO, unequal micro-batches, layers checkpointed: an aligned step at layer 2 and a full one lie behind the resume
 OPTIONS = [

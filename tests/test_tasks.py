@@ -8,21 +8,11 @@ from fractions import Fraction
 import pytest
 
 import tasks
-from scale.latex import LATEX
-from tasks import (
-    BadInput,
-    Grade,
-    Problem,
-    evaluate_expression,
-    grade,
-    last_number,
-    load_problems,
-    only_number,
-    parse_number,
-    random_expression,
-    read_problems,
-    render_prompt,
-)
+from grading.countdown import evaluate_expression, random_expression
+from grading.latex import LATEX
+from grading.numbers import last_number, only_number, parse_number
+from program.errors import BadInput
+from tasks import Grade, Problem, grade, load_problems, read_problems, render_prompt
 
 EIGHT = Problem("q", "8")
 GAME = Problem("q", "16", "countdown", (3, 5, 2))

@@ -13,13 +13,15 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 
-import internals
 import train
 from evaluate import Accuracy, Answer
-from scale import checkpoint, options, report
-from scale.run import open_run
+from fast import lines
+from program.command import run_main
+from program.errors import BadInput
+from run import checkpoint, options, report
+from run.opening import open_run
 from scale.shard import World
-from tasks import BadInput, Grade, Problem
+from tasks import Grade, Problem
 
 FAST = [
     "--prompts-per-step",
@@ -241,7 +243,7 @@ def test_micro_batches_change_no_gradient(tmp_path, gradients, algo, monkeypatch
     )
     for i, extra in enumerate(settings):
         if i == len(settings) - 1:
-            monkeypatch.setattr(internals, "answers_to_a_line", lambda *sizes: 1)
+            monkeypatch.setattr(lines, "answers_to_a_line", lambda *sizes: 1)
         run(
             tmp_path / str(i),
             "--model",
@@ -278,11 +280,11 @@ def one_update(tmp_path):
             options.parse([*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], ""), World("cpu")
         )
         batch = train.collect(1, run)
-        logp, batch.entropy = train.score(run.policy, batch, None, run)
+        logp, batch.entropy = train.score(run.policy, batch.rollout, None, run)
         batch.old_logp = logp - shift
         batch.advantages, batch.h = (x * torch.ones_like(logp) for x in (advantage, h))
         batch.ref_logp = None if ref is None else logp + ref
-        return train.update(run, batch, list(range(16)), None)["loss"]
+        return train.update(batch, list(range(16)), None, run).loss
 
     return loss
 
@@ -336,14 +338,15 @@ def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
         lambda *args, **kwargs: [[Answer("", Grade(g, g), 3, True)] for g in grades],
     )
     fake = SimpleNamespace(
-        options=SimpleNamespace(max_new_tokens=4, answers_per_step=8),
+        options=SimpleNamespace(max_new_tokens=4, answers_per_step=8, plain=False),
+        together=lambda function, *args, **kwargs: function(*args, **kwargs),
         world=World("cpu"),
         actor=None,
         tokenizer=None,
         eos_ids=[],
     )
     a, b = Problem("a", "1"), Problem("b", "1")
-    result = report.evaluate_over(fake.world, fake, [a, b, b, a], 1.0, 0, "")
+    result = report.evaluate_over(fake, [a, b, b, a], 1.0, 0, "")
     # a: right, wrong; b: right, wrong. Both means are 1/2, so their standard error is 0 (as four answers it would be 0.29)
     assert result.lenient == 0.5 and result.lenient_error == 0
 
@@ -631,8 +634,8 @@ def test_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
 def test_broken_weights_end_the_run(tmp_path, monkeypatch):
     original = train.update
 
-    def update(run, *args):
-        result = original(run, *args)
+    def update(batch, rows, layer, run):
+        result = original(batch, rows, layer, run)
         with torch.no_grad():
             run.policy.model.norm.weight[0] = torch.nan
         return result
@@ -685,7 +688,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch, l
 
 
 def test_guard_alarms():
-    from scale.guard import Guard
+    from run.guard import Guard
 
     said = []
     guard = Guard(said.append)
@@ -819,7 +822,7 @@ def test_damaged_weights_are_one_line(real_verdicts, tiny_folder, tmp_path, caps
     tensors["model.norm.weight"][0] = torch.nan
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit) as stop:
-        options.run_main(lambda: run(tmp_path / "run", "--model", broken))
+        run_main(lambda: run(tmp_path / "run", "--model", broken))
     assert (
         stop.value.code == 2 and "weights are damaged" in capsys.readouterr().err.splitlines()[-1]
     )
