@@ -60,8 +60,7 @@ def entropy_stats(entropy: Tensor, mask: Tensor, rho: float = 0.8) -> EntropySta
     """Eq. 5: pivot and spread of the log-entropy over the valid tokens of one rollout batch.
 
     entropy, mask (B, T), entropy of the *old* policy. The pivot is the nearest-rank quantile:
-    position round(rho (n - 1)) of the n sorted values, halves to even. Computed once per rollout
-    batch; the same numbers serve every update of that batch and the sampler of the next one.
+    position round(rho (n - 1)) of the n sorted values, halves to even.
     """
     if not 0 <= rho <= 1:
         raise ValueError(f"rho is a quantile and must lie in [0, 1], not {rho}")
@@ -80,9 +79,8 @@ def modulation(
 ) -> Tensor:
     """Eq. 6: h = (x - pivot) / h_max above the pivot, (x - pivot) / |h_min| below.
 
-    In [-1, 1], high entropy positive, low entropy negative. Any shape; 0 where `mask` is 0. The
-    clamp only bites when the statistics come from another batch, as in the sampler.
-    released: the sign of the lower branch is turned (departure 1).
+    In [-1, 1], low entropy negative; 0 where `mask` is 0. Any shape. The clamp only bites when the
+    statistics come from another batch. released: the lower branch's sign is turned (departure 1).
     """
     h = log_entropy(entropy) - stats.pivot
     below = h / stats.h_min if released else -h / stats.h_min  # h and h_min are both negative here
@@ -103,9 +101,8 @@ def adaptive_temperature(
         bounded (published runs)   T = base (1 + tau h)
         zscore  (as printed)       T = max(base (1 + tau z), base / 10),   z = (x - pivot) / sigma
 
-    entropy any shape; stats are the previous batch's, or None for the first batch, which is sampled
-    at `base`. released: the sign of the lower branch is turned (bounded form): sure tokens are
-    heated.
+    entropy any shape; stats are the previous batch's, None for the first, which is sampled at
+    `base`. released: sure tokens are heated (bounded form).
     """
     if stats is None:
         return torch.zeros_like(entropy) + base
@@ -128,10 +125,9 @@ def token_group_advantages(
 
         A[b, t] = (R[b] - mu) / (s + 1e-6),   mu and s (population) over all valid tokens
 
-    A long response weighs more than a short one, and the advantages of a group sum to 0 over its
-    tokens. rewards (B,), mask (B, T); returns (B, T), 0 at padding and in groups whose rewards are
-    all equal. divide_by_std=False leaves out the division (Dr. GRPO's choice).
-    released: a group with some |A| >= 5 gets its GRPO advantages instead (departure 3).
+    So a long response weighs more, and a group's advantages sum to 0 over its tokens. rewards (B,),
+    mask (B, T); returns (B, T), 0 at padding and where all rewards of a group are equal.
+    released: a group with some |A| >= 5 gets its GRPO advantages (departure 3).
     """
     groups = split_groups(rewards, group_size)
     weight = mask.to(rewards.dtype).sum(1).view_as(groups)  # tokens of each response
@@ -163,10 +159,9 @@ def redistribute_advantages(
     """C, Eq. 10-11: A (1 + h) for uncertain tokens that moved and for sure tokens that did not.
 
     That is, where h > 0 outside the neutral zone [1 - clip_low / 2, 1 + clip_high / 2], and where
-    h <= 0 inside it; A elsewhere. Uncertain tokens that moved learn more, sure tokens that did not
-    move learn less. All (B, T), the bounds numbers or (B, T). The ratio enters by comparison only:
-    no gradient. released: the zone is open, and the caller hands in the adapted bounds
-    (departure 2).
+    h <= 0 inside it; A elsewhere. The first learn more, the second less. All (B, T), the bounds
+    numbers or (B, T); no gradient. released: the zone is open, and the caller hands in the adapted
+    bounds (departure 2).
     """
     ratio, advantages = ratio.detach(), advantages.detach()
     low, high = 1 - clip_low / 2, 1 + clip_high / 2

@@ -75,18 +75,15 @@ def unembedding(model: nn.Module) -> Tensor:
 
 @contextlib.contextmanager
 def _cut(model: nn.Module, layer: int | None, norm: bool) -> Iterator[None]:
-    """While open, the model's forward runs layers 1 ... layer, norms if asked to, and returns
-    hidden states as `logits`.
-
-    Modules are swapped, not copied: masks, positions, rotary embeddings, gradient checkpointing and
-    sharding hooks stay the model's own, for any architecture that walks through `layers`.
-    """
-    body, head = decoder_body(model), model.get_output_embeddings()
+    """While open, the model runs layers 1 ... layer, norms if asked to, and its `logits` are hidden
+    states. Modules are swapped, not copied: masks, positions, rotary embeddings, checkpointing and
+    sharding stay the model's own, for any architecture that walks through `layers`."""
+    body, head = model.base_model, model.get_output_embeddings()
     layers, final_norm = body.layers, body.norm
-    layer = len(layers) if layer is None else layer
-    check_layer(model, layer)
+    if layer is not None:
+        check_layer(model, layer)
     try:
-        if layer < len(layers):
+        if layer is not None and layer < len(layers):
             body.layers = layers[:layer]
         if not norm:
             body.norm = nn.Identity()
@@ -106,15 +103,11 @@ def policy_hidden(
 ) -> Tensor:
     """The states a policy unembeds: layer `layer`'s (default: the last), normed or not, (B, S, D).
 
-    Differentiable. policy_hidden(model, ids, mask) @ unembedding(model).T are the model's own
-    logits. The call goes through the model itself, so FSDP's root and checkpointing see an ordinary
-    forward pass; no logits are made.
+    policy_hidden(model, ids, mask) @ unembedding(model).T are the model's own logits.
     """
     mask, positions = attention_mask, position_ids(attention_mask)
     if bool((mask[:, :-1] >= mask[:, 1:]).all()) and bool(mask[:, 0].all()):
-        # padding on the right alone: a causal model never looks there, and its fast path is the one
-        # without mask and positions
-        mask = positions = None
+        mask = positions = None  # padding on the right alone: a causal model never looks there
     with _cut(model, layer, norm):
         return model(input_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
 
@@ -129,8 +122,7 @@ def answer_states(
 ) -> Tensor:
     """The states that predict the answer tokens of some rows, (N, D), as in rollout.mask[rows].
 
-    plain=False: where answers are short, several to one prompt share a line with it, and a mask
-    hides them from each other (fast/lines.py). The same function of the weights.
+    Unless plain, short answers to one prompt share a line with it (fast/lines.py): same states.
     """
     per_line = 1 if plain else lines.answers_to_a_line(model.config, rollout, rows)
     if per_line > 1:

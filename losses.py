@@ -34,17 +34,13 @@ def token_logprobs_and_entropy(
         p = softmax(hidden @ unembedding.T / temperature)
         logp = log p[target],   entropy = -sum_v p_v log p_v
 
-    hidden (..., D), unembedding (V, D), targets (...) integer; returns two tensors (...) in float32
-    (float64 for float64 input). plain=False computes the same in chunks of `chunk_tokens` tokens
-    and never holds all the logits (fast/logprobs.py). Cut a padded vocabulary with
-    `unembedding[:len(tokenizer)]`: the missing ids then have probability 0.
-    Under autocast the products run in its dtype, everything after them in float32.
+    hidden (..., D), unembedding (V, D), targets (...) integer; returns two tensors (...), float32
+    or float64. Unless plain, in chunks of `chunk_tokens` tokens (fast/logprobs.py). Cut a padded
+    vocabulary with `unembedding[:len(tokenizer)]`: the missing ids then have probability 0.
     """
     if targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"targets {tuple(targets.shape)} must have the shape of hidden without its last axis "
-            f"{tuple(hidden.shape)}"
-        )
+        shapes = f"{tuple(targets.shape)}, hidden {tuple(hidden.shape)}"
+        raise ValueError(f"targets must have the shape of hidden without its last axis: {shapes}")
     if plain:
         return plain_logprobs_and_entropy(hidden, unembedding, targets, temperature)
     return chunked_logprobs_and_entropy(hidden, unembedding, targets, temperature, chunk_tokens)
@@ -118,9 +114,8 @@ def clipped_surrogate(
 ) -> Tensor:
     """PPO's clipped surrogate, as a loss:  -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
 
-    ratio, advantages (B, T); the bounds are distances from 1, numbers or (B, T); one value a token.
-    With dual clip c > 1 a token with A < 0 costs at most -c A, so one wild ratio cannot dominate a
-    batch. Gradient flows through the ratio alone.
+    All (B, T); the bounds are distances from 1, numbers or (B, T). With dual clip c > 1 a token
+    with A < 0 costs at most -c A. Gradient flows through the ratio alone.
     """
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip must be larger than 1, not {dual_clip}")
@@ -134,10 +129,7 @@ def clipped_surrogate(
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """k3 estimate of KL(policy || reference), one value a token, never negative.
-
-    exp(d) - d - 1,  d = ref_logp - logp
-    """
+    """k3 estimate of KL(policy || reference) a token: exp(d) - d - 1 >= 0, d = ref_logp - logp."""
     d = ref_logp - logp
     return torch.exp(d) - d - 1
 

@@ -25,6 +25,8 @@ from fast import cpu, decoding
 from fast.decoding import Drawn
 from program.errors import NonFinite
 
+Temperature = float | Callable[[Tensor], Tensor]  # T, or entropies (R,) -> temperatures (R,)
+
 # ----------------------------------------------------------------------------------------- answers
 
 
@@ -54,11 +56,8 @@ class Rollout:
         return [row[:n].tolist() for row, n in zip(self.tokens, self.lengths.tolist())]
 
     def sequences(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Prompt and answer in one line for some rows, padded on the right alone: (rows, width).
-
-        ids, attention mask, and `predicts`: true at each state whose successor is an answer token,
-        row by row in the order of `mask`.
-        """
+        """Prompt and answer in one line for some rows, padded on the right alone, (rows, width):
+        ids, attention mask, and `predicts`, true where the next token is an answer token."""
         prompts = [r // self.group_size for r in rows]
         ids = torch.cat([self.prompt[prompts], self.tokens[rows]], 1)
         start = self.prompt_mask[prompts].sum(1, keepdim=True)
@@ -150,21 +149,19 @@ def generate(
     answers_per_prompt: int = 1,
     max_new_tokens: int = 32,
     eos_ids: Iterable[int] = (),
-    temperature: float | Callable[[Tensor], Tensor] = 1.0,
+    temperature: Temperature = 1.0,
     vocab_size: int | None = None,
     generator: torch.Generator | None = None,
     uniform: Tensor | None = None,
     measure_entropy: bool = False,
     plain: bool = False,
 ) -> Rollout:
-    """Draw `answers_per_prompt` answers to each prompt.
+    """Draw `answers_per_prompt` answers to each prompt (lists of token ids, of any lengths).
 
-    prompts          lists of token ids, of any lengths
     eos_ids          every id that ends an answer (see eos_ids_of)
-    temperature      a number, 0 for greedy; or a function, entropy (R,) -> temperature (R,)
+    temperature      0 for greedy; see Temperature
     vocab_size       ids from here on (a padded vocabulary) have probability 0
-    generator        a CPU torch.Generator; a row's draws do not depend on when other rows finish
-    uniform          instead of it: the random numbers, (max_new_tokens, B) in [0, 1)
+    generator        on the CPU; or `uniform`: the random numbers, (max_new_tokens, B) in [0, 1)
     measure_entropy  record the entropy of every step, also where no temperature asks for it
     """
     rows = len(prompts) * answers_per_prompt
@@ -181,10 +178,9 @@ def generate(
         size = (answers_per_prompt, max_new_tokens, vocab_size)
         how = (temperature, uniform.to(device), measure_entropy)
         kept = _decode(model, prompt, prompt_mask, eos, size, how, steps)
-        width = int(kept["lengths"].max())
-        mask = torch.arange(width, device=device) < kept.pop("lengths")[:, None]
-        kept = {name: x[:, :width] if x.dim() == 2 else x for name, x in kept.items()}
-        return Rollout(prompt=prompt, prompt_mask=prompt_mask, mask=mask, **kept)
+    width = int(kept["mask"].sum(1).max())
+    kept = {name: x[:, :width] if x.dim() == 2 else x for name, x in kept.items()}
+    return Rollout(prompt=prompt, prompt_mask=prompt_mask, **kept)
 
 
 def _decode(model, prompt, prompt_mask, eos, size, how, steps):
@@ -194,13 +190,12 @@ def _decode(model, prompt, prompt_mask, eos, size, how, steps):
     B, S, device = len(prompt) * G, prompt.shape[1], prompt.device
     kept = {name: torch.zeros(B, most, device=device) for name in Drawn._fields[1:]}
     tokens = torch.zeros(B, most, dtype=torch.long, device=device)
-    lengths = torch.zeros(B, dtype=torch.long, device=device)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    mask, finished = tokens.bool(), torch.zeros(B, dtype=torch.bool, device=device)
 
     # Prefill: each prompt once, then its state G times. Without padding no mask is needed.
-    padded, cache = not bool(prompt_mask.all()), DynamicCache()
-    mask, position = prompt_mask if padded else None, position_ids(prompt_mask)
-    logits = next_logits(model, prompt, mask, position, cache).repeat_interleave(G, 0)
+    padded, cache, position = not bool(prompt_mask.all()), DynamicCache(), position_ids(prompt_mask)
+    logits = _next_logits(model, prompt, prompt_mask if padded else None, position, cache)
+    logits = logits.repeat_interleave(G, 0)
     repeat(cache, G, most - 1)
     seen = torch.ones(B, S + most, dtype=torch.bool, device=device)
     seen[:, :S] = prompt_mask.repeat_interleave(G, 0)
@@ -208,12 +203,11 @@ def _decode(model, prompt, prompt_mask, eos, size, how, steps):
     row = torch.arange(B, device=device)  # which row of the rollout each row in flight is
 
     for t in range(most):
-        drawn = draw_token(
-            logits[:, :vocab_size].float(), temperature, uniform[t, row], measure_entropy
-        )
+        logits = logits[:, :vocab_size].float()
+        drawn = draw_token(logits, temperature, uniform[t, row], measure_entropy)
         if not bool(drawn.logp.isfinite().all()):
             raise NonFinite(f"the model's logits are NaN or infinite at answer position {t}")
-        token, tokens[row, t], lengths[row] = drawn.token, drawn.token, t + 1
+        token, tokens[row, t], mask[row, t] = drawn.token, drawn.token, True
         for name, table in kept.items():
             table[row, t] = getattr(drawn, name)
         ended = torch.isin(token, eos)
@@ -222,43 +216,32 @@ def _decode(model, prompt, prompt_mask, eos, size, how, steps):
             break
         if bool(ended.any()):
             row, token, position, seen = drop(ended, cache, row, token, position, seen)
-        mask = seen[:, : S + t + 1] if padded else None
-        logits = next_logits(model, token[:, None], mask, position, cache)
+        visible = seen[:, : S + t + 1] if padded else None
+        logits = _next_logits(model, token[:, None], visible, position, cache)
         position = position + 1
-    return {"tokens": tokens, "lengths": lengths, "finished": finished, **kept}
+    return {"tokens": tokens, "mask": mask, "finished": finished, **kept}
 
 
-def next_logits(model, ids, mask, position, cache):
-    """The logits behind the last of some new tokens, (R, V); their keys and values join the cache.
-
-    The cache holds whole lines for layers with a sliding window too: their mask does the sliding.
-    """
-    return model(
-        ids,
-        attention_mask=mask,
-        position_ids=position,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+def _next_logits(model, ids, mask, position, cache):
+    """The logits behind the last of some new tokens, (R, V); their keys and values join the cache,
+    whole for layers with a sliding window too: their mask does the sliding."""
+    cached = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return model(ids, attention_mask=mask, position_ids=position, **cached).logits[:, -1]
 
 
 @contextlib.contextmanager
 def rollout_mode(model: nn.Module) -> Iterator[None]:
     """eval, no gradient, and no gradient checkpointing, which silently drops the KV cache."""
-    training = [(m, m.training) for m in model.modules()]
-    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    model.eval()
-    for m in checkpointed:
-        m.gradient_checkpointing = False
+    modes = ("training", "gradient_checkpointing")
+    before = [(m, n, getattr(m, n)) for m in model.modules() for n in modes if hasattr(m, n)]
+    for m, name, _ in before:
+        setattr(m, name, False)
     try:
         with torch.no_grad():
             yield
     finally:
-        for m in checkpointed:
-            m.gradient_checkpointing = True
-        for m, flag in training:
-            m.training = flag
+        for m, name, value in before:
+            setattr(m, name, value)
 
 
 # -------------------------------------------------------------------------------- the plain steps
@@ -277,15 +260,10 @@ def drop_finished(ended: Tensor, cache: DynamicCache, *per_row: Tensor) -> list[
 
 
 def draw(
-    logits: Tensor,
-    temperature: float | Callable[[Tensor], Tensor],
-    uniform: Tensor,
-    measure_entropy: bool = False,
+    logits: Tensor, temperature: Temperature, uniform: Tensor, measure_entropy: bool = False
 ) -> Drawn:
-    """One token a row from softmax(logits / T), by inverting its cumulative distribution.
-
-    logits (R, V), uniform (R,) in [0, 1).
-    """
+    """One token a row of logits (R, V) from softmax(logits / T), by inverting its cumulative
+    distribution at `uniform` (R,) in [0, 1)."""
     asked = measure_entropy or callable(temperature)
     entropy = entropy_of(logits) if asked else torch.full_like(uniform, torch.nan)
     heat = temperature(entropy) if callable(temperature) else torch.full_like(uniform, temperature)

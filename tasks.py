@@ -85,10 +85,7 @@ def _grade_latex(problem, text):
 
 def _grade_countdown(problem, text):
     def right(expression):
-        found = evaluate_expression(expression.split("=")[0].strip())
-        if found is None:
-            return False
-        value, used = found
+        value, used = evaluate_expression(expression.split("=")[0].strip()) or (None, ())
         return value == Fraction(problem.answer) and Counter(used) == Counter(problem.numbers)
 
     explicit = _explicit_answer(text)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bupo
 import hapo
@@ -32,10 +32,10 @@ from run.ending import finish, give_up
 from run.guard import StopRequest
 from run.opening import open_run
 from run.options import Options, parse
-from run.state import Run
-from sampling import Rollout, generate, rows_of
+from run.state import Run, Stopwatch
+from sampling import Rollout, Temperature, generate, rows_of
 from scale import memory, shard
-from tasks import grade
+from tasks import Grade, grade
 
 # ---------------------------------------------------------------------------------------- one step
 
@@ -55,12 +55,13 @@ class Batch:
     lenient: Tensor  # (B,) bool
     right: Tensor  # (B,) bool, the verdict that is paid (--reward)
     rewards: Tensor  # (B,) what it is paid: the verdict, less any length penalty
-    counts: dict = None  # sums over all answers that were drawn, for the metrics
     # what follows is there once the step has got to it
+    drawn: "Batch" = None  # where dynamic sampling has replaced groups: all that were drawn
     loss_mask: Tensor = None  # (B, T) bool, tokens in the loss
     in_loss: Tensor = None  # (B,) bool, false in groups that stayed dead under dynamic sampling
     entropy: Tensor = None  # (B, T) of the full policy before the first update
     old_logp: Tensor = None  # (B, T) of the trained policy before the first update
+    trained_entropy: Tensor = None  # (B, T) of the trained policy: layer l's in BuPO's phase 1
     ref_logp: Tensor = None  # (B, T) of the initial model
     h: Tensor = None  # (B, T) HAPO's modulation
     advantages: Tensor = None  # (B, T)
@@ -113,9 +114,19 @@ class Update(NamedTuple):
     kl_old: float = 0.0  # k3 of new and old log-probability
 
 
-def train_step(step: int, run: Run) -> dict:
-    """One batch of answers, from prompts to updated weights; returns the step's metrics."""
-    options, clock = run.options, report.Stopwatch()
+class Step(NamedTuple):
+    """What a step did: report.step_metrics makes a line of metrics.jsonl of it."""
+
+    number: int
+    layer: int | None  # whose policy was trained; None: the model's own
+    batch: Batch
+    updates: list[Update]
+    seconds: dict[str, float]
+
+
+def train_step(step: int, run: Run) -> Step:
+    """One batch of answers, from prompts to updated weights."""
+    options, clock = run.options, Stopwatch()
 
     # 1. Sample G answers to each prompt from the policy as it is, and grade them right or wrong.
     shard.refresh_actor(run.actor, run.policy)  # on a CPU the two are one model
@@ -124,15 +135,15 @@ def train_step(step: int, run: Run) -> dict:
     clock.lap("generate")
 
     # 2. Choose whose policy learns: the model's own (None) or, in BuPO's first phase, layer l's.
-    layer = trained_layer(step, batch, run)
+    layer = trained_layer(step, batch, run) if options.bupo_layer else None
 
     # 3. Score every token under that policy before its first update: the ratio's denominator.
     # It is not rollout.logp, since every token was drawn at a temperature of its own: a ratio must
     # compare one function before and after, and that is this one, at T_base. What is left is a
     # known mismatch: the answers come from a slightly different distribution, uncorrected.
-    batch.old_logp, trained_entropy = score(run.policy, batch.rollout, layer, run)
+    batch.old_logp, batch.trained_entropy = score(run.policy, batch.rollout, layer, run)
     # BuPO 1: no layer above l runs in phase 1; the full policy's entropy is what the sampler saw
-    batch.entropy = trained_entropy if layer is None else batch.rollout.entropy
+    batch.entropy = batch.trained_entropy if layer is None else batch.rollout.entropy
     if run.reference is not None and layer is None:  # BuPO 2: no reference in phase 1
         batch.ref_logp, _ = score(run.reference, batch.rollout, None, run)
     scored = (batch.old_logp + batch.entropy)[batch.rollout.mask]
@@ -147,44 +158,47 @@ def train_step(step: int, run: Run) -> dict:
 
     # 5. Advantages: how much better is an answer than the others to its prompt?
     batch.advantages = advantages(batch, run)
-    other_uses_of_entropy(batch, run)
+    if options.comparison in ("forking", "archer"):
+        other_uses_of_entropy(batch, run)
     clock.lap("score")
 
     # 6. Update the policy on equal parts of the batch, whole groups each. They need no shuffling:
     # prompts came in random order, and a group must not be torn apart.
     prepare_updates(step, run)
-    weights_before, updates = report.weight_sample(run.policy), []
+    updates = []
     for rows in torch.arange(len(batch.texts)).view(options.updates_per_rollout, -1).tolist():
         updates.append(update(batch, rows, layer, run))
     clock.lap("update")
-    return report.step_metrics(
-        step, run, batch, layer, trained_entropy, updates, weights_before, clock
-    )
+    return Step(step, layer, batch, updates, clock.seconds)
 
 
 # ------------------------------------------------------------------------------ 1. sample and grade
 
 
 def collect(step: int, run: Run) -> Batch:
-    """The step's answers. With dynamic sampling, groups whose rewards are all equal make room for
-    new ones (DAPO); those that stay dead keep their place and stay out of the loss."""
-    options = run.options
-    batch = drawn = sample_round(step, 0, run)
-    groups = len(drawn.problems)
-    if options.dynamic_sampling:
-        for attempt in range(1, options.max_rounds):
-            if not run.world.any(live_groups(drawn).sum() < groups):
-                break
-            drawn = Batch.join([drawn, sample_round(step, attempt, run)])
-        if len(drawn.problems) > groups:
-            live_first = live_groups(drawn).int().argsort(descending=True, stable=True)
-            batch = drawn.select(live_first[:groups].tolist())
-    batch.counts = report.tally(drawn)
-    batch.in_loss = torch.ones_like(batch.right)
-    if options.dynamic_sampling:
-        batch.in_loss = live_groups(batch).repeat_interleave(options.answers_per_prompt)
-        batch.counts["not_filled"] = int((~live_groups(batch)).sum())
-    batch.loss_mask = batch.rollout.mask & batch.in_loss[:, None]
+    """The step's answers, and which of them are in the loss: all, unless --dynamic-sampling."""
+    drawn = sample_round(step, 0, run)
+    if run.options.dynamic_sampling:
+        batch = sample_live_groups(drawn, step, run)
+        batch.in_loss = live_groups(batch).repeat_interleave(run.options.answers_per_prompt)
+        batch.loss_mask = batch.rollout.mask & batch.in_loss[:, None]
+        return batch
+    drawn.in_loss, drawn.loss_mask = torch.ones_like(drawn.right), drawn.rollout.mask
+    return drawn
+
+
+def sample_live_groups(drawn: Batch, step: int, run: Run) -> Batch:
+    """DAPO: groups whose rewards are all equal make room for new ones, for some rounds; those that
+    are still dead then keep their place and stay out of the loss."""
+    batch, groups = drawn, len(drawn.problems)
+    for attempt in range(1, run.options.max_rounds):
+        if not run.world.any(live_groups(drawn).sum() < groups):
+            break
+        drawn = Batch.join([drawn, sample_round(step, attempt, run)])
+    if len(drawn.problems) > groups:
+        live_first = live_groups(drawn).int().argsort(descending=True, stable=True)
+        batch = drawn.select(live_first[:groups].tolist())
+        batch.drawn = drawn
     return batch
 
 
@@ -196,44 +210,25 @@ def live_groups(batch: Batch) -> Tensor:
 
 def sample_round(step: int, attempt: int, run: Run) -> Batch:
     """Draw P prompts, sample G answers to each, grade them."""
-    options, device = run.options, run.world.device
+    options, G, cap = run.options, run.options.answers_per_prompt, run.options.max_new_tokens
     problems, prompts = (list(x) for x in zip(*run.draw_items()))
+    how = dict(temperature=temperature_rule(run), uniform=run.uniform(step, attempt))
     # BuPO 3: scoring cannot see the full policy's entropy in phase 1, so the sampler measures it
-    phase_one = options.bupo_layer and options.bupo_arm == "align" and step <= options.bupo_steps
-    rollout = run.together(
-        generate,
-        run.actor,
-        prompts,
-        options.answers_per_prompt,
-        options.max_new_tokens,
-        run.eos_ids,
-        temperature_rule(run),
-        run.vocab_size,
-        uniform=run.uniform(step, attempt),
-        measure_entropy=bool(phase_one),
-        plain=options.plain,
-    )
+    aligning = options.bupo_layer and options.bupo_arm == "align" and step <= options.bupo_steps
+    how |= dict(measure_entropy=bool(aligning), vocab_size=run.vocab_size, plain=options.plain)
+    rollout = run.together(generate, run.actor, prompts, G, cap, run.eos_ids, **how)
     texts = run.tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
-    G = options.answers_per_prompt
     grades = [grade(problems[row // G], text) for row, text in enumerate(texts)]
-    strict, lenient = (torch.tensor(verdicts, device=device) for verdicts in zip(*grades))
-    right = strict if options.reward == "strict" else lenient
-    rewards = right.float()
+    verdicts = (torch.tensor(column, device=run.world.device) for column in zip(*grades))
+    verdicts = dict(zip(Grade._fields, verdicts))
+    verdicts["right"] = verdicts[options.reward]
+    rewards = verdicts["right"].float()
     if options.overlong_buffer:
-        cap, buffer = options.max_new_tokens, options.overlong_buffer
-        rewards = rewards + losses.overlong_penalty(rollout.lengths, cap, buffer)
-    return Batch(
-        problems=problems,
-        texts=texts,
-        rollout=rollout,
-        strict=strict,
-        lenient=lenient,
-        right=right,
-        rewards=rewards,
-    )
+        rewards += losses.overlong_penalty(rollout.lengths, cap, options.overlong_buffer)
+    return Batch(problems=problems, texts=texts, rollout=rollout, rewards=rewards, **verdicts)
 
 
-def temperature_rule(run: Run):
+def temperature_rule(run: Run) -> Temperature:
     """What the sampler divides logits by: T_base, or a function of each step's entropy."""
     o = run.options
     if o.algo == "hapo" and o.adaptive_temperature:  # HAPO A
@@ -249,7 +244,7 @@ def temperature_rule(run: Run):
 def trained_layer(step: int, batch: Batch, run: Run) -> int | None:
     """BuPO 4: layer l while its policy is aligned, else None, the model's own policy."""
     options = run.options
-    if options.bupo_layer and run.layer is None:
+    if run.layer is None:
         run.layer = choose_layer(batch, run)
         run.optimizer = run.make_optimizer()  # nothing was updated yet; layer-lr groups by layer
     aligns = options.bupo_arm == "align"
@@ -287,7 +282,7 @@ def choose_layer(batch: Batch, run: Run) -> int:
 
 
 @torch.no_grad()
-def score(model, rollout: Rollout, layer: int | None, run: Run) -> tuple[Tensor, Tensor]:
+def score(model: nn.Module, rollout: Rollout, layer: int | None, run: Run) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every token of every answer, (B, T), without gradient."""
     logp, entropy = torch.zeros(2, *rollout.mask.shape, device=run.world.device)
     for rows, _ in run.passes(rollout, range(len(logp))):
@@ -296,12 +291,11 @@ def score(model, rollout: Rollout, layer: int | None, run: Run) -> tuple[Tensor,
     return logp, entropy
 
 
-def token_scores(model, rollout: Rollout, rows: list[int], layer: int | None, run: Run):
-    """Log-probability and entropy of some answers at T_base, (rows, T), 0 at padding.
-
-    One function for old, new and reference. layer None: the model's own policy; l: the internal
-    policy of layer l, computing layers 1 ... l alone.
-    """
+def token_scores(
+    model: nn.Module, rollout: Rollout, rows: list[int], layer: int | None, run: Run
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of some answers at T_base, (rows, T), 0 at padding: one function
+    for old, new and reference. layer None: the model's own policy; l: that of layer l."""
     options, mask = run.options, rollout.mask[rows]
     norm = layer is None or options.bupo_norm  # BuPO 5: an internal policy has no final norm
     with run.autocast():
@@ -333,12 +327,9 @@ def advantages(batch: Batch, run: Run) -> Tensor:
 
 
 def other_uses_of_entropy(batch: Batch, run: Run) -> None:
-    """The comparison arms that change tokens or bounds instead of advantages."""
-    comparison = run.options.comparison
-    if comparison not in ("forking", "archer"):
-        return
+    """The comparison arms that change tokens (forking) or bounds (archer) instead of advantages."""
     entropies = run.world.gather(batch.entropy[batch.loss_mask])
-    if comparison == "forking":
+    if run.options.comparison == "forking":
         batch.loss_mask = losses.forking_token_mask(batch.entropy, batch.loss_mask, pool=entropies)
     else:
         batch.bounds = losses.archer_bounds(batch.entropy, batch.loss_mask, pool=entropies)
@@ -358,8 +349,7 @@ def prepare_updates(step: int, run: Run) -> None:
 
 
 def update(batch: Batch, rows: list[int], layer: int | None, run: Run) -> Update:
-    """One optimiser step on some rows. An update in which every group is dead is skipped, weight
-    decay included."""
+    """One optimiser step; skipped, weight decay included, where every group of `rows` is dead."""
     options, policy, mask = run.options, run.policy, batch.loss_mask[rows]
     learns = batch.advantages[rows][mask].any() or (options.kl and batch.ref_logp is not None)
     # The loss is divided by the whole update's numbers, fixed before it is cut into passes.
@@ -387,11 +377,10 @@ def update(batch: Batch, rows: list[int], layer: int | None, run: Run) -> Update
     return Update(outcome, tokens, grad_norm=grad_norm, ratio_max=ratio_max, **sums)
 
 
-def policy_loss(logp: Tensor, batch: Batch, rows: list[int], options: Options):
-    """The loss of some rows, one value a token; counts of tokens; the largest ratio.
-
-    logp (rows, T) is the only tensor with a gradient.
-    """
+def policy_loss(
+    logp: Tensor, batch: Batch, rows: list[int], options: Options
+) -> tuple[Tensor, dict, float]:
+    """The loss of some rows, one value a token; sums over their tokens; the largest ratio."""
     ratio = torch.exp(logp - batch.old_logp[rows])
     weighed, low, high = batch.advantages[rows], options.clip_low, options.clip_high
     if options.algo == "hapo":
@@ -433,7 +422,7 @@ def mean_loss(
 
 def train(options: Options) -> None:
     """Set a run up (or pick it up where it stopped), take its steps, leave its files."""
-    run, step = open_run(options, shard.World(options.device))
+    run, step = open_run(options, shard.open_world(options.device))
     with StopRequest(run.say) as stop:
         if step is None:
             report.first_look(run)
@@ -460,7 +449,8 @@ def guarded_step(step: int, run: Run) -> tuple[dict, str | None]:
     """One step with its evaluation: (metrics, None), or (what there is, why the step is bad)."""
     options = run.options
     try:
-        metrics = train_step(step, run)
+        before = report.weight_sample(run.policy)
+        metrics = report.step_metrics(train_step(step, run), before, run)
         if skipped := metrics["skipped_updates"]:
             return metrics, f"{skipped} of {options.updates_per_rollout} updates were not finite"
         if step % options.eval_every == 0 or step == options.steps:

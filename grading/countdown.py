@@ -19,10 +19,7 @@ _APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 def evaluate_expression(text):
-    """(value, numbers used) of an expression over + - * / and brackets, or None.
-
-    Exact, bounded, never `eval`.
-    """
+    """(value, numbers used) of an expression over + - * / and brackets, or None; never `eval`."""
     if len(text) > LONGEST_EXPRESSION or not EXPRESSION.fullmatch(text) or text.count("(") > 20:
         return None
     try:

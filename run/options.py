@@ -256,11 +256,8 @@ def impossible(options):
     P, G, updates = o.prompts_per_step, o.answers_per_prompt, o.updates_per_rollout
     layer = o.bupo_layer and o.bupo_layer != "auto"
     token_average = o.algo == "hapo" and o.token_group_average
-    yield (
-        G < 2,
-        "answers_per_prompt",
-        f"{o.algo} compares the answers to one prompt, so it needs at least 2",
-    )
+    few = f"{o.algo} compares the answers to one prompt, so it needs at least 2"
+    yield G < 2, "answers_per_prompt", few
     yield (
         P % updates,
         "prompts_per_step",
@@ -287,11 +284,8 @@ def impossible(options):
         "eval_data",
         "goes with --data; built-in tasks hold out problems of their own",
     )
-    yield (
-        layer and not o.bupo_layer.isdecimal(),
-        "bupo_layer",
-        "must be auto or a layer from 1 to the model's last",
-    )
+    wrong = layer and not o.bupo_layer.isdecimal()
+    yield wrong, "bupo_layer", "must be auto or a layer from 1 to the model's last"
     yield (
         o.bupo_layer and o.bupo_steps >= o.steps,
         "bupo_steps",

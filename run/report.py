@@ -1,7 +1,5 @@
 """What a run says of itself: metrics.jsonl, samples.jsonl, console lines, held-out accuracy."""
 
-import time
-
 import torch
 
 import internals
@@ -9,17 +7,6 @@ from evaluate import sample_answers, summarise, valid_json
 from grading.latex import LATEX
 from run.state import seed_of
 from scale import shard
-
-
-class Stopwatch:
-    """Seconds of each part of a step, by name."""
-
-    def __init__(self):
-        self.seconds, self._since = {}, time.perf_counter()
-
-    def lap(self, name):
-        now = time.perf_counter()
-        self.seconds[name], self._since = now - self._since, now
 
 
 @torch.no_grad()
@@ -48,33 +35,36 @@ def tally(batch):
     return {"answers": len(right), "groups": len(groups), **sums}
 
 
-def step_metrics(step, run, batch, layer, trained_entropy, updates, weights_before, clock):
-    """The line of metrics.jsonl. Shares of tokens are over every token of every update."""
-    counts = run.total(batch.counts)
-    mask = batch.rollout.mask
+def step_metrics(step, weights_before, run):
+    """The line of metrics.jsonl about a train.Step. `weights_before`: a weight_sample."""
+    batch, layer, mask = step.batch, step.layer, step.batch.rollout.mask
+    counts = run.total(tally(batch.drawn or batch))
+    not_filled = int(run.world.sum((~batch.in_loss).sum())) // run.options.answers_per_prompt
 
     def over_tokens(values):
         return (run.world.sum((values * mask).sum()) / run.world.sum(mask.sum())).item()
 
     metrics = {
-        "step": step,
+        "step": step.number,
         "phase": "full" if layer is None else "internal",
         **answer_metrics(counts),
         "entropy": over_tokens(batch.entropy),
         "temperature": over_tokens(batch.rollout.temperature),
-        **update_metrics(updates),
+        **update_metrics(step.updates),
         "lr": run.optimizer.param_groups[0]["lr"],
         "weights_changed": share_changed(run, weights_before),
         "latex_failures": LATEX.failures,
-        "tokens_per_second": counts["tokens"] / clock.seconds["generate"],
-        **{f"seconds_{name}": seconds for name, seconds in clock.seconds.items()},
+        "tokens_per_second": counts["tokens"] / step.seconds["generate"],
+        **{f"seconds_{name}": seconds for name, seconds in step.seconds.items()},
     }
+    if run.options.dynamic_sampling:
+        metrics["not_filled"] = not_filled  # groups that stayed dead
     if layer is None:
         metrics["logp"] = over_tokens(batch.old_logp)
     else:  # phase 1: both policies, each under its own name
         metrics["layer"] = layer
         metrics["logp"] = over_tokens(batch.rollout.logp)
-        metrics["internal_entropy"] = over_tokens(trained_entropy)
+        metrics["internal_entropy"] = over_tokens(batch.trained_entropy)
         metrics["internal_logp"] = over_tokens(batch.old_logp)
     return metrics
 
@@ -82,7 +72,7 @@ def step_metrics(step, run, batch, layer, trained_entropy, updates, weights_befo
 def answer_metrics(counts):
     """What the answers of a step were like, those of groups that were replaced included."""
     answers, finished = counts["answers"], max(1, counts["finished"])
-    metrics = {
+    return {
         "reward": counts["right"] / answers,
         "strict": counts["strict"] / answers,
         "lenient": counts["lenient"] / answers,
@@ -95,9 +85,6 @@ def answer_metrics(counts):
         "all_right": int(counts["all_right"]),
         "all_wrong": int(counts["all_wrong"]),
     }
-    if "not_filled" in counts:
-        metrics["not_filled"] = int(counts["not_filled"])
-    return metrics
 
 
 def update_metrics(updates):

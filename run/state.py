@@ -9,6 +9,7 @@ import functools
 import hashlib
 import pathlib
 import random
+import time
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +64,10 @@ class Run:
         return self.world.mine(items)
 
     def uniform(self, step, attempt):
-        """The random numbers of a round of sampling, (max_new_tokens, B): the same whatever the
-        number of processes, each takes the columns of its own answers."""
-        options = self.options
-        shape = (options.max_new_tokens, options.prompts_per_step, options.answers_per_prompt)
-        generator = torch.Generator().manual_seed(seed_of(options.seed, step, attempt))
+        """A round's random numbers, (max_new_tokens, B), the same over any number of processes."""
+        o, generator = self.options, torch.Generator()
+        generator.manual_seed(seed_of(o.seed, step, attempt))
+        shape = (o.max_new_tokens, o.prompts_per_step, o.answers_per_prompt)
         draws = torch.rand(shape, generator=generator)
         return draws[:, self.world.rank :: self.world.size].flatten(1)
 
@@ -78,14 +78,13 @@ class Run:
     def passes(self, rollout, rows):
         """The forward passes over some rows, as (rows, weight). Weight 0 marks a pass that only
         keeps other processes company: a sharded model needs all of them."""
-        options = self.options
-        parts = micro_batches(rollout, rows, options.micro_batch, options.micro_tokens)
-        return self.world.even(parts)
+        sizes = (self.options.micro_batch, self.options.micro_tokens)
+        return self.world.even(micro_batches(rollout, rows, *sizes))
 
     def autocast(self):
         """bfloat16 products on a GPU, float32 on a CPU."""
-        cuda = self.world.device.type == "cuda"
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=cuda)
+        kind = self.world.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
     def backward(self, loss):
         """Sharded gradients are averaged over processes; times their number, the mean is a sum."""
@@ -134,13 +133,27 @@ class Run:
         self.guard.restore(state["guard"])
 
 
+class Stopwatch:
+    """Seconds of each part of a step, by name."""
+
+    def __init__(self):
+        self.seconds, self._since = {}, time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.seconds[name], self._since = now - self._since, now
+
+
 def micro_batches(rollout, rows, sequences=0, tokens=0):
-    """Cut rows into lists of at most `sequences` rows, or of at most `tokens` tokens, padding
-    included; 0: no limit."""
-    rows = list(rows)
-    if not tokens:
-        size = sequences or len(rows)
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
+    """Rows in lists of at most `sequences` rows, or of at most `tokens` tokens; 0: no limit."""
+    if tokens:
+        return batches_of_tokens(rollout, rows, tokens)
+    rows, size = list(rows), sequences or len(rows)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def batches_of_tokens(rollout, rows, tokens):
+    """Rows in lists of at most `tokens` tokens each, padding included, or of one row."""
     lengths, prompt, parts = rollout.lengths.tolist(), rollout.prompt.shape[1], [[]]
     for row in sorted(rows, key=lengths.__getitem__):  # neighbours of like length: little padding
         if parts[-1] and (len(parts[-1]) + 1) * (prompt + lengths[row]) > tokens:
@@ -155,6 +168,5 @@ def _permutation(size, seed, epoch):
 
 
 def seed_of(*parts):
-    """A random seed that is a function of its arguments, the same on every machine: randomness
-    without state, so a resumed run need not restore any."""
+    """A random seed that is a function of its arguments: no state that a resume must restore."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")

@@ -23,37 +23,63 @@ from program.models import assert_tied, load_config, load_model
 
 
 class World:
-    """The processes of this run; without torchrun a world of one, where nothing is exchanged.
+    """One process: nothing is exchanged. `sum` and `max` return tensors."""
 
-    Every method that exchanges must be called by all processes. `sum` and `max` return tensors.
-    """
+    size, rank, main, sharded = 1, 0, True, False
 
     def __init__(self, device="cpu"):
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        self.device, self.mesh = torch.device(device), None
-        if "WORLD_SIZE" in os.environ:
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            from torch.distributed.device_mesh import init_device_mesh
+        self.device = torch.device(device)
 
-            dist.init_process_group(backend)
-            self.mesh = init_device_mesh(self.device.type, (self.size,))
+    def sum(self, x):
+        return torch.as_tensor(x, device=self.device)
 
-    @property
-    def main(self):
-        return self.rank == 0
+    max = sum
 
-    @property
-    def sharded(self):
-        return self.mesh is not None
+    def any(self, flag):
+        return bool(flag)
+
+    def gather(self, values):
+        return values
+
+    def gather_objects(self, thing):
+        return [thing]
+
+    def even(self, parts):
+        return [(part, 1) for part in parts]
+
+    def together(self, error, function, *args, **kwargs):
+        return function(*args, **kwargs)
+
+    def mine(self, items):
+        return items
+
+    def close(self):
+        pass
+
+
+class Processes(World):
+    """The processes that torchrun has started, this one among them.
+
+    Every method that exchanges must be called by all of them.
+    """
+
+    sharded = True
+
+    def __init__(self, device="cpu"):
+        from torch.distributed.device_mesh import init_device_mesh
+
+        super().__init__(device)
+        self.size, self.rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+        self.main = self.rank == 0
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        self.mesh = init_device_mesh(self.device.type, (self.size,))
 
     def _reduce(self, x, op):
         x = torch.as_tensor(x, device=self.device).clone()
-        if self.size > 1:
-            dist.all_reduce(x, op)
+        dist.all_reduce(x, op)
         return x
 
     def sum(self, x):
@@ -67,13 +93,9 @@ class World:
 
     def gather(self, values):
         """(n_r,) on every rank -> the concatenation over ranks, on all of them."""
-        if self.size == 1:
-            return values
         return torch.cat([part.to(self.device) for part in self.gather_objects(values.cpu())])
 
     def gather_objects(self, thing):
-        if self.size == 1:
-            return [thing]
         things = [None] * self.size
         dist.all_gather_object(things, thing)
         return things
@@ -105,12 +127,15 @@ class World:
         return items[self.rank :: self.size]
 
     def close(self):
-        if self.sharded:
-            dist.barrier()  # nobody leaves while another still needs it
-            dist.destroy_process_group()
-            sys.stdout.flush()
-            # gloo's threads can abort an interpreter that shuts down; everything is on disk by now
-            os._exit(0)
+        dist.barrier()  # nobody leaves while another still needs it
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        # gloo's threads can abort an interpreter that shuts down; everything is on disk by now
+        os._exit(0)
+
+
+def open_world(device):
+    return Processes(device) if "WORLD_SIZE" in os.environ else World(device)
 
 
 def shard_model(name, world, offload=False):
@@ -168,8 +193,7 @@ def whole(tensor):
 
 
 def reshard(model):
-    """Free what a forward pass without a backward left gathered; the next step must see the shards,
-    not a stale whole."""
+    """Free what a forward pass without a backward left gathered: it would be stale in a step."""
     for module in model.modules():
         if hasattr(module, "reshard"):  # FSDP's addition to a module
             module.reshard()
@@ -196,8 +220,7 @@ def make_actor(policy, world):
 
 @torch.no_grad()
 def refresh_actor(actor, policy):
-    """Copy the policy's weights into its replica, one weight gathered at a time; nothing to do
-    where they are one model."""
+    """Copy the policy's weights into its replica, if it has one, gathering one at a time."""
     if actor is policy:
         return
     for target, source in zip(actor.parameters(), policy.parameters()):

@@ -1,0 +1,64 @@
+"""How much code does a reader meet who follows one training step? python experiments/tracer.py
+
+Runs one step of the default run with --plain and prints every function of ours that it enters, with
+its length in lines, file by file: `train_step`, from the prompts to the metrics. A file of the
+standard library or of a package does not count. More options go to train.py:
+
+    python experiments/tracer.py --no-plain --algo grpo
+"""
+
+import collections
+import inspect
+import pathlib
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train
+from run.opening import open_run
+from run.options import parse
+from scale.shard import World
+
+
+def entered(function):
+    """The code objects of ours that run while function() does; comprehensions and lambdas count
+    with the function they stand in."""
+    seen = set()
+
+    def profile(frame, event, arg):
+        code = frame.f_code
+        ours = code.co_filename.startswith(str(ROOT)) and ".venv" not in code.co_filename
+        if event == "call" and ours and not code.co_name.startswith("<"):
+            seen.add(code)
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--plain", "--device", "cpu", "--out", folder, *sys.argv[1:]]
+        run, _ = open_run(parse(options, ""), World("cpu"))
+        train.train_step(1, run)  # the second step samples with the statistics of the first
+        codes = entered(lambda: train.train_step(2, run))
+    by_file, lines = collections.defaultdict(list), set()
+    for code in codes:
+        name = getattr(code, "co_qualname", code.co_name)
+        where = str(pathlib.Path(code.co_filename).relative_to(ROOT))
+        text, first = inspect.getsourcelines(code)
+        by_file[where].append((len(text), name))
+        lines |= {(where, n) for n in range(first, first + len(text))}  # nested ones once
+    print()
+    for where, functions in sorted(by_file.items(), key=lambda item: -sum(n for n, _ in item[1])):
+        print(f"{where:24s}{sum(n for n, _ in functions):4d} lines in {len(functions)} functions")
+        print("    " + ", ".join(f"{name} {n}" for n, name in sorted(functions, reverse=True)))
+    print(f"{len(by_file)} files, {len(codes)} functions, {len(lines)} lines")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The house: which room may import which, how long a line and a function may be."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+from conftest import ROOT
+
+FILES = sorted(
+    p.relative_to(ROOT)
+    for p in ROOT.rglob("*.py")
+    if not {".venv", "runs"} & set(p.relative_to(ROOT).parts)
+)
+# Imports point down: a file imports only from floors below its own, or from its own room.
+FLOORS = [
+    {"program"},
+    {"fast", "grading"},
+    {"losses", "sampling", "tasks"},
+    {"hapo", "internals", "evaluate"},
+    {"bupo", "scale"},
+    {"run"},
+    {"train"},
+]
+# python internals.py and the end of a run start a program of scripts/, guarded
+GUARDED = {("internals", "scripts"), ("run", "scripts")}
+FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room(path):
+    return path.parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """(room, whether the import stands inside a function or block) of everything a file imports."""
+    tree = ast.parse((ROOT / path).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = getattr(node, "module", None)
+            names = [module] if module else [alias.name for alias in node.names]
+            for name in names:
+                yield name.split(".")[0], node.col_offset > 0
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) in FLOOR], ids=str)
+def test_imports_point_down(path):
+    own = room(path)
+    for other, inside in imports(path):
+        if (own, other) in GUARDED:
+            assert inside
+        elif other in FLOOR and other != own:
+            assert FLOOR[other] < FLOOR[own], f"{path} imports {other}"
+            assert not inside or own == "internals", f"{path} imports {other} inside a function"
+        else:
+            assert other not in ("train", "scripts", "tests", "benchmarks", "experiments")
+
+
+def test_every_room_has_a_floor():
+    rooms = {room(p) for p in FILES} - {"tests", "benchmarks", "experiments", "scripts"}
+    assert rooms == FLOOR.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_line_has_at_most_100_columns_and_a_function_50_lines(path):
+    text = (ROOT / path).read_text()
+    assert max(map(len, text.splitlines()), default=0) <= 100
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno + 1 <= 50, node.name
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if len(p.parts) == 1], ids=str)
+def test_public_functions_of_the_top_level_are_annotated(path):
+    for node in ast.parse((ROOT / path).read_text()).body:
+        methods = [node] if isinstance(node, ast.FunctionDef) else getattr(node, "body", [])
+        for f in methods:
+            if not isinstance(f, ast.FunctionDef) or f.name.startswith("_"):
+                continue
+            arguments = [*f.args.args, *f.args.kwonlyargs]
+            missing = [a.arg for a in arguments if a.annotation is None and a.arg != "self"]
+            assert not missing and f.returns is not None, (f.name, missing)
+
+
+def test_the_readme_is_short_and_its_files_exist():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1500
+    assert max(map(len, text.splitlines())) <= 120
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_function_named_in_the_equations_exists():
+    """docs/equations.md: `module.function` is there, and so is each `test_file.py::test_name`."""
+    text = (ROOT / "docs" / "equations.md").read_text()
+    for module, name in re.findall(r"`([a-z]+)\.([a-z_]\w+)`", text):
+        if name != "py":
+            assert re.search(rf"(def|class) {name}\b|^{name} =", source(f"{module}.py"), re.M), name
+    tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(tests) > 20
+    for file, name in tests:
+        assert f"def {name}(" in source(pathlib.Path("tests") / file), (file, name)
+
+
+def source(path):
+    return (ROOT / path).read_text()

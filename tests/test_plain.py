@@ -1,0 +1,129 @@
+"""--plain against fast/: the same tokens, log-probabilities, gradients and updates."""
+
+import functools
+import json
+
+import pytest
+import torch
+from conftest import TINY
+
+import losses
+import train
+from program.errors import BadInput
+from run import options
+from run.opening import open_run
+from sampling import generate
+from scale.shard import World
+
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0, 0.7, lambda h: 0.8 + 0.3 * h.tanh()])
+def test_the_same_tokens(any_model, temperature):
+    """Rows end at different steps, prompts are padded, the vocabulary is cut.
+
+    (A random number that falls within rounding of a boundary, 3e-8 once with another seed, may give
+    the next id.)
+    """
+    draws = torch.rand(12, 24, generator=torch.Generator().manual_seed(2))
+    how = dict(eos_ids=[3, 7], temperature=temperature, vocab_size=48, uniform=draws)
+    fast, plain = (generate(any_model, PROMPTS, 8, 12, **how, plain=p) for p in (False, True))
+    if temperature:
+        assert 1 < len(set(fast.lengths.tolist())) and fast.finished.any()
+    assert fast.answers() == plain.answers() and torch.equal(fast.finished, plain.finished)
+    for name in ("temperature", "logp", "entropy"):
+        a, b = getattr(fast, name), getattr(plain, name)
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_same_log_probabilities_and_gradients(temperature):
+    hidden = torch.randn(6, 9, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
+    targets, a, b = torch.randint(0, 50, (6, 9)), *torch.randn(2, 6, 9, dtype=torch.float64)
+    scores = functools.partial(losses.token_logprobs_and_entropy, hidden, weight, targets)
+    ways = [scores(temperature, 7), scores(temperature, plain=True)]
+    for x, y in zip(*ways):
+        torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)
+    grads = [torch.autograd.grad((a * l + b * e).sum(), (hidden, weight)) for l, e in ways]
+    for x, y in zip(*grads):
+        torch.testing.assert_close(x, y, atol=1e-11, rtol=1e-11)
+
+
+STEP = (
+    "--prompts-per-step 4 --answers-per-prompt 8 --updates-per-rollout 2 --lr 1e-5 --device cpu "
+    "--eval-prompts 4 --warmup-steps 1 --max-new-tokens 16 --bupo-steps 1 --steps 3"
+).split()
+
+
+def questions(folder):
+    """A file of questions of the shipped model's kind: other runs need not render thousands."""
+    game = "Use {0}, {1}, 2 once each with + - * / to make {2}. Reply with the expression only."
+    rows = [
+        {"question": game.format(a, b, a * b % 9 + 1), "answer": str(a)}
+        for a in range(1, 7)
+        for b in range(7, 12)
+    ]
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("more", ["dapo", "grpo", "dapo --bupo-layer 2"])
+def test_the_same_step(tmp_path, monkeypatch, more):
+    """Every answer and every gradient of two steps."""
+    grads, applied = {}, torch.optim.AdamW.step
+    for way in ("--plain", "--no-plain"):
+        seen = grads.setdefault(way, [])
+        out = ["--model", str(TINY), "--data", questions(tmp_path), "--out", str(tmp_path / way)]
+        run, _ = open_run(
+            options.parse([*STEP, *out, way, "--algo", *more.split()], ""), World("cpu")
+        )
+
+        def step(self, run=run, seen=seen):
+            seen.append([p.grad.clone() for p in run.policy.parameters() if p.grad is not None])
+            return applied(self)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        for number in (1, 2):
+            seen.append(train.train_step(number, run).batch.rollout.answers())
+    plain, fast = grads.values()
+    assert len(plain) == len(fast) >= 4
+    for a, b in zip(plain, fast):
+        if isinstance(a[0], list):
+            assert a == b  # the same answers
+        else:
+            for x, y in zip(a, b):
+                torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
+
+
+def test_fast_is_not_entered(tmp_path, monkeypatch):
+    """With --plain nothing of fast/ is called but the record of a draw."""
+    from fast import cpu, decoding, lines, logprobs
+
+    def never(*args, **kwargs):
+        raise AssertionError("--plain has entered fast/")
+
+    for module, names in (
+        (cpu, ["few_rows"]),
+        (decoding, ["Draw", "repeat_cache", "drop_finished", "entropy_of", "invert_cdf"]),
+        (lines, ["answers_to_a_line", "shared_lines"]),
+        (logprobs, ["_ChunkedLogProb"]),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, never)
+    monkeypatch.setattr(losses, "chunked_logprobs_and_entropy", never)
+    arguments = [*STEP, "--data", questions(tmp_path), "--out", str(tmp_path / "run"), "--plain"]
+    run, _ = open_run(options.parse(arguments, ""), World("cpu"))
+    train.train_step(1, run)
+
+
+def test_logits_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
+    from scale import memory
+
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: 100)  # 100 pages of 100 bytes
+    arguments = [*STEP, "--data", questions(tmp_path), "--out", str(tmp_path / "run"), "--plain"]
+    message = "--plain: whole logits of a pass of 16 answers need .* leave --plain out"
+    with pytest.raises(BadInput, match=message) as error:
+        open_run(options.parse(arguments, ""), World("cpu"))
+    assert "\n" not in str(error.value)

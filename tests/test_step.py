@@ -1,0 +1,237 @@
+"""The parts of a step: batches, group rules, denominators, the reference model, records, curves."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+import losses
+import train
+from program.errors import BadInput
+from run import options, report
+from run.opening import open_run
+from run.options import Options
+from sampling import Rollout
+from scale.shard import World
+from tasks import Grade, Problem
+
+SMALL = (
+    "--prompts-per-step 4 --answers-per-prompt 2 --updates-per-rollout 1 --max-new-tokens 6 "
+    "--eval-prompts 4 --steps 3 --warmup-steps 1 --lr 1e-3 --device cpu"
+).split()
+
+
+@pytest.fixture
+def opened(tmp_path, tiny_folder):
+    """opened(*options): a run on a small random model, before its first step."""
+
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question": f"What is {n} plus 1?", "answer": str(n + 1)} for n in range(30)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def open_one(*more):
+        out = str(tmp_path / str(len(list(tmp_path.iterdir()))))
+        where = ["--model", str(tiny_folder), "--data", str(questions), "--out", out]
+        arguments = [*SMALL, *where, *more]
+        return open_run(options.parse(arguments, ""), World("cpu"))[0]
+
+    return open_one
+
+
+def verdicts(monkeypatch, *right):
+    """The answers of every round are right as listed, over and over."""
+    count = [-1]
+
+    def grade(problem, text):
+        count[0] += 1
+        return Grade(*[right[count[0] % len(right)]] * 2)
+
+    monkeypatch.setattr(train, "grade", grade)
+
+
+# ----------------------------------------------------------------------------------------- batches
+
+
+def a_batch(name, answers):
+    """A batch of groups of two answers, none of its fields alike."""
+    pairs = [ids for group in answers for ids in group]
+    rollout = dataclasses.replace(
+        Rollout.of_answers([[i] for i in range(len(pairs))], pairs),
+        prompt=torch.arange(len(answers))[:, None],
+        prompt_mask=torch.ones(len(answers), 1).bool(),
+    )
+    right = torch.tensor([len(ids) > 2 for ids in pairs])
+    return train.Batch(
+        problems=[Problem(f"{name}{p}", "1") for p in range(len(answers))],
+        texts=[f"{name}{ids}" for ids in pairs],
+        rollout=rollout,
+        strict=~right,
+        lenient=right,
+        right=right,
+        rewards=right.float() - 0.5 * torch.arange(len(pairs)),
+    )
+
+
+def test_select_and_join_carry_every_field_along():
+    a, b = a_batch("a", [([5], [6, 6, 6]), ([7, 7], [8])]), a_batch("b", [([9], [4, 4, 4, 4])])
+    both = train.Batch.join([a, b])
+    assert [p.question for p in both.problems] == ["a0", "a1", "b0"]
+    assert both.texts == a.texts + b.texts and both.rollout.mask.shape == (6, 4)
+    picked = both.select([2, 0])
+    assert [p.question for p in picked.problems] == ["b0", "a0"]
+    assert picked.texts == b.texts + a.texts[:2]
+    assert picked.rollout.answers() == [[9], [4, 4, 4, 4], [5], [6, 6, 6]]
+    assert picked.rewards.tolist() == [0, 0.5, 0, 0.5]
+    for name in ("strict", "lenient", "right"):
+        expected = torch.cat([getattr(b, name), getattr(a, name)[:2]])
+        assert getattr(picked, name).tolist() == expected.tolist()
+    assert picked.entropy is None
+
+
+def test_the_verdict_stays_apart_from_the_reward(opened, monkeypatch):
+    verdicts(monkeypatch, True, False, False)
+    run = opened("--overlong-buffer", "6")
+    batch = train.collect(1, run)
+    assert batch.right.tolist() == [True, False, False] * 2 + [True, False]
+    penalty = losses.overlong_penalty(batch.rollout.lengths, 6, 6)
+    assert torch.equal(batch.rewards, batch.right.float() + penalty) and (penalty < 0).any()
+    assert report.tally(batch)["right"] == 3 == report.tally(batch)["strict"]
+
+
+# ------------------------------------------------------------------------------------- group rules
+
+
+def test_rloo_by_hand():
+    # rewards 1, 0, 0: each less the mean of the two others; equal rewards give exactly 0
+    rewards = torch.tensor([1.0, 0, 0, 0.1, 0.1, 0.1])
+    advantages = losses.rloo_advantages(rewards, 3)
+    assert advantages.tolist() == [1.0, -0.5, -0.5, 0, 0, 0]
+    assert (losses.rloo_advantages(torch.tensor([3.0, 1.0]), 1) == 0).all()
+
+
+@pytest.mark.parametrize("name", losses.GROUP_RULES)
+def test_a_rule_reaches_every_arm(opened, monkeypatch, name):
+    verdicts(monkeypatch, True, False, False, False, True, True, False, False)
+    rule, arms = losses.GROUP_RULES[name], ("none", "entropy-advantage", "edge")
+    for arm in arms:
+        run = opened("--algo", "dapo", "--advantage", name, "--comparison", arm)
+        step = train.train_step(1, run)
+        expected = rule(step.batch.rewards, 2)[:, None] * step.batch.loss_mask
+        if arm == "entropy-advantage":
+            expected = losses.entropy_advantage(expected, step.batch.entropy)
+        if arm == "edge":
+            mask = step.batch.loss_mask
+            entropy = (step.batch.entropy * mask).sum(1) / mask.sum(1)
+            per_answer = losses.edge_advantages(rule(step.batch.rewards, 2), entropy, 2)
+            expected = per_answer[:, None] * mask
+        torch.testing.assert_close(step.batch.advantages, expected)
+
+
+def test_a_rule_beside_hapos_own_is_one_line():
+    with pytest.raises(BadInput, match="--advantage rloo: HAPO's B is a group rule of its own"):
+        options.parse(["--estimate", "--advantage", "rloo"], "")
+    options.parse(["--estimate", "--advantage", "rloo", "--no-token-group-average"], "")
+
+
+# ------------------------------------------------------------------------------------ denominators
+
+
+@pytest.mark.parametrize("mean", ["token", "sequence", "fixed"])
+def test_groups_that_stayed_dead_are_not_in_the_denominator(opened, monkeypatch, mean):
+    """One live group of four: the update's loss is that group's alone, whatever the mean."""
+    alive = "--loss-mean", mean, "--algo", "dapo", "--dynamic-sampling", "--max-rounds", "1"
+    verdicts(monkeypatch, True, False, *[False] * 6)
+    run = opened(*alive)
+    batch = train.collect(1, run)
+    assert batch.in_loss.tolist() == [True, True] + [False] * 6
+    batch.old_logp, batch.entropy = train.score(run.policy, batch.rollout, None, run)
+    batch.old_logp += 0.1 * torch.arange(8)[:, None]  # so that the loss is not 0
+    batch.advantages = train.advantages(batch, run)
+    everything = train.update(batch, list(range(8)), None, run)
+    assert everything.outcome == "applied" and everything.tokens == batch.rollout.lengths[:2].sum()
+
+    ratio = torch.exp(-0.1 * torch.arange(2.0))[:, None]
+    per_token = losses.clipped_surrogate(ratio, batch.advantages[:2], 0.2, 0.28)
+    mask = batch.loss_mask[:2]
+    expected = {
+        "token": lambda: losses.masked_mean(per_token, mask),
+        "sequence": lambda: losses.sequence_mean(per_token, mask),
+        "fixed": lambda: losses.fixed_length_mean(per_token, mask, 6),
+    }[mean]().item()
+    assert everything.loss == pytest.approx(expected, rel=1e-4) and abs(expected) > 1e-3
+
+
+# --------------------------------------------------------------------------------- reference model
+
+
+def test_a_reference_that_something_else_needs_adds_no_term(opened, monkeypatch):
+    """Held for another use, with --kl 0: the same loss, and dead updates stay dead."""
+    plain = opened("--algo", "dapo")
+    assert plain.reference is None
+    verdicts(monkeypatch, True, False)
+    expected = train.train_step(1, plain).updates
+    monkeypatch.setattr(Options, "needs_reference", property(lambda self: True))
+    run = opened("--algo", "dapo")
+    verdicts(monkeypatch, True, False)
+    step = train.train_step(1, run)
+    assert step.batch.ref_logp is not None and step.updates == expected
+    with torch.no_grad():
+        run.reference.model.norm.weight.mul_(2)  # far from the policy: k3 would be large
+    verdicts(monkeypatch, False)
+    before = [p.detach().clone() for p in run.policy.parameters()]
+    (dead,) = train.train_step(2, run).updates
+    assert dead == train.Update() and dead.outcome == "dead"
+    assert all(torch.equal(a, b) for a, b in zip(before, run.policy.parameters()))
+
+
+def test_kl_adds_its_term_and_wakes_an_update_whose_groups_are_dead(opened, monkeypatch):
+    verdicts(monkeypatch, False)
+    run = opened("--algo", "dapo", "--kl", "0.5")
+    with torch.no_grad():
+        run.reference.model.norm.weight.mul_(1.5)
+    step = train.train_step(1, run)
+    batch, mask = step.batch, step.batch.loss_mask
+    expected = 0.5 * losses.kl_k3(batch.old_logp, batch.ref_logp)[mask].mean().item()
+    assert step.updates[0].outcome == "applied" and expected > 1e-3
+    assert step.updates[0].loss == pytest.approx(expected, rel=1e-3)
+
+
+# --------------------------------------------------------------------------------- runs and curves
+
+
+def test_a_run_of_an_older_version_is_one_line(tmp_path):
+    config = dataclasses.asdict(Options(out=str(tmp_path)))
+    del config["plain"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="older version of this code .no plain in its config") as e:
+        options.parse(["--resume", "--out", str(tmp_path)], "")
+    assert "\n" not in str(e.value)
+
+
+ROWS = [
+    {"step": 0, "eval_accuracy": 0.1, "eval_greedy": 0.2, "eval_error": None},
+    {"step": 1, "phase": "internal", "layer": 2, "internal_entropy": 0.3, "reward": 0.5}
+    | {"entropy": 0.4, "response_length": 9, "grad_norm": 1.5, "dead_groups": 1, "groups": 4},
+    {"step": 2, "phase": "full", "reward": None, "entropy": math.nan, "response_length": 8}
+    | {"grad_norm": 2.5, "dead_groups": 2, "groups": 4},
+]
+
+
+def test_every_panel_is_drawn(tmp_path):
+    """PANELS by name, each on its own; numbers that are missing or NaN leave a gap."""
+    pytest.importorskip("matplotlib")
+    import matplotlib.pyplot as plt
+
+    from scripts import curves
+
+    text = "".join(json.dumps(row).replace("NaN", "null") + "\n" for row in ROWS)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    rows = [json.loads(line) for line in text.splitlines()]
+    for title, draw in curves.PANELS:
+        figure, panel = plt.subplots()
+        draw(panel, rows[1:], rows[:1], "run", "black")
+        assert panel.lines, title
+        plt.close(figure)
+    assert curves.plot([tmp_path]).stat().st_size > 10_000
