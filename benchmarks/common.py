@@ -1,4 +1,7 @@
-"""Shared by the benchmarks: models of random weights, and timing in turn so that a noisy machine hits both sides alike."""
+"""Shared by the benchmarks: models of random weights, and timing.
+
+Both sides of a comparison are timed in turn, so that a noisy machine hits them alike.
+"""
 
 import pathlib
 import statistics
@@ -33,7 +36,7 @@ def qwen3(vocab=384, hidden=128, layers=4, **more):
 
 
 def in_turn(functions, rounds=5, warmup=1):
-    """Run each named function once a round, all of them in every round; returns {name: [seconds]}."""
+    """Run each named function once a round, all in every round; returns {name: [seconds]}."""
     seconds = {name: [] for name in functions}
     for i in range(warmup + rounds):
         for name, function in functions.items():

@@ -1,9 +1,11 @@
-"""One training step against TRL's GRPOTrainer: same model, same prompts, 256 answers of at most 12 tokens, 4 updates, in one run.
+"""One training step against TRL's GRPOTrainer: same model, same prompts, in one run.
 
     pip install trl && python benchmarks/step_vs_trl.py [--steps 12]
 
-The model is a Qwen3 of 0.48 M parameters with random weights and the tokenizer of assets/tiny-qwen3; rewards are a coin per answer,
-so no group is dead and every update is made. Ours runs GRPO and HAPO; a "step" is sampling, scoring and four updates on all sides.
+256 answers of at most 12 tokens, 4 updates. The model is a Qwen3 of 0.48 M parameters with random
+weights and the tokenizer of assets/tiny-qwen3; rewards are a coin per answer, so no group is dead
+and every update is made. Ours runs GRPO and HAPO; a "step" is sampling, scoring and four updates on
+all sides.
 """
 
 import argparse
@@ -21,31 +23,15 @@ from scale import shard
 from tasks import Grade, load_problems, render_prompt
 
 TINY = str(pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen3")
+STEP = (
+    "--prompts-per-step 16 --answers-per-prompt 16 --max-new-tokens 12 --lr 1e-6 --device cpu"
+).split()
 
 
 def ours(folder, algo, steps):
+    """Seconds of each step but the first two."""
     out = tempfile.mkdtemp()
-    o = options.parse(
-        [
-            "--model",
-            folder,
-            "--out",
-            out,
-            "--algo",
-            algo,
-            "--prompts-per-step",
-            "16",
-            "--answers-per-prompt",
-            "16",
-            "--max-new-tokens",
-            "12",
-            "--lr",
-            "1e-6",
-            "--device",
-            "cpu",
-        ],
-        "",
-    )
+    o = options.parse(["--model", folder, "--out", out, "--algo", algo, *STEP], "")
     run, _ = open_run(o, shard.World(o.device))
     coin = random.Random(0)
     train.grade = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
@@ -57,22 +43,10 @@ def ours(folder, algo, steps):
     return seconds[2:]
 
 
-def trl(folder, steps):
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+def trl_config(steps):
+    from trl import GRPOConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [
-        render_prompt(p.question, tokenizer)[0] for p in load_problems("countdown")[0][:2000]
-    ]
-    coin, times = random.Random(0), []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            times.append(time.perf_counter())
-
-    config = GRPOConfig(
+    return GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=64,
         gradient_accumulation_steps=1,
@@ -91,12 +65,30 @@ def trl(folder, steps):
         disable_tqdm=True,
         gradient_checkpointing=False,
     )
+
+
+def trl(folder, steps):
+    """Seconds of each step but the first two."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    problems = load_problems("countdown")[0][:2000]
+    prompts = [render_prompt(p.question, tokenizer)[0] for p in problems]
+    coin, times = random.Random(0), []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            times.append(time.perf_counter())
+
+    def reward(completions, **kwargs):
+        return [float(coin.random() < 0.5) for _ in completions]
+
     trainer = GRPOTrainer(
         model=folder,
-        reward_funcs=lambda completions, **kwargs: [
-            float(coin.random() < 0.5) for _ in completions
-        ],
-        args=config,
+        reward_funcs=reward,
+        args=trl_config(steps),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
         callbacks=[Clock()],
@@ -123,11 +115,14 @@ def main():
             seconds["ours, grpo"].append(median(ours(folder, "grpo", args.steps)))
             seconds["ours, hapo"].append(median(ours(folder, "hapo", args.steps)))
     print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, 256 answers of at most 12 tokens, 4 updates; medians of {args.steps - 2} steps in each of {args.rounds} rounds"
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, 256 answers of at "
+        f"most 12 tokens, 4 updates; medians of {args.steps - 2} steps in each of "
+        f"{args.rounds} rounds"
     )
     for name, values in seconds.items():
         print(
-            f"{name:16s} {median(values):.3f} s a step ({min(values):.3f} to {max(values):.3f}), {ratio(seconds, 'TRL GRPOTrainer', name)} x TRL's steps per second"
+            f"{name:16s} {median(values):.3f} s a step ({min(values):.3f} to {max(values):.3f}), "
+            f"{ratio(seconds, 'TRL GRPOTrainer', name)} x TRL's steps per second"
         )
 
 
