@@ -98,7 +98,7 @@ def last_line(result):
     if not lines:
         return "(nothing)"
     line = telling[0] if telling and not result.returncode else lines[-1]
-    return re.sub(r"/\S*/tmp\w+/", "", line).strip()[:190]
+    return re.sub(r"/\S*/tmp\w+/", "", line).strip()
 
 
 def report(name, result, out, resume=True):
