@@ -77,6 +77,7 @@ class Options:
         "", "default: sequence for grpo, token otherwise", ["token", "sequence", "fixed"]
     )
     kl: float = opt(0.0, "coefficient of the k3 KL to the initial model (phase 2)")
+    sampler_correction: bool = opt(False, "weigh tokens by min(exp(old - sampler logp), 2)")
     comparison: str = opt("none", "another use of entropy, for comparison", COMPARISONS)
 
     # BuPO
@@ -278,6 +279,13 @@ def impossible(options):
         o.advantage != "grpo" and token_average,
         "advantage",
         "HAPO's B is a group rule of its own; add --no-token-group-average or another --algo",
+    )
+    tempered = o.algo == "hapo" and o.adaptive_temperature
+    yield (
+        o.sampler_correction and (tempered or o.bupo_layer),
+        "sampler_correction",
+        "it would undo --adaptive-temperature and mistake an internal policy for the sampler's; "
+        "add --no-adaptive-temperature, leave --bupo-layer out",
     )
     yield (
         o.eval_data and not o.data,

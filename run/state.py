@@ -95,6 +95,10 @@ class Run:
         if self.world.any(not values.isfinite().all()):
             raise NonFinite(f"{what} is NaN or infinite")
 
+    def largest(self, *numbers):
+        """The largest of each number over processes."""
+        return self.world.max(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
     def total(self, numbers):
         """A dictionary of numbers, summed over processes."""
         sums = self.world.sum(torch.tensor(list(numbers.values()), dtype=torch.float64))

@@ -146,7 +146,7 @@ def test_groups_that_stayed_dead_are_not_in_the_denominator(opened, monkeypatch,
     run = opened(*alive)
     batch = train.collect(1, run)
     assert batch.in_loss.tolist() == [True, True] + [False] * 6
-    batch.old_logp, batch.entropy = train.score(run.policy, batch.rollout, None, run)
+    batch.old_logp, batch.entropy = train.score(run.policy, batch.rollout, [list(range(8))], None, run)
     batch.old_logp += 0.1 * torch.arange(8)[:, None]  # so that the loss is not 0
     batch.advantages = train.advantages(batch, run)
     everything = train.update(batch, list(range(8)), None, run)
@@ -212,7 +212,8 @@ def test_a_run_of_an_older_version_is_one_line(tmp_path):
 
 ROWS = [
     {"step": 0, "eval_accuracy": 0.1, "eval_greedy": 0.2, "eval_error": None},
-    {"step": 1, "phase": "internal", "layer": 2, "internal_entropy": 0.3, "reward": 0.5}
+    {"step": 1, "phase": "internal", "pivot": -1.0, "h_max": 1.0, "h_min": -3.0}
+    | {"phase": "internal", "layer": 2, "internal_entropy": 0.3, "reward": 0.5}
     | {"entropy": 0.4, "response_length": 9, "grad_norm": 1.5, "dead_groups": 1, "groups": 4},
     {"step": 2, "phase": "full", "reward": None, "entropy": math.nan, "response_length": 8}
     | {"grad_norm": 2.5, "dead_groups": 2, "groups": 4},
