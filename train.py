@@ -14,6 +14,7 @@ CPU nothing else is random; a GPU may add in another order.
 Shapes: P prompts a step, G answers each, B = P G answers, T positions of the longest answer.
 """
 
+import contextlib
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -446,7 +447,7 @@ def mean_loss(
 def train(options: Options) -> None:
     """Set a run up (or pick it up where it stopped), take its steps, leave its files."""
     run, step = open_run(options, shard.open_world(options.device))
-    with StopRequest(run.say) as stop:
+    with run.lock or contextlib.nullcontext(), StopRequest(run.say) as stop:
         if step is None:
             report.first_look(run)
             step = 0

@@ -182,18 +182,12 @@ def resumed_options(held, given, options):
         stored = json.loads(held.read_text())
     except ValueError as error:
         raise BadInput(f"{held}: not a run's config.json ({error})") from None
-    names = {f.name for f in dataclasses.fields(Options)}
-    if not names <= stored.keys():
-        raise BadInput(
-            f"--resume: the run in {options.out} is of an older version of this code (no "
-            f"{min(names - stored.keys())} in its config.json) and cannot be continued; start a "
-            "new one in another --out, from a checkpoint of it with --model"
-        )
+    names = {f.name for f in dataclasses.fields(Options)} & stored.keys()
     for key, value in given.items():
-        if key not in MAY_CHANGE and stored[key] != value:
+        if key not in MAY_CHANGE and stored.get(key) != value:
             raise BadInput(
                 f"{flag_of(key)} {value}: the run in {options.out} was started with "
-                f"{stored[key]}; leave the option out, or start a new run in another --out"
+                f"{stored.get(key)}; leave the option out, or start a new run in another --out"
             )
     kept = {name: stored[name] for name in names}
     changed = {name: value for name, value in given.items() if name in MAY_CHANGE}
