@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from fast.logprobs import chunked_logprobs_and_entropy
+from fast.rows import NEVER
+
+LOG_RATIO_LIMIT = 20.0  # beyond it exp overflows, and even a clipped token's gradient is NaN
 
 # ---------------------------------------------- log-probability and entropy of the taken tokens
 
@@ -51,10 +54,25 @@ def plain_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """token_logprobs_and_entropy from whole logits: for reading, and for small models."""
     logits = hidden @ unembedding.T
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_probs = (logits.to(dtype) / temperature).log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs.clamp_min(torch.finfo(dtype).min)).sum(-1)
-    return log_probs.gather(-1, targets[..., None]).squeeze(-1), entropy
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return row_logprobs_and_entropy(logits / temperature, targets)
+
+
+def row_logprobs_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log p[target] and entropy of softmax(logits): (..., V), (...) -> two tensors (...).
+
+    log Z - E[logit] would cancel where one id has almost all the probability, and HAPO steers by
+    log H. Relative to the likeliest id every logit z <= 0, and s, the sum of e^z over the *other*
+    ids, gives log Z = log1p(s) and H = log1p(s) + sum p (-z): no term is negative.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        top = logits.argmax(-1, keepdim=True)
+        z = (logits - logits.gather(-1, top)).clamp_min(NEVER)
+        others = z.exp().scatter(-1, top, 0.0)
+        s = others.sum(-1)
+        log_z = torch.log1p(s) + z.gather(-1, top).squeeze(-1)  # + 0, or NaN that must show
+        entropy = log_z - (others * z).sum(-1) / (1 + s)
+        return z.gather(-1, targets[..., None]).squeeze(-1) - log_z, entropy
 
 
 # -------------------------------------------------------------------------------------- advantages
@@ -105,6 +123,11 @@ def split_groups(rewards: Tensor, group_size: int) -> Tensor:
 # -------------------------------------------------------------------------------- surrogate and KL
 
 
+def likelihood_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
+    """r = exp(logp - old_logp), its exponent within +-20; beyond that there is no gradient."""
+    return torch.exp((logp - old_logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
 def clipped_surrogate(
     ratio: Tensor,
     advantages: Tensor,
@@ -128,9 +151,15 @@ def clipped_surrogate(
     return loss
 
 
+def truncated_weight(logp: Tensor, sampler_logp: Tensor, most: float = 2.0) -> Tensor:
+    """min(p / p_sampler, most) a token, detached: truncated importance sampling (Yao et al. 2025),
+    for answers from a sampler that is not quite the policy."""
+    return likelihood_ratio(logp, sampler_logp).detach().clamp_max(most)
+
+
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """k3 estimate of KL(policy || reference) a token: exp(d) - d - 1 >= 0, d = ref_logp - logp."""
-    d = ref_logp - logp
+    d = (ref_logp - logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return torch.exp(d) - d - 1
 
 

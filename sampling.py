@@ -23,6 +23,8 @@ from transformers import DynamicCache, LogitsProcessor
 
 from fast import cpu, decoding
 from fast.decoding import Drawn
+from fast.rows import product
+from losses import row_logprobs_and_entropy
 from program.errors import NonFinite
 
 Temperature = float | Callable[[Tensor], Tensor]  # T, or entropies (R,) -> temperatures (R,)
@@ -225,8 +227,14 @@ def _decode(model, prompt, prompt_mask, eos, size, how, steps):
 def _next_logits(model, ids, mask, position, cache):
     """The logits behind the last of some new tokens, (R, V); their keys and values join the cache,
     whole for layers with a sliding window too: their mask does the sliding."""
-    cached = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return model(ids, attention_mask=mask, position_ids=position, **cached).logits[:, -1]
+    where = dict(attention_mask=mask, position_ids=position)
+    where |= dict(past_key_values=cache, use_cache=True)
+    weight = model.get_input_embeddings().weight
+    if weight.dtype == torch.float32:
+        return model(ids, logits_to_keep=1, **where).logits[:, -1]
+    # a replica in bfloat16: the product that makes the logits keeps its float32 accumulator
+    states = model.base_model(ids, **where).last_hidden_state[:, -1]
+    return product(states, model.get_output_embeddings().weight, torch.float32)
 
 
 @contextlib.contextmanager
@@ -268,12 +276,11 @@ def draw(
     entropy = entropy_of(logits) if asked else torch.full_like(uniform, torch.nan)
     heat = temperature(entropy) if callable(temperature) else torch.full_like(uniform, temperature)
     if bool((heat == 0).all()):  # greedy: the distribution is a single token
-        log_probs = logits.log_softmax(-1)
         token = logits.argmax(-1)
     else:
-        log_probs = (logits / heat[:, None]).log_softmax(-1)
-        token = invert_cdf(log_probs.exp(), uniform)
-    return Drawn(token, heat, log_probs.gather(-1, token[:, None]).squeeze(-1), entropy)
+        logits = logits / heat[:, None]
+        token = invert_cdf(logits.softmax(-1), uniform)
+    return Drawn(token, heat, row_logprobs_and_entropy(logits, token)[0], entropy)
 
 
 def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -289,8 +296,7 @@ def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
 
 def entropy_of(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits), (R, V) -> (R,). Logits of -inf have probability 0."""
-    log_probs = logits.log_softmax(-1)
-    return -(log_probs.exp() * log_probs.clamp_min(torch.finfo(logits.dtype).min)).sum(-1)
+    return row_logprobs_and_entropy(logits, logits.argmax(-1))[1]
 
 
 class AdaptiveTemperature(LogitsProcessor):

@@ -14,6 +14,7 @@ CPU nothing else is random; a GPU may add in another order.
 Shapes: P prompts a step, G answers each, B = P G answers, T positions of the longest answer.
 """
 
+import contextlib
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -65,6 +66,7 @@ class Batch:
     ref_logp: Tensor = None  # (B, T) of the initial model
     h: Tensor = None  # (B, T) HAPO's modulation
     advantages: Tensor = None  # (B, T)
+    stats: hapo.EntropyStats = None  # what h was made of
     bounds: Tensor = None  # (B, T) clip distances of --comparison archer
 
     def select(self, groups: list[int]) -> "Batch":
@@ -107,10 +109,12 @@ class Update(NamedTuple):
     loss: float = 0.0
     grad_norm: float = 0.0  # before clipping
     ratio_max: float = 0.0
+    ratio_off: float = 0.0  # largest |ratio - 1|
     # sums over tokens
     clip_low: float = 0.0  # whose gradient the lower bound removed
     clip_high: float = 0.0  # whose gradient the upper bound removed
     outside: float = 0.0  # whose ratio is outside the bounds
+    clamped: float = 0.0  # whose log-ratio is beyond +-20
     kl_old: float = 0.0  # k3 of new and old log-probability
 
 
@@ -141,20 +145,23 @@ def train_step(step: int, run: Run) -> Step:
     # It is not rollout.logp, since every token was drawn at a temperature of its own: a ratio must
     # compare one function before and after, and that is this one, at T_base. What is left is a
     # known mismatch: the answers come from a slightly different distribution, uncorrected.
-    batch.old_logp, batch.trained_entropy = score(run.policy, batch.rollout, layer, run)
+    # Each update takes an equal part of the batch, whole groups, and is scored in the passes that
+    # it will make: the first ratios are exactly 1. Prompts came in random order: no shuffling.
+    parts = torch.arange(len(batch.texts)).view(options.updates_per_rollout, -1).tolist()
+    batch.old_logp, batch.trained_entropy = score(run.policy, batch.rollout, parts, layer, run)
     # BuPO 1: no layer above l runs in phase 1; the full policy's entropy is what the sampler saw
     batch.entropy = batch.trained_entropy if layer is None else batch.rollout.entropy
     if run.reference is not None and layer is None:  # BuPO 2: no reference in phase 1
-        batch.ref_logp, _ = score(run.reference, batch.rollout, None, run)
+        batch.ref_logp, _ = score(run.reference, batch.rollout, parts, None, run)
     scored = (batch.old_logp + batch.entropy)[batch.rollout.mask]
     run.check_finite(scored, "a log-probability or entropy of the old policy")
 
     # 4. Where does HAPO stand? One h in [-1, 1] a token, from the statistics of all entropies.
     if options.algo == "hapo":
-        entropies = run.world.gather(batch.entropy[batch.rollout.mask])  # dead groups' too
-        stats = hapo.entropy_stats(entropies, torch.ones_like(entropies), options.rho)
-        batch.h = hapo.modulation(batch.entropy, stats, batch.loss_mask, options.released)
-        run.sampler_stats = stats  # the next step's answers are drawn with them
+        batch.stats = statistics(batch.entropy, batch, run)
+        batch.h = hapo.modulation(batch.entropy, batch.stats, batch.loss_mask, options.released)
+        if options.adaptive_temperature:  # for the next step's answers, of what its sampler sees
+            run.sampler_stats = statistics(batch.rollout.entropy, batch, run)
 
     # 5. Advantages: how much better is an answer than the others to its prompt?
     batch.advantages = advantages(batch, run)
@@ -162,11 +169,10 @@ def train_step(step: int, run: Run) -> Step:
         other_uses_of_entropy(batch, run)
     clock.lap("score")
 
-    # 6. Update the policy on equal parts of the batch, whole groups each. They need no shuffling:
-    # prompts came in random order, and a group must not be torn apart.
+    # 6. Update the policy on each part of the batch in turn.
     prepare_updates(step, run)
     updates = []
-    for rows in torch.arange(len(batch.texts)).view(options.updates_per_rollout, -1).tolist():
+    for rows in parts:
         updates.append(update(batch, rows, layer, run))
     clock.lap("update")
     return Step(step, layer, batch, updates, clock.seconds)
@@ -282,10 +288,13 @@ def choose_layer(batch: Batch, run: Run) -> int:
 
 
 @torch.no_grad()
-def score(model: nn.Module, rollout: Rollout, layer: int | None, run: Run) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every token of every answer, (B, T), without gradient."""
+def score(
+    model: nn.Module, rollout: Rollout, parts: list[list[int]], layer: int | None, run: Run
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every token of every answer, (B, T), without gradient, in the
+    passes of the updates that will take `parts`."""
     logp, entropy = torch.zeros(2, *rollout.mask.shape, device=run.world.device)
-    for rows, _ in run.passes(rollout, range(len(logp))):
+    for rows in (rows for part in parts for rows, _ in run.passes(rollout, part)):
         logp[rows], entropy[rows] = token_scores(model, rollout, rows, layer, run)
     shard.reshard(model)
     return logp, entropy
@@ -306,6 +315,15 @@ def token_scores(
         )
     blank = torch.zeros(mask.shape, device=mask.device)
     return blank.masked_scatter(mask, logp), blank.masked_scatter(mask, entropy.detach())
+
+
+# ----------------------------------------------------------------------------------- 4. statistics
+
+
+def statistics(entropy: Tensor, batch: Batch, run: Run) -> hapo.EntropyStats:
+    """Of every token that was sampled, those of dead groups too, over all processes."""
+    pool = run.world.gather(entropy[batch.rollout.mask])
+    return hapo.entropy_stats(pool, torch.ones_like(pool), run.options.rho)
 
 
 # ----------------------------------------------------------------------------------- 5. advantages
@@ -357,16 +375,17 @@ def update(batch: Batch, rows: list[int], layer: int | None, run: Run) -> Update
     responses = int(run.world.sum(batch.in_loss[rows].sum()))
     if not run.world.any(learns):
         return Update()
-    sums, ratio_max = {}, 0.0
+    sums, ratio_max, ratio_off = {}, 0.0, 0.0
     for part, weight in run.passes(batch.rollout, rows):
         logp, _ = token_scores(policy, batch.rollout, part, layer, run)
-        per_token, seen, highest = policy_loss(logp, batch, part, options)
+        per_token, seen, ratio = policy_loss(logp, batch, part, options)
         loss = mean_loss(per_token, batch.loss_mask[part], tokens, responses, options) * weight
         run.backward(loss)
         for name, value in (seen | {"loss": loss.detach()}).items():
             sums[name] = sums.get(name, 0.0) + float(value) * weight
-        ratio_max = max(ratio_max, highest)
-    sums, ratio_max = run.total(sums), float(run.world.max(ratio_max))
+        ratio_max = max(ratio_max, float(ratio.max()))
+        ratio_off = max(ratio_off, float((ratio - 1).abs().max()))
+    sums, (ratio_max, ratio_off) = run.total(sums), run.largest(ratio_max, ratio_off)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), options.grad_clip)
     grad_norm = shard.whole(norm).item()
     accepted = run.guard.accepts(sums["loss"], grad_norm)
@@ -374,14 +393,16 @@ def update(batch: Batch, rows: list[int], layer: int | None, run: Run) -> Update
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     outcome = "applied" if accepted else "skipped"
-    return Update(outcome, tokens, grad_norm=grad_norm, ratio_max=ratio_max, **sums)
+    extremes = dict(grad_norm=grad_norm, ratio_max=ratio_max, ratio_off=ratio_off)
+    return Update(outcome, tokens, **extremes, **sums)
 
 
 def policy_loss(
     logp: Tensor, batch: Batch, rows: list[int], options: Options
-) -> tuple[Tensor, dict, float]:
-    """The loss of some rows, one value a token; sums over their tokens; the largest ratio."""
-    ratio = torch.exp(logp - batch.old_logp[rows])
+) -> tuple[Tensor, dict, Tensor]:
+    """The loss of some rows, one value a token; sums over their tokens; the ratios in the loss."""
+    old_logp = batch.old_logp[rows]
+    ratio = losses.likelihood_ratio(logp, old_logp)
     weighed, low, high = batch.advantages[rows], options.clip_low, options.clip_high
     if options.algo == "hapo":
         h = batch.h[rows]
@@ -393,6 +414,8 @@ def policy_loss(
     if batch.bounds is not None:
         low = high = batch.bounds[rows]
     loss = losses.clipped_surrogate(ratio, weighed, low, high, options.dual_clip or None)
+    if options.sampler_correction:
+        loss = loss * losses.truncated_weight(old_logp, batch.rollout.logp[rows])
     if options.kl and batch.ref_logp is not None:
         loss = loss + options.kl * losses.kl_k3(logp, batch.ref_logp[rows])
     with torch.no_grad():
@@ -401,9 +424,10 @@ def policy_loss(
             "clip_low": (valid & below & (weighed < 0)).sum(),
             "clip_high": (valid & above & (weighed > 0)).sum(),
             "outside": (valid & (below | above)).sum(),
-            "kl_old": losses.kl_k3(logp, batch.old_logp[rows])[valid].sum(),
+            "clamped": (valid & ((logp - old_logp).abs() > losses.LOG_RATIO_LIMIT)).sum(),
+            "kl_old": losses.kl_k3(logp, old_logp)[valid].sum(),
         }
-        return loss, seen, float(torch.where(valid, ratio, 0.0).max())
+        return loss, seen, torch.where(valid, ratio, 1.0)
 
 
 def mean_loss(
@@ -423,7 +447,7 @@ def mean_loss(
 def train(options: Options) -> None:
     """Set a run up (or pick it up where it stopped), take its steps, leave its files."""
     run, step = open_run(options, shard.open_world(options.device))
-    with StopRequest(run.say) as stop:
+    with run.lock or contextlib.nullcontext(), StopRequest(run.say) as stop:
         if step is None:
             report.first_look(run)
             step = 0

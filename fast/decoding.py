@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from fast import rows
+
 
 class Drawn(NamedTuple):
     """One step's tokens and what is kept of each, (R,)."""
@@ -72,48 +74,38 @@ def drop_finished(ended, cache, *per_row):
 
 
 class Draw:
-    """`sampling.draw`, with one buffer for the work of all steps of a rollout."""
+    """`sampling.draw`, with two buffers for the work of all steps of a rollout."""
 
     def __init__(self):
-        self.buffer = None
+        self.buffers = None
 
     def __call__(self, logits, temperature, uniform, measure_entropy=False):
-        if self.buffer is None:
-            self.buffer = torch.empty_like(logits)
-        buffer = self.buffer[: len(logits)]
-        entropy = torch.full_like(uniform, torch.nan)
+        if self.buffers is None:
+            self.buffers = torch.empty_like(logits), torch.empty_like(logits)
+        z, work = (b[: len(logits)] for b in self.buffers)
+        top = logits.argmax(-1, keepdim=True)
+        torch.sub(logits, logits.gather(-1, top), out=z)
+        entropy, heat = torch.full_like(uniform, torch.nan), temperature
         if callable(temperature) or measure_entropy:
-            entropy = entropy_of(logits, buffer)
+            _, entropy, _ = rows.scores(z, top, work=work)
         if callable(temperature):
             heat = temperature(entropy)
-            logits = torch.div(logits, heat[:, None], out=buffer)
+            z.div_(heat[:, None])
         else:
             heat = torch.full_like(uniform, temperature)
             if temperature == 0:  # greedy: the distribution is a single token
-                token = logits.argmax(-1)
-                logp = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)
-                return Drawn(token, heat, logp, entropy)
+                token = top.squeeze(-1)
+                return Drawn(token, heat, rows.scores(z, top, token, work)[0], entropy)
             if temperature != 1:
-                logits = torch.div(logits, temperature, out=buffer)
-        probs = torch.softmax(logits, -1, out=buffer)
-        token = invert_cdf(probs, uniform)
-        return Drawn(token, heat, probs.gather(-1, token[:, None]).squeeze(-1).log(), entropy)
-
-
-def entropy_of(logits, buffer=None):
-    """Entropy in nats of softmax(logits), (R, V) -> (R,). Logits of -inf have probability 0."""
-    probs = torch.softmax(logits, -1, out=buffer)
-    # H = log Z - E[logit], and the likeliest token says log Z = max logit - log max p
-    log_z = logits.amax(-1) - probs.amax(-1).log()
-    mean = probs.mul_(logits).sum(-1)
-    if not bool(mean.isfinite().all()):  # a masked id: keep 0 * -inf out of the mean
-        floor = torch.finfo(logits.dtype).min
-        mean = torch.linalg.vecdot(logits.softmax(-1), logits.clamp_min(floor))
-    return (log_z - mean).clamp_min(0)
+                z.div_(temperature)
+        weights = torch.exp(z, out=work)  # the likeliest id has weight 1
+        token = invert_cdf(weights, uniform)
+        log_z = rows.log_of(weights.scatter_(-1, top, 0.0).sum(-1), z, top)
+        return Drawn(token, heat, z.gather(-1, token[:, None]).squeeze(-1) - log_z, entropy)
 
 
 def invert_cdf(probs, uniform):
-    """The smallest index whose cumulative probability exceeds `uniform`; (R, V), (R,) -> (R,).
+    """The smallest index whose cumulative share of the weights exceeds `uniform`; (R, V), (R,).
 
     In two levels, blocks of about sqrt(V) and then inside the block drawn: two short cumulative
     sums instead of one as long as the vocabulary, and no multinomial, which draws V random numbers

@@ -9,6 +9,8 @@ Shapes: N tokens, D hidden size, V vocabulary.
 
 import torch
 
+from fast import rows as exact
+
 LOGIT_CHUNK_BYTES = 2**27  # 128 MiB of float32 logits at a time
 
 
@@ -19,10 +21,13 @@ def chunked_logprobs_and_entropy(hidden, unembedding, targets, temperature=1.0, 
     if torch.is_autocast_enabled(hidden.device.type):
         compute = torch.get_autocast_dtype(hidden.device.type)
         hidden, unembedding = hidden.to(compute), unembedding.to(compute)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logp, entropy = _ChunkedLogProb.apply(
-        flat, unembedding, targets.reshape(-1), float(temperature), chunk_tokens
-    )
+    flat, targets_flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    with torch.autocast(
+        hidden.device.type, enabled=False
+    ):  # nothing below runs in less than float32
+        logp, entropy = _ChunkedLogProb.apply(
+            flat, unembedding, targets_flat, float(temperature), chunk_tokens
+        )
     return logp.view(targets.shape), entropy.view(targets.shape)
 
 
@@ -37,15 +42,12 @@ class _ChunkedLogProb(torch.autograd.Function):
         for i in range(0, len(hidden), chunk):
             rows = slice(i, i + chunk)
             logits = _logits(hidden[rows], weight, temperature, dtype)
-            lse = logits.logsumexp(-1)
-            logp[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - lse
-            # H = log Z - E[logit]
-            probs = (logits - lse[:, None]).exp_()
-            # a logit of -inf has probability 0: keep 0 * -inf out of the mean
-            entropy[rows] = lse - torch.linalg.vecdot(
-                probs, logits.clamp_min_(torch.finfo(dtype).min)
+            top = logits.argmax(-1, keepdim=True)
+            largest = logits.gather(-1, top)
+            logp[rows], entropy[rows], log_z = exact.scores(
+                logits.sub_(largest), top, targets[rows]
             )
-            logsumexp[rows] = lse
+            logsumexp[rows] = largest.squeeze(-1) + log_z
         ctx.save_for_backward(hidden, weight, targets, logsumexp, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)  # an output the loss does not use arrives as None
@@ -89,5 +91,5 @@ class _ChunkedLogProb(torch.autograd.Function):
 
 
 def _logits(hidden, weight, temperature, dtype):
-    logits = (hidden @ weight.T).to(dtype)
+    logits = exact.product(hidden, weight, dtype)
     return logits if temperature == 1.0 else logits.div_(temperature)

@@ -147,6 +147,12 @@ def _fault(folder):
 def restore(run, folder):
     """Put back everything but the weights; returns the step the checkpoint was written at."""
     state = json.loads((folder / "run.json").read_text())
+    if lacking := run.state().keys() - state.keys():
+        raise BadInput(
+            f"--resume: {folder} is of an older version of this code (no {min(lacking)} in its "
+            f"run.json) and cannot be continued; start a new run from it with --model {folder} and "
+            "another --out"
+        )
     run.restore(state)
     run.optimizer = run.make_optimizer()
     moments = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)

@@ -1,7 +1,9 @@
 """Opening a run: model, data and folder, new or where it stopped; and what it says of itself."""
 
 import dataclasses
+import fcntl
 import json
+import os
 import pathlib
 import shutil
 
@@ -16,6 +18,8 @@ from run.state import Run
 from sampling import eos_ids_of
 from scale import memory, shard
 from tasks import fit_context, load_problems, read_problems
+
+LOCK = ".lock"
 
 
 def open_run(options, world):
@@ -54,8 +58,7 @@ def open_run(options, world):
         )
     step = checkpoint.restore(run, found) if found else None
     describe(run, config, say)
-    if world.main:
-        prepare_folder(options, out, -1 if step is None else step)
+    run.together(prepare_folder, run, -1 if step is None else step)
     return run, step
 
 
@@ -131,15 +134,44 @@ def no_dropout(policy):
             module.attention_dropout = 0.0
 
 
-def prepare_folder(options, out, step):
-    """The run's folder with its options; lines of metrics and samples later than `step` go."""
-    if options.overwrite and (out / "config.json").exists():
-        shutil.rmtree(out)
+def prepare_folder(run, step):
+    """The run's folder with its options, locked; lines of metrics and samples later than `step` go.
+
+    Process 0's work; every process calls it.
+    """
+    options, out = run.options, run.out
+    if not run.world.main:
+        return
     out.mkdir(parents=True, exist_ok=True)
+    run.lock = lock(out)
+    if options.overwrite and (out / "config.json").exists():
+        for old in out.iterdir():
+            if old.is_dir():
+                shutil.rmtree(old)
+            elif old.name != LOCK:
+                old.unlink()
     config = json.dumps(dataclasses.asdict(options), indent=1) + "\n"
     checkpoint.write_file(out / "config.json", config)
     for name in ("metrics.jsonl", "samples.jsonl"):
         checkpoint.keep_lines(out / name, step)
+
+
+def lock(out):
+    """An open file that says a run is writing to this folder; the system lets go of it when its
+    process ends, however it ends."""
+    file = open(out / LOCK, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise BadInput(
+            f"--out {out}: process {file.read().strip() or '?'} is writing to this folder; "
+            "wait for it, stop it, or name another folder"
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def describe(run, config, say):

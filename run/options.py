@@ -77,6 +77,7 @@ class Options:
         "", "default: sequence for grpo, token otherwise", ["token", "sequence", "fixed"]
     )
     kl: float = opt(0.0, "coefficient of the k3 KL to the initial model (phase 2)")
+    sampler_correction: bool = opt(False, "weigh tokens by min(exp(old - sampler logp), 2)")
     comparison: str = opt("none", "another use of entropy, for comparison", COMPARISONS)
 
     # BuPO
@@ -181,18 +182,12 @@ def resumed_options(held, given, options):
         stored = json.loads(held.read_text())
     except ValueError as error:
         raise BadInput(f"{held}: not a run's config.json ({error})") from None
-    names = {f.name for f in dataclasses.fields(Options)}
-    if not names <= stored.keys():
-        raise BadInput(
-            f"--resume: the run in {options.out} is of an older version of this code (no "
-            f"{min(names - stored.keys())} in its config.json) and cannot be continued; start a "
-            "new one in another --out, from a checkpoint of it with --model"
-        )
+    names = {f.name for f in dataclasses.fields(Options)} & stored.keys()
     for key, value in given.items():
-        if key not in MAY_CHANGE and stored[key] != value:
+        if key not in MAY_CHANGE and stored.get(key) != value:
             raise BadInput(
                 f"{flag_of(key)} {value}: the run in {options.out} was started with "
-                f"{stored[key]}; leave the option out, or start a new run in another --out"
+                f"{stored.get(key)}; leave the option out, or start a new run in another --out"
             )
     kept = {name: stored[name] for name in names}
     changed = {name: value for name, value in given.items() if name in MAY_CHANGE}
@@ -278,6 +273,13 @@ def impossible(options):
         o.advantage != "grpo" and token_average,
         "advantage",
         "HAPO's B is a group rule of its own; add --no-token-group-average or another --algo",
+    )
+    tempered = o.algo == "hapo" and o.adaptive_temperature
+    yield (
+        o.sampler_correction and (tempered or o.bupo_layer),
+        "sampler_correction",
+        "it would undo --adaptive-temperature and mistake an internal policy for the sampler's; "
+        "add --no-adaptive-temperature, leave --bupo-layer out",
     )
     yield (
         o.eval_data and not o.data,

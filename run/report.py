@@ -2,9 +2,11 @@
 
 import torch
 
+import hapo
 import internals
 from evaluate import sample_answers, summarise, valid_json
 from grading.latex import LATEX
+from losses import kl_k3
 from run.state import seed_of
 from scale import shard
 
@@ -51,6 +53,7 @@ def step_metrics(step, weights_before, run):
         "entropy": over_tokens(batch.entropy),
         "temperature": over_tokens(batch.rollout.temperature),
         **update_metrics(step.updates),
+        **signal_metrics(batch, layer, run),
         "lr": run.optimizer.param_groups[0]["lr"],
         "weights_changed": share_changed(run, weights_before),
         "latex_failures": LATEX.failures,
@@ -98,11 +101,31 @@ def update_metrics(updates):
         "clip_low": sum(u.clip_low for u in updates) / tokens,
         "clip_high": sum(u.clip_high for u in updates) / tokens,
         "kl_old": sum(u.kl_old for u in updates) / tokens,
+        "clamped": sum(u.clamped for u in updates) / tokens,
         "outside_before_update": first.outside / max(1, first.tokens),
+        "ratio_off_before_update": first.ratio_off,
         "updates": sum(u.outcome == "applied" for u in updates),
         "skipped_updates": sum(u.outcome == "skipped" for u in updates),
         "dead_updates": sum(u.outcome == "dead" for u in updates),
     }
+
+
+def signal_metrics(batch, layer, run):
+    """What HAPO's h is made of; and how far sampler and scorer are apart where they should agree:
+    on tokens drawn at T_base, under the model's own policy."""
+    metrics, mask = {}, batch.rollout.mask
+    if batch.stats is not None:
+        metrics = {name: float(x) for name, x in batch.stats._asdict().items()}
+        floor = (batch.entropy <= hapo.ENTROPY_FLOOR) & mask
+        metrics["at_floor"] = run.world.sum(floor.sum()).item() / run.world.sum(mask.sum()).item()
+    same = mask & (batch.rollout.temperature == run.options.temperature)
+    tokens = int(run.world.sum(same.sum()))
+    if layer is None and tokens:
+        new, drawn = batch.old_logp[same], batch.rollout.logp[same]
+        metrics["sampler_kl"] = run.world.sum(kl_k3(drawn, new).sum()).item() / tokens
+        off = (new - drawn).abs().max() if len(new) else 0.0
+        metrics["sampler_off"] = float(run.world.max(off))
+    return metrics
 
 
 def share_changed(run, weights_before):
@@ -264,6 +287,12 @@ def record(step, metrics, bad, run):
     else:
         run.guard.good_step(metrics)
         run.say(console_line(metrics, options))
+        off = metrics["ratio_off_before_update"]
+        if off > 1e-3:
+            run.say(
+                f"alarm: a ratio is {off:.2g} away from 1 before the first update of step {step}; "
+                "scoring and updating disagree"
+            )
         if metrics.get("not_filled"):
             run.say(
                 f"warning: after {options.max_rounds} rounds of dynamic sampling "

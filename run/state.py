@@ -16,7 +16,7 @@ import torch
 
 import bupo
 import hapo
-from program.errors import NonFinite
+from program.errors import BadInput, NonFinite
 from run.guard import Guard
 from run.options import Options
 from scale.shard import World
@@ -44,6 +44,7 @@ class Run:
     sampler_stats: hapo.EntropyStats = None  # of the last batch: the next one is sampled with them
     diagnosed: tuple = None  # the fixed answers of --diagnose-every
     last_batch: object = None  # the last that was drawn
+    lock: object = None  # the open file that keeps other runs out of the folder
 
     def say(self, text):
         if self.world.main:
@@ -72,8 +73,8 @@ class Run:
         return draws[:, self.world.rank :: self.world.size].flatten(1)
 
     def together(self, function, *args, **kwargs):
-        """function(...); a NonFinite in one process is raised in all, so that none waits."""
-        return self.world.together(NonFinite, function, *args, **kwargs)
+        """function(...); an error of ours in one process is raised in all, so that none waits."""
+        return self.world.together((NonFinite, BadInput), function, *args, **kwargs)
 
     def passes(self, rollout, rows):
         """The forward passes over some rows, as (rows, weight). Weight 0 marks a pass that only
@@ -94,6 +95,10 @@ class Run:
         """NonFinite, in every process, if one of them holds a NaN or an infinity."""
         if self.world.any(not values.isfinite().all()):
             raise NonFinite(f"{what} is NaN or infinite")
+
+    def largest(self, *numbers):
+        """The largest of each number over processes."""
+        return self.world.max(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def total(self, numbers):
         """A dictionary of numbers, summed over processes."""

@@ -109,16 +109,16 @@ class Processes(World):
         most = int(self.max(len(parts)))
         return [(part, 1) for part in parts] + [(parts[-1], 0)] * (most - len(parts))
 
-    def together(self, error, function, *args, **kwargs):
-        """function(...); if it raises `error` in one process, it is raised in all, so that none
-        waits for the others."""
+    def together(self, errors, function, *args, **kwargs):
+        """function(...); if it raises one of `errors` in one process, one is raised in all, so that
+        none waits for the others."""
         result = failure = None
         try:
             result = function(*args, **kwargs)
-        except error as caught:
+        except errors as caught:
             failure = caught
         if self.any(failure is not None):
-            raise failure or error("in another process")
+            raise failure or errors[0]("in another process")
         return result
 
     def mine(self, items):

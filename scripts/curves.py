@@ -43,11 +43,23 @@ def gradient(panel, steps, held, name, color):
     panel.plot(x(steps), dead, ":", color=color, label=f"{name}: share of dead groups")
 
 
+def statistics(panel, steps, held, name, color):
+    """The pivot of log H with the range that becomes h = -1 ... 1 (Eq. 5-6)."""
+    if not any("pivot" in r for r in steps):
+        return
+    pivot = column(steps, "pivot")
+    panel.plot(x(steps), pivot, color=color, label=f"{name}: pivot")
+    for key, style in (("h_max", "--"), ("h_min", ":")):
+        edge = [p + h for p, h in zip(pivot, column(steps, key))]
+        panel.plot(x(steps), edge, style, color=color, label=f"{name}: pivot + {key}")
+
+
 PANELS = [
     ("accuracy", accuracy),
     ("entropy in nats, mean over answer tokens", entropy),
     ("answer length in tokens", length),
     ("gradient norm before clipping; dead groups", gradient),
+    ("log entropy: pivot, largest, smallest", statistics),
 ]
 
 
@@ -78,7 +90,8 @@ def plot(runs, out=None):
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+        if panel.lines:
+            panel.legend(fontsize=7)
     for panel in list(axes.flat)[len(PANELS) :]:
         panel.set_visible(False)
     out = pathlib.Path(out or pathlib.Path(runs[0]) / "curves.png")

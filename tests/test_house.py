@@ -16,8 +16,9 @@ FILES = sorted(
 FLOORS = [
     {"program"},
     {"fast", "grading"},
-    {"losses", "sampling", "tasks"},
-    {"hapo", "internals", "evaluate"},
+    {"losses", "tasks"},
+    {"hapo", "sampling"},
+    {"internals", "evaluate"},
     {"bupo", "scale"},
     {"run"},
     {"train"},

@@ -1,16 +1,21 @@
 """The parts of a step: batches, group rules, denominators, the reference model, records, curves."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import losses
 import train
 from program.errors import BadInput
-from run import options, report
+from run import checkpoint, opening, options, report
 from run.opening import open_run
 from run.options import Options
 from sampling import Rollout
@@ -146,7 +151,9 @@ def test_groups_that_stayed_dead_are_not_in_the_denominator(opened, monkeypatch,
     run = opened(*alive)
     batch = train.collect(1, run)
     assert batch.in_loss.tolist() == [True, True] + [False] * 6
-    batch.old_logp, batch.entropy = train.score(run.policy, batch.rollout, None, run)
+    batch.old_logp, batch.entropy = train.score(
+        run.policy, batch.rollout, [list(range(8))], None, run
+    )
     batch.old_logp += 0.1 * torch.arange(8)[:, None]  # so that the loss is not 0
     batch.advantages = train.advantages(batch, run)
     everything = train.update(batch, list(range(8)), None, run)
@@ -201,18 +208,29 @@ def test_kl_adds_its_term_and_wakes_an_update_whose_groups_are_dead(opened, monk
 # --------------------------------------------------------------------------------- runs and curves
 
 
-def test_a_run_of_an_older_version_is_one_line(tmp_path):
-    config = dataclasses.asdict(Options(out=str(tmp_path)))
-    del config["plain"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match="older version of this code .no plain in its config") as e:
-        options.parse(["--resume", "--out", str(tmp_path)], "")
-    assert "\n" not in str(e.value)
+def test_a_run_of_an_older_version_is_one_line(opened, tmp_path):
+    """An option that did not exist has its default; a checkpoint that lacks something is refused."""
+    run = opened()
+    checkpoint.save(run, 0)
+    run.lock.close()
+    config = run.out / "config.json"
+    config.write_text(config.read_text().replace('"plain": false,', ""))
+    old = run.out / "checkpoint-0" / "run.json"
+    old.write_text(old.read_text().replace("sampler_stats", "stats"))
+    sums = json.loads((old.parent / "checksums.json").read_text())
+    sums["run.json"] = hashlib.sha256(old.read_bytes()).hexdigest()
+    (old.parent / "checksums.json").write_text(json.dumps(sums))
+    again = options.parse(["--resume", "--out", str(run.out)], "")
+    assert again.plain is False
+    with pytest.raises(BadInput, match="older version of this code .no sampler_stats") as error:
+        open_run(again, World("cpu"))
+    assert "\n" not in str(error.value)
 
 
 ROWS = [
     {"step": 0, "eval_accuracy": 0.1, "eval_greedy": 0.2, "eval_error": None},
-    {"step": 1, "phase": "internal", "layer": 2, "internal_entropy": 0.3, "reward": 0.5}
+    {"step": 1, "phase": "internal", "pivot": -1.0, "h_max": 1.0, "h_min": -3.0}
+    | {"phase": "internal", "layer": 2, "internal_entropy": 0.3, "reward": 0.5}
     | {"entropy": 0.4, "response_length": 9, "grad_norm": 1.5, "dead_groups": 1, "groups": 4},
     {"step": 2, "phase": "full", "reward": None, "entropy": math.nan, "response_length": 8}
     | {"grad_norm": 2.5, "dead_groups": 2, "groups": 4},
@@ -235,3 +253,34 @@ def test_every_panel_is_drawn(tmp_path):
         assert panel.lines, title
         plt.close(figure)
     assert curves.plot([tmp_path]).stat().st_size > 10_000
+
+
+# -------------------------------------------------------------------------- one run, one writer
+
+HOLD = "import sys, time; from run.opening import lock; lock_file = lock(__import__('pathlib').Path"
+HOLD += "(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+
+
+def test_a_folder_has_one_writer(tmp_path, opened):
+    """Another process's lock is refused by name, and is gone once that process is killed."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BadInput, match=f"process {holder.pid} is writing to this folder"):
+            opening.lock(tmp_path)
+    finally:
+        holder.kill()  # -9
+        holder.wait()
+    with opening.lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+        with pytest.raises(BadInput, match="is writing to this folder"):
+            opening.lock(tmp_path)
+    opening.lock(tmp_path).close()
+
+
+def test_a_run_holds_the_lock_of_its_folder(opened):
+    run = opened()
+    with pytest.raises(BadInput, match=f"process {os.getpid()} is writing to this folder"):
+        open_run(dataclasses.replace(run.options, resume=True), World("cpu"))
