@@ -58,11 +58,12 @@ class Batch:
     rewards: Tensor  # (B,) what it is paid: the verdict, less any length penalty
     # what follows is there once the step has got to it
     drawn: "Batch" = None  # where dynamic sampling has replaced groups: all that were drawn
-    loss_mask: Tensor = None  # (B, T) bool, tokens in the loss
+    # three masks: rollout.mask, all tokens; in_loss, answers; loss_mask, tokens of those answers
+    loss_mask: Tensor = None  # (B, T) bool, tokens in the loss; --comparison forking narrows it
     in_loss: Tensor = None  # (B,) bool, false in groups that stayed dead under dynamic sampling
     entropy: Tensor = None  # (B, T) of the full policy before the first update
     old_logp: Tensor = None  # (B, T) of the trained policy before the first update
-    trained_entropy: Tensor = None  # (B, T) of the trained policy: layer l's in BuPO's phase 1
+    trained_entropy: Tensor = None  # (B, T) of the trained policy: the same but in BuPO's phase 1
     ref_logp: Tensor = None  # (B, T) of the initial model
     h: Tensor = None  # (B, T) HAPO's modulation
     advantages: Tensor = None  # (B, T)
@@ -321,7 +322,8 @@ def token_scores(
 
 
 def statistics(entropy: Tensor, batch: Batch, run: Run) -> hapo.EntropyStats:
-    """Of every token that was sampled, those of dead groups too, over all processes."""
+    """Of every token that was sampled, over all processes: those of dead groups (all right or all
+    wrong, no gradient) say as much of the policy as others."""
     pool = run.world.gather(entropy[batch.rollout.mask])
     return hapo.entropy_stats(pool, torch.ones_like(pool), run.options.rho)
 

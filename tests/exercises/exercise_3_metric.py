@@ -22,4 +22,4 @@ def test_other_algorithms_have_no_h(tmp_path):
 
 def test_a_panel():
     curves = pytest.importorskip("scripts.curves")
-    assert len(curves.PANELS) >= 5
+    assert len(curves.PANELS) >= 6
