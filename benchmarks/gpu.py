@@ -147,11 +147,12 @@ def scored_batch(a, run, rollout):
         loss_mask=mask,
         in_loss=torch.ones_like(right),
     )
-    batch.old_logp, batch.trained_entropy = train.score(run.policy, rollout, None, run)
+    parts = [list(range(len(right)))]  # one update
+    batch.old_logp, batch.trained_entropy = train.score(run.policy, rollout, parts, None, run)
     batch.entropy = batch.trained_entropy
     batch.advantages = losses.grpo_advantages(batch.rewards, a.answers)[:, None] * mask
-    stats = hapo.entropy_stats(batch.entropy, mask)
-    batch.h = hapo.modulation(batch.entropy, stats, mask)
+    batch.stats = train.statistics(batch.entropy, batch, run)
+    batch.h = hapo.modulation(batch.entropy, batch.stats, mask)
     return batch
 
 

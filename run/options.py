@@ -281,11 +281,8 @@ def impossible(options):
         "it would undo --adaptive-temperature and mistake an internal policy for the sampler's; "
         "add --no-adaptive-temperature, leave --bupo-layer out",
     )
-    yield (
-        o.eval_data and not o.data,
-        "eval_data",
-        "goes with --data; built-in tasks hold out problems of their own",
-    )
+    alone = o.eval_data and not o.data
+    yield alone, "eval_data", "goes with --data; built-in tasks hold out problems of their own"
     wrong = layer and not o.bupo_layer.isdecimal()
     yield wrong, "bupo_layer", "must be auto or a layer from 1 to the model's last"
     yield (

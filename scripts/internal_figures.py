@@ -1,6 +1,7 @@
 """The two figures of internals.py, from its internals.json: python scripts/internal_figures.py DIR
 
-entropy_flow.png     H(H^l) through the layers, with the entropies of what attention and feed-forward add
+entropy_flow.png     H(H^l) through the layers, with the entropies of what attention and
+                     feed-forward add
 entropy_change.png   dH of attention, feed-forward and layer; a dashed line marks the boundary layer
 """
 
@@ -17,62 +18,45 @@ STYLES = ("-", "--", ":")
 
 
 def draw(record, out):
-    """record: {model name: the lists of internals.json}; writes both PNGs into `out` and returns their paths."""
-    record = (
-        {pathlib.Path(name).name: e for name, e in record.items()}
-        if len({pathlib.Path(n).name for n in record}) == len(record)
-        else record
-    )
+    """record: {model name: the lists of internals.json}; writes both PNGs into `out` and returns
+    their paths."""
+    short = {pathlib.Path(name).name: e for name, e in record.items()}
+    if len(short) == len(record):
+        record = short
     paths = [pathlib.Path(out) / "entropy_flow.png", pathlib.Path(out) / "entropy_change.png"]
+    draw_flow(record, paths[0])
+    draw_change(record, paths[1])
+    return paths
 
+
+def draw_flow(record, path):
     figure, panel = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     for style, (name, e) in zip(STYLES, record.items()):
-        layers = range(1, len(e["layer"]))
-        panel.plot(
-            range(len(e["layer"])),
-            e["layer"],
-            style,
-            color="black",
-            marker=".",
-            label=f"{name}: layer policy H(H^l)",
-        )
-        panel.plot(
-            layers,
-            e["attention"],
-            "o" if style == "-" else "^",
-            color="tab:blue",
-            markersize=4,
-            label=f"{name}: attention H(A^l)",
-        )
-        panel.plot(
-            layers,
-            e["feed_forward"],
-            "s" if style == "-" else "v",
-            color="tab:orange",
-            markersize=4,
-            label=f"{name}: feed-forward H(F^l)",
-        )
-    finish(figure, panel, "entropy in nats, mean over response tokens", paths[0])
+        layers, first = range(1, len(e["layer"])), style == "-"
+        look = dict(color="black", marker=".", label=f"{name}: layer policy H(H^l)")
+        panel.plot(range(len(e["layer"])), e["layer"], style, **look)
+        look = dict(color="tab:blue", markersize=4, label=f"{name}: attention H(A^l)")
+        panel.plot(layers, e["attention"], "o" if first else "^", **look)
+        look = dict(color="tab:orange", markersize=4, label=f"{name}: feed-forward H(F^l)")
+        panel.plot(layers, e["feed_forward"], "s" if first else "v", **look)
+    finish(figure, panel, "entropy in nats, mean over response tokens", path)
 
+
+def draw_change(record, path):
     figure, panel = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     for style, (name, e) in zip(STYLES, record.items()):
-        layers = range(1, len(e["layer"]))
+        layers, boundary = range(1, len(e["layer"])), e["boundary_layer"]
         for key, color, label in (
             ("attention_change", "tab:blue", "attention"),
             ("feed_forward_change", "tab:orange", "feed-forward"),
             ("layer_change", "black", "layer"),
         ):
             panel.plot(layers, e[key], style, color=color, marker=".", label=f"{name}: {label}")
-        if e["boundary_layer"]:
-            panel.axvline(
-                e["boundary_layer"],
-                color="tab:red",
-                linestyle="--" if style == "-" else ":",
-                label=f"{name}: boundary layer {e['boundary_layer']}",
-            )
+        if boundary:
+            look = dict(color="tab:red", linestyle="--" if style == "-" else ":")
+            panel.axvline(boundary, label=f"{name}: boundary layer {boundary}", **look)
     panel.axhline(0, color="grey", linewidth=0.8)
-    finish(figure, panel, "entropy change in nats", paths[1])
-    return paths
+    finish(figure, panel, "entropy change in nats", path)
 
 
 def finish(figure, panel, label, path):
@@ -87,6 +71,5 @@ def finish(figure, panel, label, path):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    print(
-        *draw(json.loads((pathlib.Path(sys.argv[1]) / "internals.json").read_text()), sys.argv[1])
-    )
+    folder = sys.argv[1]
+    print(*draw(json.loads((pathlib.Path(folder) / "internals.json").read_text()), folder))

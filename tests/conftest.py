@@ -1,3 +1,4 @@
+import json
 import pathlib
 import sys
 
@@ -35,7 +36,8 @@ ARCHITECTURES = ["Qwen2", "Qwen3", "Llama"]
 
 
 def random_model(architecture="Qwen3", tied=True, layers=3, vocab=50, hidden=32, scale=3.0):
-    """A small random decoder; `scale` sharpens the unembedding so that its distributions are far from uniform."""
+    """A small random decoder; `scale` sharpens the unembedding so that its distributions are far
+    from uniform."""
     torch.manual_seed(1)
     config = getattr(transformers, f"{architecture}Config")(
         vocab_size=vocab,
@@ -68,7 +70,8 @@ def any_model(request):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A two-layer Qwen3 with random weights and the shipped tokenizer: train.py's path at a tenth of the price."""
+    """A three-layer Qwen3 with random weights and the shipped tokenizer: train.py's path at a tenth
+    of the price."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     torch.manual_seed(2)
@@ -79,12 +82,24 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
+def write_questions(path):
+    """A small file of questions that the shipped model answers with an expression; its last number
+    is sometimes the answer."""
+    with open(path, "w") as file:
+        for a in range(1, 7):
+            for b in range(7, 12):
+                task = f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}."
+                question = f"{task} Reply with the expression only."
+                file.write(json.dumps({"question": question, "answer": str(a)}) + "\n")
+
+
 def checkpoint_layers(model):
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
-        {"use_reentrant": False}
-    )
+    # its name from transformers 5.20 on
+    older = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
 
 def pytest_collection_modifyitems(items):
-    """First of all comes the test that starts other processes: they work beside the tests that follow."""
+    """First of all comes the test that starts other processes: they work beside the tests that
+    follow."""
     items.sort(key=lambda item: item.name != "test_one_process_hands_over_to_two")

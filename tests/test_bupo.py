@@ -1,4 +1,4 @@
-"""BuPO: the schedule, who moves in phase 1, and one IPA step against a reference written by hand."""
+"""BuPO: the schedule, who moves in phase 1, one IPA step against a reference written by hand."""
 
 import pytest
 import torch
@@ -18,9 +18,8 @@ def ipa_loss(model, layer, old_logp):
     """Eq. 9 on the last four positions, through the functions that train.py uses."""
     states = layer_hidden(model, IDS, MASK, layer)[:, 3:-1]
     logp, _ = token_logprobs_and_entropy(states, unembedding(model), IDS[:, 4:])
-    return masked_mean(
-        clipped_surrogate(torch.exp(logp - old_logp), ADVANTAGES, 0.2, 0.2), torch.ones(2, 4)
-    ), logp
+    per_token = clipped_surrogate(torch.exp(logp - old_logp), ADVANTAGES, 0.2, 0.2)
+    return masked_mean(per_token, torch.ones(2, 4)), logp
 
 
 def test_schedule():
@@ -36,11 +35,8 @@ def test_boundary_or_fallback():
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_gradient_is_nonzero_exactly_where_the_paper_says(any_model, layer):
     ipa_loss(any_model, layer, torch.full((2, 4), -3.0))[0].backward()
-    still = {
-        id(p)
-        for part in (*any_model.model.layers[layer:], any_model.model.norm)
-        for p in part.parameters()
-    }
+    above = (*any_model.model.layers[layer:], any_model.model.norm)
+    still = {id(p) for part in above for p in part.parameters()}
     for name, p in any_model.named_parameters():
         if id(p) in still:
             assert p.grad is None, name
@@ -49,7 +45,8 @@ def test_gradient_is_nonzero_exactly_where_the_paper_says(any_model, layer):
 
 
 def test_one_step_against_autograd_by_hand():
-    """The same gradient from transformers' own hidden states, full logits, log_softmax and a surrogate written out."""
+    """The same gradient from transformers' own hidden states, full logits, log_softmax and a
+    surrogate written out."""
     ours, theirs = random_model(layers=3), random_model(layers=3)
     old = torch.full((2, 4), -3.0)
     loss, logp = ipa_loss(ours, 2, old)
@@ -98,9 +95,8 @@ def test_comparison_arms():
     model = random_model(layers=3)
     rest, upper = layerwise_groups(model, 1, 1e-3)
     assert rest["lr"] == 1e-3 and upper["lr"] == pytest.approx(1e-4)
-    assert {id(p) for p in upper["params"]} == {
-        id(p) for b in model.model.layers[1:] for p in b.parameters()
-    }
+    above = {id(p) for b in model.model.layers[1:] for p in b.parameters()}
+    assert {id(p) for p in upper["params"]} == above
     assert len(rest["params"]) + len(upper["params"]) == len(list(model.parameters()))
     with pytest.raises(BadInput, match="layer 9"):
         lower_layers(model, 9)

@@ -21,58 +21,43 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, c):
 
 
 def test_pass_at_k_of_many():
-    assert (
-        pass_at_k(256, 1, 256) == 1
-        and pass_at_k(256, 1, 1) == pytest.approx(1 / 256)
-        and pass_at_k(256, 128, 200) == 1
-    )
+    assert pass_at_k(256, 1, 256) == 1
+    assert pass_at_k(256, 1, 1) == pytest.approx(1 / 256)
+    assert pass_at_k(256, 128, 200) == 1
     with pytest.raises(ValueError):
         pass_at_k(4, 5, 1)
 
 
 def test_summary_by_hand():
-    # question 1: 2 of 2 lenient, 1 strict; question 2: none. Means 1, 0: mean 0.5, error sqrt(1/2) / sqrt(2) = 0.5
+    # question 1: 2 of 2 lenient, 1 strict; question 2: none
+    # means 1, 0: mean 0.5, error sqrt(1/2) / sqrt(2) = 0.5
     answers = [
         [Answer("a", Grade(True, True), 3, True), Answer("b", Grade(False, True), 5, True)],
         [Answer("c", Grade(False, False), 4, False), Answer("d", Grade(False, False), 4, True)],
     ]
     result = summarise(answers)
-    assert (
-        result.lenient == 0.5
-        and result.strict == 0.25
-        and result.lenient_error == pytest.approx(0.5)
-        and result.finished == 0.75
-        and result.length == 4
-    )
+    assert result.lenient == 0.5 and result.strict == 0.25
+    assert result.lenient_error == pytest.approx(0.5)
+    assert result.finished == 0.75 and result.length == 4
 
 
 def test_json_has_no_nan():
-    assert (
-        valid_json({"a": [float("nan"), 1.5], "b": {"c": float("inf")}, "d": "NaN", "e": True})
-        == '{"a": [null, 1.5], "b": {"c": null}, "d": "NaN", "e": true}'
-    )
+    values = {"a": [float("nan"), 1.5], "b": {"c": float("inf")}, "d": "NaN", "e": True}
+    assert valid_json(values) == '{"a": [null, 1.5], "b": {"c": null}, "d": "NaN", "e": true}'
 
 
 def test_questions_longer_than_the_context_are_reported(tmp_path, capsys):
     path = tmp_path / "long.jsonl"
-    path.write_text(
-        json.dumps({"question": "1 " * 600, "answer": "1"})
-        + "\n"
-        + json.dumps({"question": "1 + 1?", "answer": "2"})
-        + "\n"
-    )
+    rows = [{"question": "1 " * 600, "answer": "1"}, {"question": "1 + 1?", "answer": "2"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = ["--model", str(TINY), "--data", str(path), "--samples", "1", "--device", "cpu"]
     result = evaluate.main([*args, "--max-new-tokens", "4", "--out", str(tmp_path / "r.json")])
-    assert (
-        result["questions"] == 1
-        and "1 of 2 prompts are longer than the model's context" in capsys.readouterr().out
-    )
-    assert (
-        json.loads((tmp_path / "r.json").read_text())["lenient_error"] is None
-    )  # one question has no standard error
-    with pytest.raises(
-        BadInput, match="--max-new-tokens 512: no prompt fits the model's context of 512 tokens"
-    ):
+    assert result["questions"] == 1
+    assert "1 of 2 prompts are longer than the model's context" in capsys.readouterr().out
+    # one question has no standard error
+    assert json.loads((tmp_path / "r.json").read_text())["lenient_error"] is None
+    message = "--max-new-tokens 512: no prompt fits the model's context of 512 tokens"
+    with pytest.raises(BadInput, match=message):
         evaluate.main(args)
     with pytest.raises(BadInput, match="--out .*: not a file that can be written"):
         evaluate.main([*args, "--out", str(tmp_path)])
@@ -82,14 +67,8 @@ def test_command_line(tmp_path):
     args = ["--model", str(TINY), "--samples", "4", "--limit", "8", "--device", "cpu"]
     result = evaluate.main([*args, "--out", str(tmp_path / "r.json")])
     assert result == evaluate.main(args) == json.loads((tmp_path / "r.json").read_text())
-    assert (
-        0
-        <= result["strict"]
-        <= result["lenient"]
-        <= result["pass@2_lenient"]
-        <= result["pass@4_lenient"]
-        <= 1
-    )
+    shares = [result[k] for k in ("strict", "lenient", "pass@2_lenient", "pass@4_lenient")]
+    assert all(a <= b for a, b in zip([0, *shares], [*shares, 1]))
     for bad, message in (
         (["--samples", "300"], "--samples 300"),
         (["--temperature", "0"], "greedy decoding"),

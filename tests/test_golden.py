@@ -1,8 +1,9 @@
-"""59 cases computed with the released HAPO functions in float64: our functions must give the same numbers.
+"""59 cases computed with the released HAPO functions in float64: ours must give the same numbers.
 
-"released" is the published code untouched, "corrected" the same code with the sign of the low-entropy scale turned,
-which is our default. Both use the released neutral zone (open, from adapted bounds), so the loss pass asks for it.
-Fields of shape (B, T) are compared where the mask is 1: the released code leaves values in the padding.
+"released" is the published code untouched, "corrected" the same code with the sign of the
+low-entropy scale turned, which is our default. Both use the released neutral zone (open, from
+adapted bounds), so the loss pass asks for it. Fields of shape (B, T) are compared where the mask is
+1: the released code leaves values in the padding.
 """
 
 import json
@@ -28,21 +29,18 @@ from losses import (
     token_logprobs_and_entropy,
 )
 
-CASES = json.loads((pathlib.Path(__file__).parent / "golden" / "hapo_golden.json").read_text())[
-    "cases"
-]
+FILE = pathlib.Path(__file__).parent / "golden" / "hapo_golden.json"
+CASES = json.loads(FILE.read_text())["cases"]
 SIGNS = ["released", "corrected"]
 
 
 def tensor(values):
     """Nested lists to float64; the file writes 'nan' and 'inf' as strings."""
-    if isinstance(values, list):
-        return (
-            torch.stack([tensor(v) for v in values])
-            if values and isinstance(values[0], list)
-            else torch.tensor([float(v) for v in values], dtype=torch.float64)
-        )
-    return torch.tensor(float(values), dtype=torch.float64)
+    if not isinstance(values, list):
+        return torch.tensor(float(values), dtype=torch.float64)
+    if values and isinstance(values[0], list):
+        return torch.stack([tensor(v) for v in values])
+    return torch.tensor([float(v) for v in values], dtype=torch.float64)
 
 
 @pytest.fixture(params=CASES, ids=lambda c: c["id"])
@@ -80,59 +78,41 @@ def group_rows(case):
 
 
 def test_group_averages(case):
-    rewards, mask = (
-        tensor(case["in_token_level_rewards"]).sum(1),
-        tensor(case["in_response_mask"]).bool(),
-    )
+    rewards = tensor(case["in_token_level_rewards"]).sum(1)
+    mask, divide = tensor(case["in_response_mask"]).bool(), case["in_norm_adv_by_std"]
     for rows in group_rows(case):
-        ours = [
-            token_group_advantages(
-                rewards[rows], mask[rows], len(rows), divide_by_std=case["in_norm_adv_by_std"]
-            ),
-            grpo_advantages(rewards[rows], len(rows))[:, None].expand(-1, mask.shape[1]),
-        ]
-        theirs = [
-            tensor(case["out_group_adv_nofallback"])[rows],
-            tensor(case["out_grpo_adv"])[rows],
-        ]
-        close(ours[0], theirs[0], mask[rows], 1e-6)
-        if (
-            len(rows) > 1 and case["in_norm_adv_by_std"]
-        ):  # a group of one gets its raw reward there, 0 here
-            close(ours[1], theirs[1], mask[rows], 1e-6)
+        size = len(rows)
+        ours = token_group_advantages(rewards[rows], mask[rows], size, divide_by_std=divide)
+        close(ours, tensor(case["out_group_adv_nofallback"])[rows], mask[rows], 1e-6)
+        ours = grpo_advantages(rewards[rows], size)[:, None].expand(-1, mask.shape[1])
+        if size > 1 and divide:  # a group of one gets its raw reward there, 0 here
+            close(ours, tensor(case["out_grpo_adv"])[rows], mask[rows], 1e-6)
 
 
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c["in_norm_adv_by_std"]], ids=lambda c: c["id"]
 )
 def test_released_group_fallback(case):
-    """|A| >= 5 swaps a group for its GRPO advantages. Theirs also looks at padding; where only padding trips it we differ."""
-    rewards, mask = (
-        tensor(case["in_token_level_rewards"]).sum(1),
-        tensor(case["in_response_mask"]).bool(),
-    )
+    """|A| >= 5 swaps a group for its GRPO advantages. Theirs also looks at padding; where only
+    padding trips it we differ."""
+    rewards = tensor(case["in_token_level_rewards"]).sum(1)
+    mask = tensor(case["in_response_mask"]).bool()
     for rows in group_rows(case):
         plain = tensor(case["out_group_adv_nofallback"])[rows]
         trips_on_valid_tokens = bool((plain.abs() >= 5)[mask[rows]].any())
         expected = tensor(case["out_grpo_adv"])[rows] if trips_on_valid_tokens else plain
         if trips_on_valid_tokens or not any(case["out_group_fallback_used"][r] for r in rows):
             close(expected, tensor(case["out_group_adv_released"])[rows], mask[rows], 1e-6)
-        close(
-            token_group_advantages(rewards[rows], mask[rows], len(rows), released=True),
-            expected,
-            mask[rows],
-            1e-6,
-        )
+        ours = token_group_advantages(rewards[rows], mask[rows], len(rows), released=True)
+        close(ours, expected, mask[rows], 1e-6)
 
 
 def loss_pass(case, sign, logp, plain=False):
-    """The loss of one case, built as train.py builds it but with the neutral zone the released code used."""
+    """The loss of one case, built as train.py builds it but with the neutral zone the released code
+    used; and (low, high, advantages)."""
     entropy, mask = tensor(case["in_entropy"]), tensor(case["in_response_mask"]).bool()
-    low, high, advantages = (
-        case["in_cliprange_low"],
-        case["in_cliprange_high"],
-        tensor(case["in_advantages"]),
-    )
+    low, high = case["in_cliprange_low"], case["in_cliprange_high"]
+    advantages = tensor(case["in_advantages"])
     ratio = torch.exp(logp - tensor(case["in_old_log_prob"]))
     # take their ratio's value where it differs in the last bit, and the gradient of ours
     ratio = ratio + (tensor(case["out_ratio"]) - ratio).detach()
@@ -147,19 +127,16 @@ def loss_pass(case, sign, logp, plain=False):
     per_token = clipped_surrogate(ratio, advantages, low, high, dual_clip=case["in_clip_ratio_c"])
     how = case["in_loss_agg_mode"]
     if how == "token-mean":
-        return masked_mean(per_token, mask), (low, high, advantages)
-    if how == "seq-mean-token-mean":
-        return sequence_mean(per_token, mask), (low, high, advantages)
-    if how == "seq-mean-token-sum":
-        return fixed_length_mean(per_token, mask, length=1), (low, high, advantages)
-    assert (
-        how == "seq-mean-token-sum-norm"
-    )  # the release divides the sum by the width alone, not by the responses
-    return fixed_length_mean(per_token, mask, length=mask.shape[1], normalizer=1), (
-        low,
-        high,
-        advantages,
-    )
+        loss = masked_mean(per_token, mask)
+    elif how == "seq-mean-token-mean":
+        loss = sequence_mean(per_token, mask)
+    elif how == "seq-mean-token-sum":
+        loss = fixed_length_mean(per_token, mask, length=1)
+    else:
+        assert how == "seq-mean-token-sum-norm"
+        # the release divides the sum by the width alone, not by the responses
+        loss = fixed_length_mean(per_token, mask, length=mask.shape[1], normalizer=1)
+    return loss, (low, high, advantages)
 
 
 @pytest.mark.parametrize("sign", SIGNS + ["plain"])
@@ -174,9 +151,8 @@ def test_loss_and_gradient(case, sign):
         close(advantages, tensor(case[f"out_adv_{sign}"]), mask)
     loss.backward()
     theirs = tensor(case[f"out_loss_{sign}"])
-    if (
-        theirs.isnan()
-    ):  # a response without tokens under sequence mean: 0 / 0 there, a response that adds 0 here
+    # a response without tokens under sequence mean: 0 / 0 there, a response that adds 0 here
+    if theirs.isnan():
         assert not mask.any(1).all() and loss.isfinite() and logp.grad.isfinite().all()
         return
     close(loss, theirs)
@@ -189,39 +165,28 @@ def test_temperature(case, sign):
     entropy, mask = tensor(case["in_entropy"]), tensor(case["in_response_mask"]).bool()
     stats = entropy_stats(entropy, mask, case["in_entropy_pivot"])
     logits = tensor(case["in_sampler_logits"])
-    _, now = (
-        token_logprobs_and_entropy(
-            logits,
-            torch.eye(logits.shape[1], dtype=torch.float64),
-            torch.zeros(len(logits), dtype=torch.long),
-        )
-        if logits.isfinite().all()
-        else (None, torch.distributions.Categorical(logits=logits.clamp_min(-1e30)).entropy())
-    )
-    h_theirs = tensor(case[f"out_temp_{sign}_f64"])
-    ours = adaptive_temperature(
-        now,
-        stats,
-        base=tensor(case["in_base_temperature"]),
-        tau=case["in_temperature_tau"],
-        released=sign == "released",
-    )
-    # near 0 nats the entropy of a float32 softmax, as the release computes it, is rounding noise; and it does not clamp h
+    if logits.isfinite().all():
+        eye = torch.eye(logits.shape[1], dtype=torch.float64)
+        targets = torch.zeros(len(logits), dtype=torch.long)
+        _, now = token_logprobs_and_entropy(logits, eye, targets)
+    else:
+        now = torch.distributions.Categorical(logits=logits.clamp_min(-1e30)).entropy()
+    base, tau = tensor(case["in_base_temperature"]), case["in_temperature_tau"]
+    ours = adaptive_temperature(now, stats, base=base, tau=tau, released=sign == "released")
+    # near 0 nats the entropy of a float32 softmax, as the release computes it, is rounding noise
     compare = (now > 1e-5) & logits.isfinite().all(1)
-    h_unclamped = (h_theirs / tensor(case["in_base_temperature"]) - 1) / case["in_temperature_tau"]
-    limit = tensor(case["in_base_temperature"]) * (
-        1 + case["in_temperature_tau"] * h_unclamped.clamp(-1, 1)
-    )
+    # and the release does not clamp h
+    h_unclamped = (tensor(case[f"out_temp_{sign}_f64"]) / base - 1) / tau
+    limit = base * (1 + tau * h_unclamped.clamp(-1, 1))
     close(ours[compare], limit[compare], tolerance=1e-5)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "in_logits" in c], ids=lambda c: c["id"])
 def test_from_logits_down_to_the_logits(case):
-    """Log-probability, entropy and the gradient of the loss through our chunked function, at the logits themselves."""
-    logits, labels = (
-        torch.stack([tensor(row) for row in case["in_logits"]]).requires_grad_(),
-        torch.tensor(case["in_labels"]),
-    )
+    """Log-probability, entropy and the gradient of the loss through our chunked function, at the
+    logits themselves."""
+    logits = torch.stack([tensor(row) for row in case["in_logits"]]).requires_grad_()
+    labels = torch.tensor(case["in_labels"])
     eye = torch.eye(logits.shape[-1], dtype=torch.float64)
     mask = tensor(case["in_response_mask"]).bool()
     logp, entropy = token_logprobs_and_entropy(logits, eye, labels, chunk_tokens=3)

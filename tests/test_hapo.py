@@ -1,4 +1,7 @@
-"""HAPO's four mechanisms: the paper's example by hand, then properties. test_golden.py holds them to the released code."""
+"""HAPO's four mechanisms: the paper's example by hand, then properties.
+
+test_golden.py holds them to the released code.
+"""
 
 import math
 
@@ -25,12 +28,10 @@ def test_statistics_by_hand(unchanged):
     # six values, rho 0.8: rank round(0.8 * 5) = 4, so the pivot is log 1 = 0 and x - pivot = log H
     stats = unchanged(entropy_stats, H, ONES)
     assert stats.pivot.item() == 0
-    assert stats.h_max.item() == pytest.approx(math.log(2)) and stats.h_min.item() == pytest.approx(
-        math.log(0.01)
-    )
-    assert stats.sigma.item() == pytest.approx(
-        math.sqrt(sum(math.log(v) ** 2 for v in H[0].tolist()) / 6)
-    )
+    assert stats.h_max.item() == pytest.approx(math.log(2))
+    assert stats.h_min.item() == pytest.approx(math.log(0.01))
+    sigma = math.sqrt(sum(math.log(v) ** 2 for v in H[0].tolist()) / 6)
+    assert stats.sigma.item() == pytest.approx(sigma)
 
 
 @pytest.mark.parametrize("n, rank", [(2, 1), (3, 2), (4, 2), (6, 4), (1, 0)])
@@ -41,12 +42,10 @@ def test_nearest_rank(n, rank):
 
 def test_half_ranks_round_to_even():
     # rho 0.5 of 4 values: position 1.5 goes to 2; of 2 values: 0.5 goes to 0
-    assert entropy_stats(
-        torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(1, 4), 0.5
-    ).pivot.item() == pytest.approx(math.log(3.0))
-    assert entropy_stats(
-        torch.tensor([[1.0, 2.0]]), torch.ones(1, 2), 0.5
-    ).pivot.item() == pytest.approx(0.0)
+    pivot = entropy_stats(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(1, 4), 0.5).pivot
+    assert pivot.item() == pytest.approx(math.log(3.0))
+    pivot = entropy_stats(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2), 0.5).pivot
+    assert pivot.item() == pytest.approx(0.0)
 
 
 def test_masked_entropies_do_not_count():
@@ -83,27 +82,26 @@ def test_equal_entropies_modulate_nothing():
 def test_temperature_by_hand(unchanged):
     stats = entropy_stats(H, ONES)
     bounded = unchanged(adaptive_temperature, H, stats)
-    assert bounded[0].tolist() == pytest.approx(
-        [0.95, 1 - 0.05 * 0.6505, 1 - 0.05 * 0.3495, 1 - 0.05 * 0.1505, 1, 1.05], abs=1e-5
-    )
+    expected = [1 + 0.05 * h for h in (-1, -0.6505, -0.3495, -0.1505, 0, 1)]
+    assert bounded[0].tolist() == pytest.approx(expected, abs=1e-5)
     zscore = adaptive_temperature(H, stats, base=0.8, tau=0.1, form="zscore")
-    assert zscore[0, 0].item() == pytest.approx(
-        0.8 * (1 + 0.1 * math.log(0.01) / stats.sigma.item())
-    )
-    assert adaptive_temperature(
-        torch.tensor([1e-8], dtype=F64), stats, tau=5.0, form="zscore"
-    ).item() == pytest.approx(0.1)
-    assert adaptive_temperature(H, stats, released=True)[0, 0].item() == pytest.approx(
-        1.05
-    )  # a sure token, heated
+    expected = 0.8 * (1 + 0.1 * math.log(0.01) / stats.sigma.item())
+    assert zscore[0, 0].item() == pytest.approx(expected)
+    sure = torch.tensor([1e-8], dtype=F64)
+    least = adaptive_temperature(sure, stats, tau=5.0, form="zscore")
+    assert least.item() == pytest.approx(0.1)
+    released = adaptive_temperature(H, stats, released=True)
+    assert released[0, 0].item() == pytest.approx(1.05)  # a sure token, heated
     assert (adaptive_temperature(H, None, base=0.7) == 0.7).all()
     with pytest.raises(ValueError, match="form"):
         adaptive_temperature(H, stats, form="linear")
 
 
 def test_group_average_by_hand(unchanged):
-    # response 1 (reward 1) has 1 token, response 2 (reward 0) has 3: mu = 1/4, s = sqrt(1/4 * 3/4) = 0.4330
-    # A = 0.75 / 0.4330 = 1.7321 and -0.25 / 0.4330 = -0.5774; their sum over tokens is 1.7321 - 3 * 0.5774 = 0
+    # response 1 (reward 1) has 1 token, response 2 (reward 0) has 3:
+    # mu = 1/4, s = sqrt(1/4 * 3/4) = 0.4330
+    # A = 0.75 / 0.4330 = 1.7321 and -0.25 / 0.4330 = -0.5774;
+    # their sum over tokens is 1.7321 - 3 * 0.5774 = 0
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
     advantages = unchanged(token_group_advantages, torch.tensor([1.0, 0.0], dtype=F64), mask, 2)
     expected = [[math.sqrt(3), 0, 0], [-1 / math.sqrt(3)] * 3]
@@ -115,9 +113,8 @@ def test_group_average_of_many_groups_sums_to_zero_and_ignores_dead_ones():
     rewards, mask = torch.rand(12, dtype=F64), (torch.rand(12, 9) < 0.7).int()
     rewards[4:8] = 1 / 3
     advantages = token_group_advantages(rewards, mask, 4)
-    torch.testing.assert_close(
-        advantages.view(3, -1).sum(1), torch.zeros(3, dtype=F64), atol=1e-9, rtol=0
-    )
+    sums = advantages.view(3, -1).sum(1)
+    torch.testing.assert_close(sums, torch.zeros(3, dtype=F64), atol=1e-9, rtol=0)
     assert (advantages[4:8] == 0).all() and (advantages[mask == 0] == 0).all()
 
 
@@ -125,9 +122,8 @@ def test_equal_lengths_tie_it_to_grpo():
     # with equal lengths only the standard deviation differs: population against sample
     rewards, mask = torch.tensor([1.0, 0, 0, 1, 0, 0], dtype=F64), torch.ones(6, 4)
     ratio = token_group_advantages(rewards, mask, 3)[:, 0] / grpo_advantages(rewards, 3)
-    torch.testing.assert_close(
-        ratio, torch.full((6,), math.sqrt(3 / 2), dtype=F64), rtol=1e-5, atol=0
-    )
+    expected = torch.full((6,), math.sqrt(3 / 2), dtype=F64)
+    torch.testing.assert_close(ratio, expected, rtol=1e-5, atol=0)
 
 
 def test_released_falls_back_to_grpo_where_advantages_are_large():
@@ -139,7 +135,8 @@ def test_released_falls_back_to_grpo_where_advantages_are_large():
 
 
 def test_redistribution_by_hand(unchanged):
-    # zone [0.9, 1.14], closed.  h 0.5: outside grows, inside stays;  h -0.5: inside shrinks, outside stays;  h 0 is low
+    # zone [0.9, 1.14], closed.  h 0.5: outside grows, inside stays;
+    # h -0.5: inside shrinks, outside stays;  h 0 is low
     h = torch.tensor([[0.5, 0.5, 0.5, -0.5, -0.5, 0.0]], dtype=F64)
     ratio = torch.tensor([[1.2, 0.8, 1.0, 1.0, 1.2, 1.0]], dtype=F64)
     advantages = torch.full((1, 6), -2.0, dtype=F64)
@@ -148,11 +145,8 @@ def test_redistribution_by_hand(unchanged):
 
 
 def test_zone_is_closed_here_and_open_in_the_release():
-    h, advantages, edge = (
-        torch.tensor([-0.5], dtype=F64),
-        torch.ones(1, dtype=F64),
-        torch.tensor([1 + 0.28 / 2], dtype=F64),
-    )
+    h, advantages = torch.tensor([-0.5], dtype=F64), torch.ones(1, dtype=F64)
+    edge = torch.tensor([1 + 0.28 / 2], dtype=F64)
     assert redistribute_advantages(advantages, h, edge, 0.2, 0.28).item() == 0.5
     assert redistribute_advantages(advantages, h, edge, 0.2, 0.28, released=True).item() == 1.0
 
@@ -178,25 +172,17 @@ def test_zero_modulation_is_dapo():
     ratio, advantages, mask = torch.rand(4, 5) + 0.5, torch.randn(4, 5), torch.ones(4, 5)
     h = torch.zeros(4, 5)
     low, high = adaptive_clip(h)
-    hapo_loss = masked_mean(
-        clipped_surrogate(
-            ratio, redistribute_advantages(advantages, h, ratio, 0.2, 0.28), low, high
-        ),
-        mask,
-    )
-    assert hapo_loss.item() == pytest.approx(
-        masked_mean(clipped_surrogate(ratio, advantages, 0.2, 0.28), mask).item(), rel=1e-6
-    )
+    weighed = redistribute_advantages(advantages, h, ratio, 0.2, 0.28)
+    hapo_loss = masked_mean(clipped_surrogate(ratio, weighed, low, high), mask)
+    dapo_loss = masked_mean(clipped_surrogate(ratio, advantages, 0.2, 0.28), mask)
+    assert hapo_loss.item() == pytest.approx(dapo_loss.item(), rel=1e-6)
 
 
 def test_whole_objective_against_a_nested_loop():
     """Eq. 5 to 13 written once more with Python floats, token by token."""
     B, T, G, rho, eps_low, eps_high = 4, 5, 2, 0.8, 0.2, 0.28
-    entropy, logp, old = (
-        torch.rand(B, T, dtype=F64) * 2,
-        -torch.rand(B, T, dtype=F64),
-        -torch.rand(B, T, dtype=F64),
-    )
+    entropy = torch.rand(B, T, dtype=F64) * 2
+    logp, old = -torch.rand(B, T, dtype=F64), -torch.rand(B, T, dtype=F64)
     mask, rewards = (torch.rand(B, T) < 0.8).int(), torch.tensor([1.0, 0, 0.3, 1.0], dtype=F64)
     mask[:, 0] = 1
 
@@ -211,10 +197,8 @@ def test_whole_objective_against_a_nested_loop():
         group = [rewards[i].item() for i, _ in valid if i // G == b // G]
         mu = sum(group) / len(group)
         std = math.sqrt(sum((r - mu) ** 2 for r in group) / len(group))
-        a, r = (
-            (rewards[b].item() - mu) / (std + 1e-6),
-            math.exp(logp[b, t].item() - old[b, t].item()),
-        )
+        a = (rewards[b].item() - mu) / (std + 1e-6)
+        r = math.exp(logp[b, t].item() - old[b, t].item())
         inside = 1 - eps_low / 2 <= r <= 1 + eps_high / 2
         if (h > 0 and not inside) or (h <= 0 and inside):
             a *= 1 + h
@@ -223,11 +207,9 @@ def test_whole_objective_against_a_nested_loop():
 
     stats = entropy_stats(entropy, mask, rho)
     h, ratio = modulation(entropy, stats, mask), torch.exp(logp - old)
-    advantages = redistribute_advantages(
-        token_group_advantages(rewards, mask, G), h, ratio, eps_low, eps_high
-    )
-    loss = masked_mean(
-        clipped_surrogate(ratio, advantages, *adaptive_clip(h, eps_low, eps_high)), mask
-    )
+    advantages = token_group_advantages(rewards, mask, G)
+    weighed = redistribute_advantages(advantages, h, ratio, eps_low, eps_high)
+    bounds = adaptive_clip(h, eps_low, eps_high)
+    loss = masked_mean(clipped_surrogate(ratio, weighed, *bounds), mask)
     assert loss.item() == pytest.approx(total / len(valid), abs=1e-12)
     assert isinstance(stats, hapo.EntropyStats)

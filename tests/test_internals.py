@@ -1,4 +1,5 @@
-"""Internal policies: the residual identity, agreement with transformers, and a model whose entropies are known."""
+"""Internal policies: the residual identity, agreement with transformers, and a model whose
+entropies are known."""
 
 import json
 import math
@@ -33,10 +34,9 @@ PADDINGS = {"none": torch.ones(3, 9, dtype=torch.long), "left": LEFT, "right": R
 
 def reference(model, mask):
     """transformers' own pass: inner hidden states un-normed, the last one normed."""
+    inputs = dict(attention_mask=mask, position_ids=position_ids(mask))
     with torch.no_grad():
-        return model.eval()(
-            IDS, attention_mask=mask, position_ids=position_ids(mask), output_hidden_states=True
-        )
+        return model.eval()(IDS, **inputs, output_hidden_states=True)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -47,27 +47,20 @@ def test_residual_stream_adds_up_and_equals_transformers(any_model, padding):
         stream = residual_stream(any_model, IDS, mask)
     assert len(stream.hidden) == 4 and all(len(part) == 3 for part in stream[1:])
     for l in range(1, 4):  # H^l = H^(l-1) + A^l + F^l
-        torch.testing.assert_close(
-            stream.hidden[l],
-            stream.hidden[l - 1] + stream.attention[l - 1] + stream.feed_forward[l - 1],
-            atol=1e-5,
-            rtol=1e-5,
-        )
-        block = any_model.model.layers[l - 1]
-        torch.testing.assert_close(
-            stream.attention_input[l - 1], block.input_layernorm(stream.hidden[l - 1])
-        )
-        torch.testing.assert_close(
-            stream.feed_forward_input[l - 1],
-            block.post_attention_layernorm(stream.hidden[l - 1] + stream.attention[l - 1]),
-        )
+        below, block = stream.hidden[l - 1], any_model.model.layers[l - 1]
+        middle = below + stream.attention[l - 1]
+        above = middle + stream.feed_forward[l - 1]
+        torch.testing.assert_close(stream.hidden[l], above, atol=1e-5, rtol=1e-5)
+        normed = block.input_layernorm(below)
+        torch.testing.assert_close(stream.attention_input[l - 1], normed)
+        normed = block.post_attention_layernorm(middle)
+        torch.testing.assert_close(stream.feed_forward_input[l - 1], normed)
     for ours, theirs in zip(stream.hidden[:-1], out.hidden_states):
         torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
     last = any_model.model.norm(stream.hidden[-1])
     torch.testing.assert_close(last[real], out.hidden_states[-1][real], atol=1e-5, rtol=1e-5)
-    assert (stream.hidden[-1] - out.hidden_states[-1])[
-        real
-    ].abs().max() > 0.1  # the trap: theirs is normed, ours is not
+    # the trap: theirs is normed, ours is not
+    assert (stream.hidden[-1] - out.hidden_states[-1])[real].abs().max() > 0.1
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -93,9 +86,9 @@ def test_layer_hidden_equals_the_full_pass(any_model, padding, checkpointed):
         ours = layer_hidden(any_model, IDS, mask, l)
         torch.testing.assert_close(ours[mask.bool()], theirs[l][mask.bool()], atol=1e-5, rtol=1e-5)
         assert ours.requires_grad
-    assert (
-        len(any_model.model.layers) == 3 and any_model.get_output_embeddings().weight.shape[0] == 50
-    )  # all put back
+    # all put back
+    assert len(any_model.model.layers) == 3
+    assert any_model.get_output_embeddings().weight.shape[0] == 50
 
 
 def test_checkpointed_gradients_are_the_same():
@@ -125,7 +118,7 @@ def test_nothing_above_the_layer_runs():
 def test_modules_are_put_back_after_an_error():
     model = random_model()
     before = dict(model.named_modules())
-    with pytest.raises(Exception):
+    with pytest.raises(IndexError):
         layer_hidden(model, torch.full((1, 3), 10_000), torch.ones(1, 3), 2)
     assert dict(model.named_modules()) == before
 
@@ -138,31 +131,30 @@ def test_left_padded_equals_unpadded():
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------ states that predict answers
+# ---------------------------------------------------------------------- states that predict answers
 
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 ROLLOUT = Rollout.of_answers(
-    [[5, 6, 7, 8], [9], [10, 11]],
+    PROMPTS,
     [[12, 13, 14], [3], [24]] + [[15, 16], [17, 18, 19, 20], [25, 26, 27]] + [[21], [22, 23], [28]],
 )
+ROWS = {"rows of three groups": [5, 0, 1, 4, 3, 8], "answers of one token": [1, 2, 6, 6]}
 
 
-@pytest.mark.parametrize(
-    "rows", [[5, 0, 1, 4, 3, 8], [1, 2, 6, 6]], ids=["rows of three groups", "answers of one token"]
-)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("layer", [None, 2])
 def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, rows, monkeypatch):
-    """Prompts of unequal length, a micro-batch that cuts through groups, lines with empty places: every state and the gradient of every weight."""
+    """Prompts of unequal length, a micro-batch that cuts through groups, lines with empty places:
+    every state and the gradient of every weight."""
     any_model.train()
     expected = []
     for r in rows:
-        prompt, answer = [[5, 6, 7, 8], [9], [10, 11]][r // 3], ROLLOUT.answers()[r]
+        prompt, answer = PROMPTS[r // 3], ROLLOUT.answers()[r]
         line = torch.tensor([prompt + answer])
-        expected.append(
-            policy_hidden(any_model, line, torch.ones_like(line), layer, norm=layer is None)[
-                0, len(prompt) - 1 : -1
-            ]
-        )
+        mask = torch.ones_like(line)
+        states = policy_hidden(any_model, line, mask, layer, norm=layer is None)
+        expected.append(states[0, len(prompt) - 1 : -1])
     expected = torch.cat(expected)
     weight = torch.randn(expected.shape)
     (expected * weight).sum().backward()
@@ -178,88 +170,80 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, 
             torch.testing.assert_close(p.grad, g, atol=1e-4, rtol=1e-4)
 
 
+def shapes_seen(model):
+    """A list that fills with the shape of the ids in every forward pass."""
+    seen = []
+    note = lambda m, args, out: seen.append(tuple(args[0].shape))
+    model.get_input_embeddings().register_forward_hook(note)
+    return seen
+
+
 def test_a_shared_prompt_runs_once():
-    model, seen = random_model(), []
-    model.get_input_embeddings().register_forward_hook(
-        lambda m, args, out: seen.append(tuple(args[0].shape))
-    )
+    model = random_model()
+    seen = shapes_seen(model)
     internals.answer_states(model, ROLLOUT, [0, 1, 3, 4])
-    assert seen == [
-        (2, 10)
-    ]  # two prompts padded to 4, behind each two answers of 3, less the last token of the longest
+    # two prompts padded to 4, behind each two answers of 3, less the last token of the longest
+    assert seen == [(2, 10)]
 
 
 def test_answers_to_a_line():
-    """k = sqrt(S (6 D + S)) / T makes (S / k + T) (6 D + S + k T) least; long answers stand alone."""
+    """k = sqrt(S (6 D + S)) / T makes (S / k + T) (6 D + S + k T) least; long answers stand
+    alone."""
     f, (S, T, D) = lines.cheapest_share, (17, 12, 96)
-    assert (
-        f([16, 16], S, T, D)
-        == 8
-        == min(range(1, 100), key=lambda k: (S / k + T) * (6 * D + S + k * T))
-    )
+    least = min(range(1, 100), key=lambda k: (S / k + T) * (6 * D + S + k * T))
+    assert f([16, 16], S, T, D) == 8 == least
     assert f([9], S, T, D) == 5  # two lines of 5 and 4, not of 8 and 1
-    assert (
-        f([8], 100, 1000, 576) == 1 and f([32], 500, 50, 4096) == 8
-    )  # at most (1024 - 500) / 50 = 10; 32 answers take four lines even so
-    # one prompt with 7 answers, 19 with one: 20 lines of 100 + 7 x 100 would hold 16,000 tokens, lines of their own 26 x 200 = 5,200
+    assert f([8], 100, 1000, 576) == 1
+    # at most (1024 - 500) / 50 = 10; 32 answers take four lines even so
+    assert f([32], 500, 50, 4096) == 8
+    # one prompt with 7 answers, 19 with one: 20 lines of 100 + 7 x 100 would hold 16,000 tokens,
+    # lines of their own 26 x 200 = 5,200
     assert f([7] + [1] * 19, 100, 100, 896) == 1
 
 
 def test_no_pass_holds_more_tokens_than_asked_for():
-    """--micro-tokens puts answers of like length together, whatever their prompts: shared lines must not outgrow the limit."""
+    """--micro-tokens puts answers of like length together, whatever their prompts: shared lines
+    must not outgrow the limit."""
     torch.manual_seed(3)
-    lengths = torch.randint(1, 33, (96,)).tolist()
-    rollout, model, seen = (
-        Rollout.of_answers(
-            [[5] * n for n in torch.randint(10, 40, (12,)).tolist()], [[7] * n for n in lengths]
-        ),
-        random_model(),
-        [],
-    )
-    model.get_input_embeddings().register_forward_hook(
-        lambda m, args, out: seen.append(args[0].numel())
-    )
+    answers = [[7] * n for n in torch.randint(1, 33, (96,)).tolist()]
+    prompts = [[5] * n for n in torch.randint(10, 40, (12,)).tolist()]
+    rollout, model = Rollout.of_answers(prompts, answers), random_model()
+    seen = shapes_seen(model)
     parts = micro_batches(rollout, range(96), tokens=700)
     for part in parts:
         internals.answer_states(model, rollout, part)
-    assert (
-        len(seen) == len(parts) and max(seen) <= 700 and sorted(sum(parts, [])) == list(range(96))
-    )
+    assert len(seen) == len(parts) and max(rows * width for rows, width in seen) <= 700
+    assert sorted(sum(parts, [])) == list(range(96))
 
 
 @pytest.mark.parametrize("setting", ["eager", "sliding window"])
 def test_models_that_take_no_such_mask_run_every_line_alone(setting):
-    model, seen = random_model(), []
+    model = random_model()
     expected = internals.answer_states(model, ROLLOUT, [0, 1, 2])
     if setting == "eager":
         model.set_attn_implementation("eager")
     else:
         model.config.sliding_window = 100
-    model.get_input_embeddings().register_forward_hook(
-        lambda m, args, out: seen.append(tuple(args[0].shape))
-    )
-    torch.testing.assert_close(
-        internals.answer_states(model, ROLLOUT, [0, 1, 2]), expected, atol=1e-5, rtol=1e-5
-    )
+    seen = shapes_seen(model)
+    states = internals.answer_states(model, ROLLOUT, [0, 1, 2])
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
     assert seen == [(3, 6)]
 
 
-# -------------------------------------------------------------------------------------------------------- entropy
+# ------------------------------------------------------------------------------------------ entropy
 
 
 def test_entropies_against_plain_softmax(any_model):
     response = LEFT.clone()
     response[:, :6] = 0
+
+    def mean_entropy(states):  # the state one to the left predicts a response token
+        p = (states[:, 5:8] @ unembedding(any_model).T).double().softmax(-1)
+        return -(p * p.log()).sum(-1).mean().item()
+
     with torch.no_grad():
-        ours, stream = (
-            internal_entropy(any_model, IDS, LEFT, response, batch=2),
-            residual_stream(any_model, IDS, LEFT),
-        )
-
-        def mean_entropy(states):  # the state one to the left predicts a response token
-            p = (states[:, 5:8] @ unembedding(any_model).T).double().softmax(-1)
-            return -(p * p.log()).sum(-1).mean()
-
+        ours = internal_entropy(any_model, IDS, LEFT, response, batch=2)
+        stream = residual_stream(any_model, IDS, LEFT)
         for l in range(3):
             for mine, part in (
                 (ours.layer[l + 1], stream.hidden[l + 1]),
@@ -268,22 +252,21 @@ def test_entropies_against_plain_softmax(any_model):
                 (ours.attention_input[l], stream.attention_input[l]),
                 (ours.feed_forward_input[l], stream.feed_forward_input[l]),
             ):
-                assert mine.item() == pytest.approx(mean_entropy(part).item(), abs=1e-4)
-            cosine = torch.nn.functional.cosine_similarity(
-                stream.feed_forward[l], stream.hidden[l] + stream.attention[l], dim=-1
-            )[:, 5:8].mean()
-            assert ours.feed_forward_cosine[l].item() == pytest.approx(cosine.item(), abs=1e-5)
-        assert ours.policy.item() == pytest.approx(
-            mean_entropy(any_model.model.norm(stream.hidden[-1])).item(), abs=1e-4
-        )
+                assert mine.item() == pytest.approx(mean_entropy(part), abs=1e-4)
+            middle = stream.hidden[l] + stream.attention[l]
+            cosine = torch.cosine_similarity(stream.feed_forward[l], middle, dim=-1)
+            mean = cosine[:, 5:8].mean().item()
+            assert ours.feed_forward_cosine[l].item() == pytest.approx(mean, abs=1e-5)
+        last = any_model.model.norm(stream.hidden[-1])
+        assert ours.policy.item() == pytest.approx(mean_entropy(last), abs=1e-4)
     torch.testing.assert_close(ours.layer_change, ours.layer[1:] - ours.layer[:-1])
-    torch.testing.assert_close(
-        ours.feed_forward_change, ours.feed_forward - ours.feed_forward_input
-    )
+    change = ours.feed_forward - ours.feed_forward_input
+    torch.testing.assert_close(ours.feed_forward_change, change)
 
 
 def test_blocks_that_add_nothing():
-    """Zero attention and feed-forward output: every layer policy is the embedding's, and A and F unembed to the uniform distribution."""
+    """Zero attention and feed-forward output: every layer policy is the embedding's, and A and F
+    unembed to the uniform distribution."""
     model = random_model(vocab=50)
     with torch.no_grad():
         for block in model.model.layers:
@@ -291,13 +274,11 @@ def test_blocks_that_add_nothing():
             block.mlp.down_proj.weight.zero_()
     entropy = internal_entropy(model, IDS, LEFT, LEFT)
     assert torch.allclose(entropy.layer_change, torch.zeros(3, dtype=torch.float64), atol=1e-9)
+    uniform = torch.full((3,), math.log(50), dtype=torch.float64)
     for part in (entropy.attention, entropy.feed_forward):
-        torch.testing.assert_close(
-            part, torch.full((3,), math.log(50), dtype=torch.float64), rtol=1e-6, atol=1e-6
-        )
-    assert (entropy.feed_forward_change > 0).all() and boundary_layer(
-        entropy.feed_forward_change
-    ) == 3
+        torch.testing.assert_close(part, uniform, rtol=1e-6, atol=1e-6)
+    assert (entropy.feed_forward_change > 0).all()
+    assert boundary_layer(entropy.feed_forward_change) == 3
     torch.testing.assert_close(entropy.attention_input, entropy.feed_forward_input)
 
 
@@ -322,7 +303,7 @@ def test_no_response_token_is_an_error():
         internal_entropy(random_model(), IDS, LEFT, torch.zeros_like(LEFT))
 
 
-# ----------------------------------------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------------------------------- comparing
 
 
 def test_similarity_of_layers():
@@ -334,13 +315,11 @@ def test_similarity_of_layers():
     h1, h3 = stream.hidden[1][:, :-1][valid], stream.hidden[3][:, :-1][valid]
     p, q = ((h @ unembedding(model).T).log_softmax(-1) for h in (h1, h3))
     assert cosine.shape == kl.shape == (2,)
-    assert cosine[1].item() == pytest.approx(
-        torch.nn.functional.cosine_similarity(h1, h3, dim=-1).mean().item(), abs=1e-6
-    )
+    expected = torch.cosine_similarity(h1, h3, dim=-1).mean().item()
+    assert cosine[1].item() == pytest.approx(expected, abs=1e-6)
     assert kl[1].item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
-    assert internals.policy_kl(h1, h1, unembedding(model), chunk_tokens=2).item() == pytest.approx(
-        0, abs=1e-7
-    )
+    none = internals.policy_kl(h1, h1, unembedding(model), chunk_tokens=2)
+    assert none.item() == pytest.approx(0, abs=1e-7)
     assert len(layer_similarity(model, IDS, LEFT, LEFT, 3)[0]) == 0
 
 
@@ -351,12 +330,11 @@ def test_perplexity_is_that_of_the_labels():
     response = (labels != -100).long()
     with torch.no_grad():
         loss = model(IDS, attention_mask=LEFT, position_ids=position_ids(LEFT), labels=labels).loss
-    assert internals.perplexity(model, IDS, LEFT, response) == pytest.approx(
-        math.exp(loss.item()), rel=1e-4
-    )
+    ours = internals.perplexity(model, IDS, LEFT, response)
+    assert ours == pytest.approx(math.exp(loss.item()), rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def test_layers_outside_the_model():
@@ -366,36 +344,20 @@ def test_layers_outside_the_model():
 
 
 def test_architectures_without_such_blocks():
-    gpt2 = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50)
-    )
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50)
     with pytest.raises(BadInput, match="GPT2LMHeadModel: no 'layers'"):
-        residual_stream(gpt2, IDS, LEFT)
-    neox = transformers.GPTNeoXForCausalLM(
-        transformers.GPTNeoXConfig(
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            hidden_size=16,
-            intermediate_size=32,
-            vocab_size=50,
-        )
-    )
+        residual_stream(transformers.GPT2LMHeadModel(config), IDS, LEFT)
+    sizes = dict(hidden_size=16, intermediate_size=32, vocab_size=50)
+    config = transformers.GPTNeoXConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
     with pytest.raises(BadInput, match="GPTNeoXForCausalLM"):
-        residual_stream(neox, IDS, LEFT)
+        residual_stream(transformers.GPTNeoXForCausalLM(config), IDS, LEFT)
 
 
 def test_blocks_that_are_not_pre_norm_residual():
-    granite = transformers.GraniteForCausalLM(
-        transformers.GraniteConfig(
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            hidden_size=16,
-            intermediate_size=32,
-            vocab_size=50,
-            residual_multiplier=0.3,
-        )
-    )
+    layers = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    sizes = dict(hidden_size=16, intermediate_size=32, vocab_size=50)
+    config = transformers.GraniteConfig(**layers, **sizes, residual_multiplier=0.3)
+    granite = transformers.GraniteForCausalLM(config)
     with torch.no_grad():
         for p in granite.parameters():
             p.mul_(5)
@@ -404,29 +366,19 @@ def test_blocks_that_are_not_pre_norm_residual():
 
 
 def test_command_line(tmp_path, capsys):
-    internal_report.main(
-        ["--model", str(TINY), "--samples", "4", "--max-new-tokens", "8", "--out", str(tmp_path)]
-    )
+    model = ["--model", str(TINY)]
+    sizes = "--samples 4 --max-new-tokens 8".split()
+    internal_report.main([*model, *sizes, "--out", str(tmp_path)])
     record = json.loads((tmp_path / "internals.json").read_text())[str(TINY)]
     layers = len(record["feed_forward_change"])
     assert record["answers"] == 4 and len(record["layer"]) == layers + 1
     assert record["boundary_layer"] == boundary_layer(record["feed_forward_change"])
     assert f"boundary layer: {record['boundary_layer']} of {layers}" in capsys.readouterr().out
-    (tmp_path / "answers.jsonl").write_text(
-        '{"question": "Use 1, 2, 3 once each with + - * / to make 6. Reply with the expression only.", "answer": "1+2+3"}\n'
-    )
-    internal_report.main(
-        [
-            "--model",
-            str(TINY),
-            "--answers",
-            str(tmp_path / "answers.jsonl"),
-            "--compare",
-            str(TINY),
-            "--out",
-            str(tmp_path / "b"),
-        ]
-    )
+    question = "Use 1, 2, 3 once each with + - * / to make 6. Reply with the expression only."
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"question": question, "answer": "1+2+3"}) + "\n")
+    two = ["--answers", str(answers), "--compare", str(TINY), "--out", str(tmp_path / "b")]
+    internal_report.main([*model, *two])
     assert json.loads((tmp_path / "b" / "internals.json").read_text())[str(TINY)]["tokens"] == 6
     with pytest.raises(BadInput, match="--answers .*nowhere: no such file"):
-        internal_report.main(["--model", str(TINY), "--answers", "nowhere", "--out", str(tmp_path)])
+        internal_report.main([*model, "--answers", "nowhere", "--out", str(tmp_path)])

@@ -37,7 +37,7 @@ def decode(request):
     return functools.partial(generate, plain=request.param)
 
 
-# ----------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 @pytest.fixture(params=WAYS["argvalues"], ids=WAYS["ids"])
@@ -118,52 +118,36 @@ def test_the_draw_of_a_later_step_is_a_draw_of_its_own():
     torch.testing.assert_close(used(logits, rule, uniform).entropy[[0, 2, 3]], by_hand)
 
 
-# ------------------------------------------------------------------------------------------------------ decoding
+# ----------------------------------------------------------------------------------------- decoding
 
 
 def test_matches_the_full_forward_pass(any_model, decode):
-    """Every token's log-probability and entropy, for prompts of unequal length, equal those of an uncached, unpadded pass."""
-    rollout = decode(
-        any_model,
-        PROMPTS,
-        3,
-        6,
-        eos_ids=[3],
-        temperature=lambda h: 0.9 + 0.1 * h.tanh(),
-        generator=torch.Generator().manual_seed(0),
-    )
+    """Every token's log-probability and entropy, for prompts of unequal length, equal those of an
+    uncached, unpadded pass."""
+    rule, generator = lambda h: 0.9 + 0.1 * h.tanh(), torch.Generator().manual_seed(0)
+    rollout = decode(any_model, PROMPTS, 3, 6, [3], rule, generator=generator)
     for b, answer in enumerate(rollout.answers()):
         prompt = PROMPTS[b // 3]
         logits = full_logits(any_model, prompt + answer)[len(prompt) - 1 : -1]
         entropy = torch.distributions.Categorical(logits=logits).entropy()
         n = len(answer)
+        heat = rollout.temperature[b, :n]
         torch.testing.assert_close(rollout.entropy[b, :n], entropy, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(
-            rollout.temperature[b, :n], 0.9 + 0.1 * entropy.tanh(), atol=1e-4, rtol=1e-4
-        )
-        logp = (logits / rollout.temperature[b, :n, None]).log_softmax(-1)[range(n), answer]
+        torch.testing.assert_close(heat, rule(entropy), atol=1e-4, rtol=1e-4)
+        logp = (logits / heat[:, None]).log_softmax(-1)[range(n), answer]
         torch.testing.assert_close(rollout.logp[b, :n], logp, atol=1e-4, rtol=1e-4)
 
 
 def test_greedy_matches_generate(any_model, decode):
     rollout = decode(any_model, PROMPTS, 1, 8, eos_ids=[3], temperature=0)
+    greedy = dict(do_sample=False, max_new_tokens=8, eos_token_id=3, pad_token_id=0)
     for prompt, answer in zip(PROMPTS, rollout.answers()):
-        theirs = (
-            any_model.eval()
-            .generate(
-                torch.tensor([prompt]),
-                do_sample=False,
-                max_new_tokens=8,
-                eos_token_id=3,
-                pad_token_id=0,
-            )[0, len(prompt) :]
-            .tolist()
-        )
-        assert answer == theirs
+        theirs = any_model.eval().generate(torch.tensor([prompt]), **greedy)
+        assert answer == theirs[0, len(prompt) :].tolist()
 
 
 class Chain(torch.nn.Module):
-    """A model whose next token is a function of the last one: chains of tokens, known beforehand."""
+    """A model whose next token is a function of the last one: chains of tokens known beforehand."""
 
     NEXT = {1: 7, 7: 8, 8: 9, 9: 2, 5: 2, 6: 10, 10: 11, 11: 4}
 
@@ -186,18 +170,16 @@ def test_rows_leave_when_they_end_and_every_eos_counts(decode):
     rollout = decode(model, [[1], [5], [3, 3, 6]], 1, 8, eos_ids=[2, 4])
     assert rollout.answers() == [[7, 8, 9, 2], [2], [10, 11, 4]]
     assert rollout.finished.all() and rollout.lengths.tolist() == [4, 1, 3]
-    assert rollout.mask[1].tolist() == [
-        True,
-        False,
-        False,
-        False,
-    ]  # the end-of-sequence token is inside the mask
-    # what the model was fed: last tokens and their positions; row 1 leaves after one token, row 2 after three
+    # the end-of-sequence token is inside the mask
+    assert rollout.mask[1].tolist() == [True, False, False, False]
+    # what the model was fed: last tokens and their positions; row 1 leaves after one token, row 2
+    # after three
     assert model.calls == [([1, 5, 6], [0, 0, 2]), ([7, 10], [1, 3]), ([8, 11], [2, 4]), ([9], [3])]
 
 
 def test_dropping_rows_changes_no_other_row(any_model, decode):
-    """With and without an end id that some rows meet: the rows that never meet it draw the same tokens."""
+    """With and without an end id that some rows meet: the rows that never meet it draw the same
+    tokens."""
     draws = torch.rand(10, 12, generator=torch.Generator().manual_seed(1))
     free = decode(any_model, PROMPTS, 4, 10, eos_ids=[], uniform=draws)
     stop = int(free.tokens[0, 2])
@@ -214,7 +196,8 @@ def test_length_cap_is_not_an_end(any_model, decode):
 
 
 def test_pad_equal_to_eos_is_trained_on():
-    """Masks come from lengths: token 0 is drawn as an ordinary token, id 3 is both pad and end and still counts."""
+    """Masks come from lengths: token 0 is drawn as an ordinary token, id 3 is both pad and end and
+    still counts."""
     rollout = Rollout.of_answers([[1]], [[0, 5, 3]])
     assert rollout.mask.tolist() == [[True, True, True]] and rollout.answers() == [[0, 5, 3]]
 
@@ -226,29 +209,24 @@ def test_padded_vocabulary_is_never_drawn(decode):
     rollout = decode(model, PROMPTS, 8, 10, vocab_size=40)
     assert rollout.tokens.max() < 40
     ids, mask, predicts = rollout.sequences(list(range(24)))
-    hidden = model.model(
-        ids, attention_mask=mask, position_ids=position_ids(mask)
-    ).last_hidden_state[predicts]
-    logp, _ = token_logprobs_and_entropy(
-        hidden, model.lm_head.weight[:40], rollout.tokens[rollout.mask]
-    )
+    out = model.model(ids, attention_mask=mask, position_ids=position_ids(mask))
+    states, tokens = out.last_hidden_state[predicts], rollout.tokens[rollout.mask]
+    logp, _ = token_logprobs_and_entropy(states, model.lm_head.weight[:40], tokens)
     torch.testing.assert_close(logp, rollout.logp[rollout.mask], atol=1e-4, rtol=1e-4)
 
 
 def test_generation_config_does_not_leak(decode):
     model = random_model()
     want = decode(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0))
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True, top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1
-    )
-    assert torch.equal(
-        decode(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0)).tokens,
-        want.tokens,
-    )
+    settings = dict(top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1)
+    model.generation_config = transformers.GenerationConfig(do_sample=True, **settings)
+    got = decode(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(got.tokens, want.tokens)
 
 
 def test_training_mode_and_checkpointing_do_not_change_answers(decode):
-    """model.generate in train() mode with checkpointing drops the cache; ours must not, and must put the modes back."""
+    """model.generate in train() mode with checkpointing drops the cache; ours must not, and must
+    put the modes back."""
     model = random_model(vocab=384)
     model.eval()
     want = decode(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
@@ -257,20 +235,15 @@ def test_training_mode_and_checkpointing_do_not_change_answers(decode):
     model.model.norm.eval()
     got = decode(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logp, want.logp)
-    assert (
-        model.training
-        and not model.model.norm.training
-        and model.model.layers[0].gradient_checkpointing
-        and torch.is_grad_enabled()
-    )
+    assert model.training and not model.model.norm.training
+    assert model.model.layers[0].gradient_checkpointing and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("rows", [1, 5, 300])
 def test_the_product_for_few_rows_is_the_product(rows, monkeypatch):
     monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 1)
-    net = torch.nn.Sequential(
-        torch.nn.Linear(30, 20), torch.nn.Linear(20, 40, bias=False)
-    ).requires_grad_(False)
+    net = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 40, bias=False))
+    net.requires_grad_(False)
     x = torch.randn(rows, 1, 30)
     want = net(x)
     with cpu.few_rows(net, rows):
@@ -292,14 +265,12 @@ def test_non_finite_logits_are_refused(decode):
         decode(random_model(), [[1], []], 1, 4)
 
 
-# ------------------------------------------------------------------------------------------------------- rollouts
+# ----------------------------------------------------------------------------------------- rollouts
 
 
 def test_select_and_join_keep_rows_together():
-    a, b = (
-        generate(random_model(), PROMPTS, 2, 5, [3]),
-        generate(random_model(), [[1, 2, 3, 4, 5, 6]], 2, 7, [3]),
-    )
+    a = generate(random_model(), PROMPTS, 2, 5, [3])
+    b = generate(random_model(), [[1, 2, 3, 4, 5, 6]], 2, 7, [3])
     joined = Rollout.join([a, b])
     assert joined.answers() == a.answers() + b.answers()
     picked = joined.select([3, 1])
@@ -307,28 +278,25 @@ def test_select_and_join_keep_rows_together():
     ids, mask, predicts = picked.sequences([2, 0])
     line = PROMPTS[1] + a.answers()[2]
     assert ids[0, mask[0]].tolist() == line and mask[0, : len(line)].all()  # no padding on the left
-    assert predicts[0].nonzero().flatten().tolist() == list(
-        range(len(PROMPTS[1]) - 1, len(line) - 1)
-    )
+    places = predicts[0].nonzero().flatten().tolist()
+    assert places == list(range(len(PROMPTS[1]) - 1, len(line) - 1))
     assert ids[1, mask[1]].tolist() == [1, 2, 3, 4, 5, 6] + b.answers()[0]
     _, _, response = picked.with_response_mask(4)
     assert response.sum().item() == picked.mask.sum().item() and not response[:, 0].any()
 
 
 def test_micro_batches_cover_every_row_once():
-    rollout = Rollout.of_answers([[1, 1]] * 6, [[5] * n for n in (1, 9, 2, 8, 3, 7)])
+    lengths = (1, 9, 2, 8, 3, 7)
+    rollout = Rollout.of_answers([[1, 1]] * 6, [[5] * n for n in lengths])
     assert micro_batches(rollout, range(6), sequences=4) == [[0, 1, 2, 3], [4, 5]]
     parts = micro_batches(rollout, range(6), tokens=20)
     assert sorted(sum(parts, [])) == list(range(6))
-    assert all(
-        len(p) * (2 + max((1, 9, 2, 8, 3, 7)[r] for r in p)) <= 20 or len(p) == 1 for p in parts
-    )
-    assert micro_batches(rollout, [1], tokens=3) == [
-        [1]
-    ]  # one answer longer than the limit still goes through
+    assert all(len(p) == 1 or len(p) * (2 + max(lengths[r] for r in p)) <= 20 for p in parts)
+    # one answer longer than the limit still goes through
+    assert micro_batches(rollout, [1], tokens=3) == [[1]]
 
 
-# ------------------------------------------------------------------------------------------ transformers' generate
+# --------------------------------------------------------------------------- transformers' generate
 
 
 def test_logits_processor_samples_the_same_distribution():
@@ -338,20 +306,14 @@ def test_logits_processor_samples_the_same_distribution():
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(scaled, logits / rule(entropy)[:, None])
     model, rule = random_model().eval(), lambda entropy: 0.1 * entropy
-    drawn = model.generate(
-        torch.tensor([[5, 6]]).repeat(5_000, 1),
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=1,
-        logits_processor=[AdaptiveTemperature(rule)],
-        pad_token_id=0,
-    )[:, -1]
+    ids, processors = torch.tensor([[5, 6]]).repeat(5_000, 1), [AdaptiveTemperature(rule)]
+    how = dict(do_sample=True, top_k=0, max_new_tokens=1, pad_token_id=0)
+    drawn = model.generate(ids, **how, logits_processor=processors)[:, -1]
     first = full_logits(model, [5, 6])[-1:]
     share = (first / rule(entropy_of(first))[:, None]).softmax(-1)[0]
     assert (torch.bincount(drawn, minlength=50) / 5_000 - share).abs().max() < 0.015
-    assert (
-        first.softmax(-1)[0] - share
-    ).abs().max() > 0.03  # the rule makes a difference that this would see
+    # the rule makes a difference that this would see
+    assert (first.softmax(-1)[0] - share).abs().max() > 0.03
 
 
 def test_eos_ids_come_from_everywhere():

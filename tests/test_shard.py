@@ -1,4 +1,5 @@
-"""Programs in processes of their own: two (gloo, CPU) against one, with a run that moves between them; and one that is refused."""
+"""Programs in processes of their own: two (gloo, CPU) against one, with a run that moves between
+them; and one that is refused."""
 
 import json
 import os
@@ -9,54 +10,24 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, write_questions
 from safetensors.torch import load_file
 
 import train
 from program.errors import BadInput
 from scale.shard import check_world
 
-# HAPO with BuPO, unequal micro-batches, layers checkpointed: an aligned step at layer 2 and a full one lie behind the resume
-OPTIONS = [
-    "--prompts-per-step",
-    "4",
-    "--answers-per-prompt",
-    "4",
-    "--updates-per-rollout",
-    "2",
-    "--max-new-tokens",
-    "8",
-    "--eval-prompts",
-    "2",
-    "--warmup-steps",
-    "1",
-    "--device",
-    "cpu",
-    "--model",
-    str(TINY),
-    "--bupo-layer",
-    "2",
-    "--bupo-steps",
-    "2",
-    "--micro-tokens",
-    "70",
-    "--gradient-checkpointing",
-    "--keep",
-    "9",
-]
+# HAPO with BuPO, unequal micro-batches, layers checkpointed: an aligned step at layer 2 and a full
+# one lie behind the resume
+OPTIONS = (
+    "--prompts-per-step 4 --answers-per-prompt 4 --updates-per-rollout 2 --max-new-tokens 8 "
+    "--eval-prompts 2 --warmup-steps 1 --device cpu --bupo-layer 2 --bupo-steps 2 "
+    "--micro-tokens 70 --gradient-checkpointing --keep 9"
+).split()
 COMPARED = (
-    "loss",
-    "reward",
-    "entropy",
-    "grad_norm",
-    "response_length",
-    "clip_low",
-    "clip_high",
-    "ratio_max",
-    "dead_groups",
-    "internal_entropy",
-    "logp",
-)
+    "loss reward entropy grad_norm response_length clip_low clip_high ratio_max dead_groups "
+    "internal_entropy logp"
+).split()
 
 
 def free_port():
@@ -66,21 +37,14 @@ def free_port():
 
 
 def options(folder, out, *more):
-    return [
-        *OPTIONS,
-        "--data",
-        str(folder / "questions.jsonl"),
-        "--out",
-        str(folder / out),
-        *map(str, more),
-    ]
+    files = ["--data", folder / "questions.jsonl", "--out", folder / out]
+    return [*OPTIONS, *map(str, ["--model", TINY, *files, *more])]
 
 
 def one_process(*args):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            sys.modules, "scripts.curves", None
-        )  # an ImportError, as on a machine without matplotlib
+        # an ImportError, as on a machine without matplotlib
+        patch.setitem(sys.modules, "scripts.curves", None)
         train.main(options(*args))
 
 
@@ -93,36 +57,20 @@ def two_processes(*args):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, "train.py", *options(*args)],
-            cwd=ROOT,
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "train.py", *options(*args)]
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    return [subprocess.Popen(command, cwd=ROOT, env=env | rank, **output) for rank in ranks]
 
 
 @pytest.fixture(scope="session")
 def handed_over(tmp_path_factory):
     """One process runs four steps; two go on from its first, in the background, to the third."""
     folder = tmp_path_factory.mktemp("shard")
-    rows = [
-        {
-            "question": f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}. Reply with the expression only.",
-            "answer": str(a),
-        }
-        for a in range(1, 7)
-        for b in range(7, 12)
-    ]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_questions(folder / "questions.jsonl")
     one_process(folder, "one", "--steps", 4)
-    shutil.copytree(
-        folder / "one", folder / "two", ignore=shutil.ignore_patterns("final", "checkpoint-[234]")
-    )
+    later = shutil.ignore_patterns("final", "checkpoint-[234]")
+    shutil.copytree(folder / "one", folder / "two", ignore=later)
     workers = two_processes(folder, "two", "--resume", "--steps", 3)
     yield folder, workers
     for worker in workers:
@@ -131,40 +79,26 @@ def handed_over(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def refused(tmp_path_factory):
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "train.py",
-            "--answers-per-prompt",
-            "1",
-            "--out",
-            str(tmp_path_factory.mktemp("refused")),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    out = str(tmp_path_factory.mktemp("refused"))
+    command = [sys.executable, "train.py", "--answers-per-prompt", "1", "--out", out]
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, **output)
     yield process
     process.kill()
 
 
 def result(out):
-    return load_file(out / "final" / "model.safetensors"), [
-        json.loads(line) for line in open(out / "metrics.jsonl")
-    ]
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    return load_file(out / "final" / "model.safetensors"), rows
 
 
 def moved_up_to_layer_2(checkpoint):
     """Everything up to layer 2 has been trained, and what lies above is the same bit for bit."""
-    start, aligned = (
-        load_file(TINY / "model.safetensors"),
-        load_file(checkpoint / "model.safetensors"),
-    )
+    start = load_file(TINY / "model.safetensors")
+    aligned = load_file(checkpoint / "model.safetensors")
     for name in start:
-        upper = name == "model.norm.weight" or (
-            name.startswith("model.layers.") and int(name.split(".")[2]) >= 2
-        )
+        block = int(name.split(".")[2]) if name.startswith("model.layers.") else None
+        upper = name == "model.norm.weight" or (block is not None and block >= 2)
         assert start[name].equal(aligned[name]) == upper, name
 
 
@@ -175,7 +109,8 @@ def test_one_process_hands_over_to_two(handed_over, refused):
 
 
 def test_two_processes_are_one(handed_over):
-    """Two processes pick up what one has begun, and one picks up what two have left: as if one had done it all."""
+    """Two processes pick up what one has begun, and one picks up what two have left: as if one had
+    done it all."""
     folder, workers = handed_over
     outputs = [w.communicate(timeout=80)[0] for w in workers]
     assert all(w.returncode == 0 for w in workers), outputs
@@ -194,20 +129,16 @@ def test_two_processes_are_one(handed_over):
 
 def test_the_program_exits_with_two_and_no_traceback(refused):
     _, errors = refused.communicate(timeout=80)
-    assert (
-        refused.returncode == 2
-        and errors.count("\n") == 1
-        and errors.startswith("train.py: --answers-per-prompt 1")
-    )
+    assert refused.returncode == 2 and errors.count("\n") == 1
+    assert errors.startswith("train.py: --answers-per-prompt 1")
 
 
 def test_more_processes_than_prompts_is_one_line():
-    o, world = (
-        SimpleNamespace(offload=False, prompts_per_step=2, updates_per_rollout=1),
-        SimpleNamespace(size=4, sharded=True),
+    o = SimpleNamespace(offload=False, prompts_per_step=2, updates_per_rollout=1)
+    world = SimpleNamespace(size=4, sharded=True)
+    message = (
+        "--prompts-per-step 2: must be a multiple of processes x updates per rollout = 4 x 1 "
+        ".more ranks than prompts."
     )
-    with pytest.raises(
-        BadInput,
-        match="--prompts-per-step 2: must be a multiple of processes x updates per rollout = 4 x 1 .more ranks than prompts.",
-    ):
+    with pytest.raises(BadInput, match=message):
         check_world(o, world)

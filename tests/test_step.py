@@ -209,7 +209,7 @@ def test_kl_adds_its_term_and_wakes_an_update_whose_groups_are_dead(opened, monk
 
 
 def test_a_run_of_an_older_version_is_one_line(opened, tmp_path):
-    """An option that did not exist has its default; a checkpoint that lacks something is refused."""
+    """A new option has its default; a checkpoint that lacks something is refused."""
     run = opened()
     checkpoint.save(run, 0)
     run.lock.close()

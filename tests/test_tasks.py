@@ -1,9 +1,11 @@
 """Prompts and rewards: what counts as an answer, what does not, and what hostile text costs."""
 
+import itertools
 import json
 import random
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 
@@ -226,23 +228,19 @@ def test_random_expressions_are_worth_what_they_say():
     for _ in range(300):
         numbers = [rng.randint(1, 12) for _ in range(rng.randint(1, 5))]
         text, value = random_expression(numbers, rng)
-        assert evaluate_expression(text)[0] == value and sorted(
-            evaluate_expression(text)[1]
-        ) == sorted(numbers)
+        found, used = evaluate_expression(text)
+        assert found == value and sorted(used) == sorted(numbers)
 
 
 @pytest.mark.parametrize("task", ["countdown", "arithmetic"])
 def test_built_in_problems_are_disjoint_repeatable_and_solvable(task):
     train, held_out = load_problems(task)
     assert load_problems(task) == (train, held_out) and len(held_out) >= 10
-    bags = lambda problems: {
-        (tuple(sorted(p.question.replace("?", "").split())), p.answer) for p in problems
-    }
+    bag = lambda p: (tuple(sorted(p.question.replace("?", "").split())), p.answer)
+    bags = lambda problems: set(map(bag, problems))
     assert not bags(train) & bags(held_out)
     if task == "countdown":
         assert len(held_out) >= 512
-        import itertools
-
         for p in train[:20]:
             found = any(
                 evaluate_expression(f.format(*n, *o)) == (int(p.answer), list(n))
@@ -264,21 +262,16 @@ def test_arithmetic_answers():
     for level in (1, 2, 3, 4):
         for p in load_problems("arithmetic", difficulty=level)[1][:50]:
             _, _, a, sign, b = p.question.rstrip("?").split()
-            assert (
-                int(p.answer)
-                == {"plus": int(a) + int(b), "minus": int(a) - int(b), "times": int(a) * int(b)}[
-                    sign
-                ]
-            )
+            a, b = int(a), int(b)
+            assert int(p.answer) == {"plus": a + b, "minus": a - b, "times": a * b}[sign]
 
 
-# ---------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def write(path, *rows):
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    )
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
     return path
 
 
@@ -318,25 +311,22 @@ def test_bad_files_name_file_and_line(tmp_path, rows, message, monkeypatch):
 
 
 def test_a_file_that_is_not_utf8(tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes(
-        '{"question": "caf\u00e9", "answer": "1"}'.encode("latin-1")
-    )
+    row = '{"question": "caf\u00e9", "answer": "1"}'
+    (tmp_path / "latin.jsonl").write_bytes(row.encode("latin-1"))
     with pytest.raises(BadInput, match="line 1: not JSON"):
         read_problems(tmp_path / "latin.jsonl")
 
 
 def test_a_question_stands_on_one_side_only(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl", *[{"question": f"q{i % 5}", "answer": "1"} for i in range(50)]
-    )
-    train, held_out = load_problems(data=path)
-    assert len(train) + len(held_out) == 5 and not {p.question for p in train} & {
-        p.question for p in held_out
-    }
+    rows = [{"question": f"q{i % 5}", "answer": "1"} for i in range(50)]
+    train, held_out = load_problems(data=write(tmp_path / "a.jsonl", *rows))
+    assert len(train) + len(held_out) == 5
+    assert not {p.question for p in train} & {p.question for p in held_out}
 
 
 def test_a_part_of_an_answer_is_not_the_answer(tmp_path, monkeypatch, capsys):
-    """(3, 4) must not become 4: without math-verify it is counted out, with it it is LaTeX. Words alone are never LaTeX."""
+    """(3, 4) must not become 4: without math-verify it is counted out, with it it is LaTeX. Words
+    alone are never LaTeX."""
     path = write(
         tmp_path / "a.jsonl",
         {"question": "a", "answer": "(3, 4)"},
@@ -371,18 +361,12 @@ def test_unusable_rows_are_counted_and_the_rest_goes_on(tmp_path, monkeypatch, c
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": "How many?"}],
-            "reward_model": {"ground_truth": "7", "style": "rule"},
-        }
-    ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    prompt = [{"role": "user", "content": "How many?"}]
+    rows = [{"prompt": prompt, "reward_model": {"ground_truth": "7", "style": "rule"}}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert read_problems(tmp_path / "a.parquet") == [Problem("How many?", "7")]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"x": 1}]), tmp_path / "b.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([{"x": 1}]), tmp_path / "b.parquet")
     with pytest.raises(BadInput, match="row 1: needs prompt"):
         read_problems(tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_text("not parquet")
@@ -395,23 +379,19 @@ def test_latex_in_a_killable_process():
     assert tasks.latex_equal("\\frac{1}{2}", "0.5") and not tasks.latex_equal("x+1", "x+2")
     assert grade(Problem("q", "p - q", "latex"), "so it is \\boxed{-q+p}").strict
     before = LATEX.failures
-    assert (
-        not tasks.latex_equal("\\frac{1}{2}", "") and LATEX.failures == before + 1
-    )  # a truth that cannot be read is counted
+    # a truth that cannot be read is counted
+    assert not tasks.latex_equal("\\frac{1}{2}", "") and LATEX.failures == before + 1
 
 
-# -------------------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 class FakeTokenizer:
     chat_template = None
 
     def __call__(self, text, add_special_tokens=True):
-        return type(
-            "Encoding",
-            (),
-            {"input_ids": ([0] if add_special_tokens else []) + [ord(c) for c in text]},
-        )
+        ids = ([0] if add_special_tokens else []) + [ord(c) for c in text]
+        return SimpleNamespace(input_ids=ids)
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking):
         assert tokenize is False and add_generation_prompt and enable_thinking is False
@@ -424,6 +404,5 @@ def test_chat_template_where_there_is_one():
     assert text == "Question: Why?\nAnswer:" and ids[0] == 0 and len(ids) == len(text) + 1
     tokenizer.chat_template = "yes"
     text, ids = render_prompt("Why?", tokenizer)
-    assert text == "<user>Why?<assistant>" and len(ids) == len(
-        text
-    )  # the template brings its own special tokens
+    # the template brings its own special tokens
+    assert text == "<user>Why?<assistant>" and len(ids) == len(text)

@@ -1,4 +1,5 @@
-"""The loop: what must not change the result, what must continue exactly, and one line for every mistake."""
+"""The loop: what must not change the result, what must continue exactly, and one line for every
+mistake."""
 
 import dataclasses
 import json
@@ -10,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+import transformers
+from conftest import TINY, write_questions
 from safetensors.torch import load_file, save_file
 
 import train
@@ -23,33 +25,18 @@ from run.opening import open_run
 from scale.shard import World
 from tasks import Grade, Problem
 
-FAST = [
-    "--prompts-per-step",
-    "4",
-    "--answers-per-prompt",
-    "4",
-    "--updates-per-rollout",
-    "2",
-    "--max-new-tokens",
-    "8",
-    "--eval-prompts",
-    "4",
-    "--lr",
-    "1e-3",
-    "--warmup-steps",
-    "1",
-    "--device",
-    "cpu",
-]
+FAST = (
+    "--prompts-per-step 4 --answers-per-prompt 4 --updates-per-rollout 2 --max-new-tokens 8 "
+    "--eval-prompts 4 --lr 1e-3 --warmup-steps 1 --device cpu"
+).split()
 SMALL = []  # --model and --data of a random model and a file, made once
 TIMES = ("seconds_generate", "seconds_score", "seconds_update", "tokens_per_second")
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "scripts.curves", None
-    )  # an ImportError, as on a machine without matplotlib
+    # an ImportError, as on a machine without matplotlib
+    monkeypatch.setitem(sys.modules, "scripts.curves", None)
 
 
 @pytest.fixture
@@ -64,30 +51,22 @@ def verdicts(monkeypatch, request):
 
 
 def invent_verdicts(monkeypatch):
-    """Verdicts that depend on question and answer only, since random weights are never right; and no evaluation, most of a short run's time."""
-    monkeypatch.setattr(
-        train,
-        "grade",
-        lambda problem, text: Grade(*[sum((problem.question + text).encode()) % 2 == 0] * 2),
-    )
-    monkeypatch.setattr(
-        report, "evaluate_over", lambda *args: Accuracy(0.5, 0.5, 0.1, 0.1, 1.0, 7.0)
-    )
+    """Verdicts that depend on question and answer only, since random weights are never right; and
+    no evaluation, most of a short run's time."""
+
+    def grade(problem, text):
+        right = sum((problem.question + text).encode()) % 2 == 0
+        return Grade(right, right)
+
+    accuracy = Accuracy(0.5, 0.5, 0.1, 0.1, 1.0, 7.0)
+    monkeypatch.setattr(train, "grade", grade)
+    monkeypatch.setattr(report, "evaluate_over", lambda *args: accuracy)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def small(tmp_path_factory, tiny_folder):
-    """A small file of questions that the shipped model answers with an expression; its last number is sometimes the answer."""
     path = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    rows = [
-        {
-            "question": f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}. Reply with the expression only.",
-            "answer": str(a),
-        }
-        for a in range(1, 7)
-        for b in range(7, 12)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_questions(path)
     SMALL[:] = ["--model", str(tiny_folder), "--data", str(path)]
 
 
@@ -110,7 +89,7 @@ def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
-# ------------------------------------------------------------------------------------------------- a run's files
+# ------------------------------------------------------------------------------------ a run's files
 
 
 def test_a_run_and_its_files(real_verdicts, tmp_path, capsys):
@@ -118,75 +97,43 @@ def test_a_run_and_its_files(real_verdicts, tmp_path, capsys):
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert [r["step"] for r in rows] == [0, 1, 2]
     assert {"eval_accuracy", "eval_greedy", "pass_rate", "expected_live_groups"} <= rows[0].keys()
-    promised = {
-        "step",
-        "phase",
-        "loss",
-        "reward",
-        "entropy",
-        "grad_norm",
-        "response_length",
-        "clipped_ratio",
-        "clip_low",
-        "clip_high",
-        "ratio_max",
-        "dead_groups",
-        "all_right",
-        "all_wrong",
-        *TIMES,
-    }
-    assert promised <= rows[1].keys() and "eval_accuracy" in rows[2]
+    promised = (
+        "step phase loss reward entropy grad_norm response_length clipped_ratio clip_low clip_high "
+        "ratio_max dead_groups all_right all_wrong"
+    ).split()
+    assert {*promised, *TIMES} <= rows[1].keys() and "eval_accuracy" in rows[2]
     samples = [json.loads(line) for line in open(tmp_path / "run" / "samples.jsonl")]
     for s in samples:
-        assert (
-            len(s["tokens"]) == len(s["entropy"]) == len(s["temperature"])
-            and s["question"]
-            and s["reward"] in (0, 1)
-        )
+        assert len(s["tokens"]) == len(s["entropy"]) == len(s["temperature"])
+        assert s["question"] and s["reward"] in (0, 1)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["clip_high"] == 0.28 and config["max_new_tokens"] == 8
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     for folder in ("final", "checkpoint-2"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder)
-        AutoTokenizer.from_pretrained(tmp_path / "run" / folder)
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder)
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / folder)
     printed = capsys.readouterr().out
-    assert (
-        "a loss near 0 is right" in printed
-        and "warning: the model is almost never right" in printed
-        and "step 2/2" in printed
-    )
+    assert "a loss near 0 is right" in printed and "step 2/2" in printed
+    assert "warning: the model is almost never right" in printed
 
 
 def test_the_same_seed_gives_the_same_metrics(real_verdicts, tmp_path):
     shipped = ["--model", TINY]
-    a, b, c = (
-        run(tmp_path / "a", *shipped),
-        run(tmp_path / "b", *shipped),
-        run(tmp_path / "c", *shipped, "--seed", 1, steps=1),
-    )
+    a, b = run(tmp_path / "a", *shipped), run(tmp_path / "b", *shipped)
+    c = run(tmp_path / "c", *shipped, "--seed", 1, steps=1)
     assert same(a[0], b[0]) and a[1] == b[1]
     assert not same(load_file(tmp_path / "a" / "checkpoint-1" / "model.safetensors"), c[0])
 
 
-# --------------------------------------------------------------------------------------------------- reductions
+# --------------------------------------------------------------------------------------- reductions
+
+
+PARTS = "adaptive-temperature token-group-average advantage-redistribution adaptive-clip".split()
 
 
 def test_hapo_with_all_four_off_is_dapo_to_the_last_bit(tmp_path):
-    off = [
-        "--no-adaptive-temperature",
-        "--no-token-group-average",
-        "--no-advantage-redistribution",
-        "--no-adaptive-clip",
-    ]
-    dapo, hapo, on = (
-        run(tmp_path / name, *args)
-        for name, args in (
-            ("dapo", ["--algo", "dapo"]),
-            ("hapo", ["--algo", "hapo", *off]),
-            ("on", ["--algo", "hapo"]),
-        )
-    )
+    dapo = run(tmp_path / "dapo", "--algo", "dapo")
+    hapo = run(tmp_path / "hapo", "--algo", "hapo", *[f"--no-{part}" for part in PARTS])
+    on = run(tmp_path / "on", "--algo", "hapo")
     assert same(dapo[0], hapo[0])
     for a, b in zip(dapo[1], hapo[1]):
         assert all(a[key] == b[key] for key in a.keys() & b.keys())
@@ -194,30 +141,16 @@ def test_hapo_with_all_four_off_is_dapo_to_the_last_bit(tmp_path):
 
 
 def test_each_part_alone_changes_the_result(tmp_path):
-    parts = {
-        "adaptive-temperature",
-        "token-group-average",
-        "advantage-redistribution",
-        "adaptive-clip",
-    }
-    # the second update of a step sees ratios other than 1; a narrow clip range makes sure that some are at its edges
-    args = [
-        "--lr",
-        "0.0005",
-        "--prompts-per-step",
-        "8",
-        "--updates-per-rollout",
-        "4",
-        "--tau",
-        "0.5",
-        "--clip-low",
-        "0.1",
-        "--clip-high",
-        "0.1",
-    ]
+    # the second update of a step sees ratios other than 1; a narrow clip range makes sure that some
+    # are at its edges
+    args = (
+        "--lr 0.0005 --prompts-per-step 8 --updates-per-rollout 4 --tau 0.5 "
+        "--clip-low 0.1 --clip-high 0.1"
+    ).split()
     dapo = run(tmp_path / "dapo", "--algo", "dapo", *args, steps=2)
-    for part in parts:
-        alone = run(tmp_path / part, *args, *[f"--no-{other}" for other in parts - {part}], steps=2)
+    for part in PARTS:
+        others_off = [f"--no-{other}" for other in PARTS if other != part]
+        alone = run(tmp_path / part, *args, *others_off, steps=2)
         assert not same(dapo[0], alone[0]), part
 
 
@@ -235,28 +168,14 @@ def gradients(monkeypatch):
 
 @pytest.mark.parametrize("algo", ["hapo", "grpo"])
 def test_micro_batches_change_no_gradient(tmp_path, gradients, algo, monkeypatch):
-    """Nor do answers that share lines: they do in whole passes (the shipped model's are of unequal length), and in the last run nowhere."""
-    settings = (
-        [],
-        ["--micro-batch", "1"],
-        ["--micro-batch", "2"],
-        ["--micro-tokens", "60", "--gradient-checkpointing"],
-        [],
-    )
+    """Nor do answers that share lines: they do in whole passes (the shipped model's are of unequal
+    length), and in the last run nowhere."""
+    passes = ("--micro-batch 1", "--micro-batch 2", "--micro-tokens 60 --gradient-checkpointing")
+    settings, always = ("", *passes, ""), ["--model", TINY, "--algo", algo, "--grad-clip", "1e6"]
     for i, extra in enumerate(settings):
         if i == len(settings) - 1:
             monkeypatch.setattr(lines, "answers_to_a_line", lambda *sizes: 1)
-        run(
-            tmp_path / str(i),
-            "--model",
-            TINY,
-            "--algo",
-            algo,
-            "--grad-clip",
-            "1e6",
-            *extra,
-            steps=1,
-        )
+        run(tmp_path / str(i), *always, *extra.split(), steps=1)
     assert len(gradients) == 2 * len(settings)
     for i in range(1, len(settings)):
         for update in (0, 1):
@@ -269,18 +188,18 @@ def test_nothing_is_outside_the_clip_range_before_the_first_update(tmp_path):
     assert all(row["outside_before_update"] == 0 for row in rows[1:])
 
 
-# ----------------------------------------------------------------------------------- one update, worked by hand
+# ----------------------------------------------------------------------- one update, worked by hand
 
 
 @pytest.fixture
 def one_update(tmp_path):
-    """one_update(advantage, shift, h, *options): loss of one token-mean update whose ratios are all exp(shift) and h all the same."""
+    """one_update(advantage, shift, *options, h=0.0, ref=None): loss of one token-mean update whose
+    ratios are all exp(shift) and h all the same."""
 
     def loss(advantage, shift, *args, h=0.0, ref=None):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        run, _ = open_run(
-            options.parse([*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], ""), World("cpu")
-        )
+        o = options.parse([*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], "")
+        run, _ = open_run(o, World("cpu"))
         batch = train.collect(1, run)
         logp, batch.entropy = train.score(run.policy, batch.rollout, [list(range(16))], None, run)
         batch.old_logp = logp - shift
@@ -293,22 +212,20 @@ def one_update(tmp_path):
 
 def test_an_update_by_hand(one_update):
     e = math.exp
-    assert one_update(-1.0, 3.0) == pytest.approx(
-        e(3), rel=1e-4
-    )  # a ratio of e^3 with A < 0: PPO's minimum does not clip it
+    # a ratio of e^3 with A < 0: PPO's minimum does not clip it
+    assert one_update(-1.0, 3.0) == pytest.approx(e(3), rel=1e-4)
     assert one_update(-1.0, 3.0, "--dual-clip", "10") == pytest.approx(10, rel=1e-4)
-    assert one_update(0.0, 0.0, "--kl", "0.1", ref=1.0) == pytest.approx(
-        0.1 * (e(1) - 2), rel=1e-3
-    )  # k3 at d = 1
+    # k3 at d = 1
+    loss = one_update(0.0, 0.0, "--kl", "0.1", ref=1.0)
+    assert loss == pytest.approx(0.1 * (e(1) - 2), rel=1e-3)
     assert one_update(1.0, 1.0, "--no-adaptive-clip") == pytest.approx(-1.28, rel=1e-4)
-    assert one_update(1.0, 1.0, "--no-advantage-redistribution", h=0.5) == pytest.approx(
-        -(1 + 0.28 * 1.5), rel=1e-4
-    )
-    # h = -1/2, ratio 0.85: outside the zone [0.9, 1.14] of the base bounds, so A stays; the release's zone is adapted, [0.85, ...]
+    loss = one_update(1.0, 1.0, "--no-advantage-redistribution", h=0.5)
+    assert loss == pytest.approx(-(1 + 0.28 * 1.5), rel=1e-4)
+    # h = -1/2, ratio 0.86: outside the zone [0.9, 1.14] of the base bounds, so A stays;
+    # the release's zone is adapted, [0.85, ...]
     assert one_update(1.0, math.log(0.86), h=-0.5) == pytest.approx(-0.86, rel=1e-4)
-    assert one_update(1.0, math.log(0.86), "--released", h=-0.5) == pytest.approx(
-        -0.86 * 0.5, rel=1e-4
-    )
+    loss = one_update(1.0, math.log(0.86), "--released", h=-0.5)
+    assert loss == pytest.approx(-0.86 * 0.5, rel=1e-4)
 
 
 def test_warm_up_is_linear(tmp_path):
@@ -321,24 +238,16 @@ def test_the_overlong_penalty_is_part_of_the_reward_and_not_of_the_accuracy(tmp_
     monkeypatch.setattr(train, "collect", lambda *args: seen.append(original(*args)) or seen[-1])
     _, rows = run(tmp_path / "run", "--overlong-buffer", "4", steps=1)
     batch = seen[0]
-    right = batch.rewards - torch.tensor(
-        [max(-1.0, min(0.0, (4 - n) / 4)) for n in batch.rollout.lengths.tolist()]
-    )
-    assert (
-        set(right.tolist()) <= {0.0, 1.0}
-        and rows[1]["reward"] == pytest.approx(right.mean().item())
-        and (batch.rewards < 0).any()
-    )
+    penalty = [max(-1.0, min(0.0, (4 - n) / 4)) for n in batch.rollout.lengths.tolist()]
+    right = batch.rewards - torch.tensor(penalty)
+    assert set(right.tolist()) <= {0.0, 1.0} and (batch.rewards < 0).any()
+    assert rows[1]["reward"] == pytest.approx(right.mean().item())
 
 
 def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
     monkeypatch.undo()
-    grades = iter([True, True, False, False])
-    monkeypatch.setattr(
-        report,
-        "sample_answers",
-        lambda *args, **kwargs: [[Answer("", Grade(g, g), 3, True)] for g in grades],
-    )
+    answers = [[Answer("", Grade(g, g), 3, True)] for g in (True, True, False, False)]
+    monkeypatch.setattr(report, "sample_answers", lambda *args, **kwargs: answers)
     fake = SimpleNamespace(
         options=SimpleNamespace(max_new_tokens=4, answers_per_step=8, plain=False),
         together=lambda function, *args, **kwargs: function(*args, **kwargs),
@@ -349,24 +258,17 @@ def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
     )
     a, b = Problem("a", "1"), Problem("b", "1")
     result = report.evaluate_over(fake, [a, b, b, a], 1.0, 0, "")
-    # a: right, wrong; b: right, wrong. Both means are 1/2, so their standard error is 0 (as four answers it would be 0.29)
+    # a: right, wrong; b: right, wrong. Both means are 1/2, so their standard error is 0 (as four
+    # answers it would be 0.29)
     assert result.lenient == 0.5 and result.lenient_error == 0
 
 
 def test_algorithms_and_options_run(tmp_path):
-    for i, extra in enumerate(
-        (
-            ["--temperature-form", "zscore"],
-            ["--dynamic-sampling"],
-            ["--kl", "0.1"],
-            ["--loss-mean", "fixed"],
-            ["--comparison", "forking"],
-            ["--comparison", "archer"],
-            ["--comparison", "entropy-advantage"],
-            ["--comparison", "edge"],
-        )
-    ):
-        final, rows = run(tmp_path / str(i), *extra, steps=1)
+    settings = ["--temperature-form zscore", "--dynamic-sampling", "--kl 0.1", "--loss-mean fixed"]
+    arms = ("forking", "archer", "entropy-advantage", "edge")
+    settings += [f"--comparison {arm}" for arm in arms]
+    for i, extra in enumerate(settings):
+        final, rows = run(tmp_path / str(i), *extra.split(), steps=1)
         assert rows[1]["updates"] + rows[1]["dead_updates"] == 2 and rows[1]["grad_norm"] >= 0
         assert all(v.isfinite().all() for v in final.values())
 
@@ -375,56 +277,35 @@ def test_dynamic_sampling_ends_when_every_group_is_dead(
     real_verdicts, tiny_folder, tmp_path, capsys
 ):
     before = load_file(tiny_folder / "model.safetensors")
-    (tmp_path / "never.jsonl").write_text(
-        "".join(
-            json.dumps({"question": f"{i} + {i}?", "answer": "987654"}) + "\n" for i in range(20)
-        )
-    )
-    final, rows = run(
-        tmp_path / "run",
-        "--dynamic-sampling",
-        "--max-rounds",
-        "2",
-        "--data",
-        tmp_path / "never.jsonl",
-    )
+    questions = [{"question": f"{i} + {i}?", "answer": "987654"} for i in range(20)]
+    never = tmp_path / "never.jsonl"
+    never.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    sampling = "--dynamic-sampling --max-rounds 2".split()
+    final, rows = run(tmp_path / "run", *sampling, "--data", never)
     assert "4 of 4 groups are still all right or all wrong" in capsys.readouterr().out
-    assert (
-        rows[1]["not_filled"] == 4
-        and rows[1]["groups"] == 8
-        and rows[1]["dead_updates"] == 2
-        and rows[1]["updates"] == 0
-    )
-    assert same(
-        {k: before[k] for k in final}, final
-    )  # no live group: nothing moves, not even by weight decay
+    assert rows[1]["not_filled"] == 4 and rows[1]["groups"] == 8
+    assert rows[1]["dead_updates"] == 2 and rows[1]["updates"] == 0
+    # no live group: nothing moves, not even by weight decay
+    assert same({k: before[k] for k in final}, final)
 
 
-# --------------------------------------------------------------------------------------------------------- BuPO
+# --------------------------------------------------------------------------------------------- BuPO
 
 
 def test_bupo_phases_in_training(tiny_folder, tmp_path):
-    _, rows = run(
-        tmp_path / "run", "--bupo-layer", "2", "--bupo-steps", "2", "--diagnose-every", "1", steps=3
-    )
+    settings = "--bupo-layer 2 --bupo-steps 2 --diagnose-every 1".split()
+    _, rows = run(tmp_path / "run", *settings, steps=3)
     assert [r.get("phase") for r in rows[1:]] == ["internal", "internal", "full"]
-    assert (
-        rows[1]["layer"] == 2
-        and {"internal_entropy", "internal_logp", "entropy", "logp"} <= rows[1].keys()
-        and "internal_entropy" not in rows[3]
-    )
-    assert (
-        rows[1]["outside_before_update"] == 0
-        and len(rows[1]["diagnose_kl"]) == len(rows[1]["diagnose_cosine"]) > 0
-    )
-    start, one = (
-        load_file(tiny_folder / "model.safetensors"),
-        load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors"),
-    )
+    assert rows[1]["layer"] == 2
+    assert {"internal_entropy", "internal_logp", "entropy", "logp"} <= rows[1].keys()
+    assert "internal_entropy" not in rows[3]
+    assert rows[1]["outside_before_update"] == 0
+    assert len(rows[1]["diagnose_kl"]) == len(rows[1]["diagnose_cosine"]) > 0
+    start = load_file(tiny_folder / "model.safetensors")
+    one = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
     for name in one:
-        upper = name == "model.norm.weight" or (
-            name.startswith("model.layers.") and int(name.split(".")[2]) >= 2
-        )
+        block = int(name.split(".")[2]) if name.startswith("model.layers.") else None
+        upper = name == "model.norm.weight" or (block is not None and block >= 2)
         assert torch.equal(one[name], start[name]) == upper, name
     three = load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")
     assert not any(torch.equal(one[name], three[name]) for name in one)
@@ -433,47 +314,32 @@ def test_bupo_phases_in_training(tiny_folder, tmp_path):
 def test_bupo_auto_and_arms(tiny_folder, tmp_path, capsys):
     run(tmp_path / "auto", "--bupo-layer", "auto", "--bupo-steps", "1")
     assert "boundary layer: " in capsys.readouterr().out
-    run(
-        tmp_path / "freeze",
-        "--algo",
-        "grpo",
-        "--bupo-layer",
-        "2",
-        "--bupo-steps",
-        "1",
-        "--bupo-arm",
-        "freeze",
-    )
-    start, first = (
-        load_file(tiny_folder / "model.safetensors"),
-        load_file(tmp_path / "freeze" / "checkpoint-1" / "model.safetensors"),
-    )
+    layer = "--bupo-layer 2 --bupo-steps 1 --bupo-arm".split()
+    run(tmp_path / "freeze", "--algo", "grpo", *layer, "freeze")
+    start = load_file(tiny_folder / "model.safetensors")
+    first = load_file(tmp_path / "freeze" / "checkpoint-1" / "model.safetensors")
     for name in first:
         frozen = name.startswith("model.layers.") and int(name.split(".")[2]) < 2
         assert torch.equal(first[name], start[name]) == frozen, name
-    assert not same(
-        {k: v for k, v in first.items() if ".layers.0." in k},
-        {k: v for k, v in weights(tmp_path / "freeze").items() if ".layers.0." in k},
-    )
-    _, rows = run(
-        tmp_path / "lr", "--bupo-layer", "2", "--bupo-steps", "1", "--bupo-arm", "layer-lr"
-    )
+    lowest = lambda tensors: {k: v for k, v in tensors.items() if ".layers.0." in k}
+    assert not same(lowest(first), lowest(weights(tmp_path / "freeze")))
+    _, rows = run(tmp_path / "lr", *layer, "layer-lr")
     assert rows[1]["phase"] == "full"
 
 
-# ------------------------------------------------------------------------------------------------------- resuming
+# ----------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        ["--algo", "grpo"],
-        ["--algo", "hapo"],
-        ["--algo", "hapo", "--bupo-layer", "auto", "--bupo-steps", "3"],
-    ],
-    ids=["grpo", "hapo", "bupo"],
-)
-def test_four_steps_are_two_and_resume_and_two(tmp_path, extra):
+SETTINGS = {
+    "grpo": "--algo grpo",
+    "hapo": "--algo hapo",
+    "bupo": "--algo hapo --bupo-layer auto --bupo-steps 3",
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_four_steps_are_two_and_resume_and_two(tmp_path, name):
+    extra = SETTINGS[name].split()
     whole, rows = run(tmp_path / "whole", *extra, "--eval-every", 2, steps=4)
     if "--bupo-steps" in extra:  # the phase switch lies behind the resume
         run(tmp_path / "parts", *extra, "--eval-every", 2, "--keep", 9, steps=4)
@@ -483,11 +349,8 @@ def test_four_steps_are_two_and_resume_and_two(tmp_path, extra):
         run(tmp_path / "parts", *extra, "--eval-every", 2, steps=2)
     train.main(["--out", str(tmp_path / "parts"), "--resume", "--steps", "4"])
     assert same(whole, weights(tmp_path / "parts")) and rows == metrics(tmp_path / "parts")
-    samples = [
-        [json.loads(line) for line in open(tmp_path / name / "samples.jsonl")]
-        for name in ("whole", "parts")
-    ]
-    assert samples[0] == samples[1]
+    samples = lambda name: [json.loads(s) for s in open(tmp_path / name / "samples.jsonl")]
+    assert samples("whole") == samples("parts")
 
 
 @pytest.fixture(scope="session")
@@ -501,19 +364,19 @@ def three_steps(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no sums"])
+DAMAGED = {
+    "truncated": "optimizer.pt",
+    "flipped": "model.safetensors",
+    "missing": "run.json",
+    "no sums": "checksums.json",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_checkpoint_is_passed_over(three_steps, tmp_path, capsys, damage):
     shutil.copytree(three_steps, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoint-3"
-    victim = (
-        newest
-        / {
-            "truncated": "optimizer.pt",
-            "flipped": "model.safetensors",
-            "missing": "run.json",
-            "no sums": "checksums.json",
-        }[damage]
-    )
+    victim = newest / DAMAGED[damage]
     content = bytearray(victim.read_bytes())
     if damage == "flipped":
         content[len(content) // 2] ^= 1
@@ -526,21 +389,17 @@ def test_a_damaged_checkpoint_is_passed_over(three_steps, tmp_path, capsys, dama
     shutil.rmtree(tmp_path / "run" / "final")
     train.main(["--out", str(tmp_path / "run"), "--resume"])
     printed = capsys.readouterr().out
-    assert (
-        f"{newest} is passed over" in printed
-        and victim.name in printed
-        and "checkpoint-2, the newest whole checkpoint" in printed
-    )
-    assert same(weights(three_steps), weights(tmp_path / "run")) and [
-        r["step"] for r in metrics(tmp_path / "run")
-    ] == [0, 1, 2, 3]
+    assert f"{newest} is passed over" in printed and victim.name in printed
+    assert "checkpoint-2, the newest whole checkpoint" in printed
+    assert same(weights(three_steps), weights(tmp_path / "run"))
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2, 3]
 
 
 def test_a_damaged_newer_checkpoint_does_not_cost_the_others(three_steps, tmp_path):
-    """--keep counts back from the step just saved: what a resumed run has passed over does not crowd out what it saves."""
-    shutil.copytree(
-        three_steps, tmp_path / "run", ignore=shutil.ignore_patterns("final", "checkpoint-2")
-    )
+    """--keep counts back from the step just saved: what a resumed run has passed over does not
+    crowd out what it saves."""
+    others = shutil.ignore_patterns("final", "checkpoint-2")
+    shutil.copytree(three_steps, tmp_path / "run", ignore=others)
     (tmp_path / "run" / "checkpoint-3" / "run.json").unlink()
     train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "2", "--keep", "1"])
     assert checkpoint.newest_whole(tmp_path / "run", print).name == "checkpoint-2"
@@ -551,9 +410,8 @@ def test_a_run_killed_in_its_first_step_looks_once(three_steps, tmp_path):
     shutil.rmtree(tmp_path / "run" / "final")
     shutil.rmtree(tmp_path / "run" / "checkpoint-1")
     train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "3"])
-    assert [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2, 3] and same(
-        weights(tmp_path / "run"), weights(three_steps)
-    )
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+    assert same(weights(tmp_path / "run"), weights(three_steps))
 
 
 def test_a_half_written_line_and_an_unfinished_checkpoint_disappear(tmp_path):
@@ -562,9 +420,8 @@ def test_a_half_written_line_and_an_unfinished_checkpoint_disappear(tmp_path):
         file.write('{"step": 3, "loss"')
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / ".checkpoint-3.tmp")
     train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "3"])
-    assert metrics(tmp_path / "run")[:3] == rows and [
-        r["step"] for r in metrics(tmp_path / "run")
-    ] == [0, 1, 2, 3]
+    assert metrics(tmp_path / "run")[:3] == rows
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2, 3]
     assert not (tmp_path / "run" / ".checkpoint-3.tmp").exists()
 
 
@@ -579,9 +436,8 @@ def test_resume_refuses_other_options_models_and_tokenizers(tmp_path, tiny_folde
     (other / "tokenizer.json").write_text(text.replace('"<|im_start|>"', '"<|start|>"'))
     with pytest.raises(BadInput, match="another tokenizer than --model"):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--model", str(other)])
-    with pytest.raises(
-        BadInput, match="already holds a run; --resume continues it, --overwrite deletes it"
-    ):
+    message = "already holds a run; --resume continues it, --overwrite deletes it"
+    with pytest.raises(BadInput, match=message):
         run(tmp_path / "run")
     with pytest.raises(BadInput, match="--tau 3.0"):
         run(tmp_path / "run", "--tau", 3)  # not the folder first and the option after it
@@ -589,12 +445,11 @@ def test_resume_refuses_other_options_models_and_tokenizers(tmp_path, tiny_folde
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, capsys):
     run(tmp_path / "run", "--resume", steps=1)
-    assert (
-        "no whole checkpoint" in capsys.readouterr().out and (tmp_path / "run" / "final").is_dir()
-    )
+    assert "no whole checkpoint" in capsys.readouterr().out
+    assert (tmp_path / "run" / "final").is_dir()
 
 
-# --------------------------------------------------------------------------------------------------------- guards
+# ------------------------------------------------------------------------------------------- guards
 
 
 def poison(monkeypatch, at, times=1):
@@ -612,24 +467,19 @@ def test_a_nan_never_reaches_the_optimiser(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, at=3, times=2)  # both updates of step 2
     final, rows = run(tmp_path / "run", steps=3)
     assert [r.get("skipped_updates") for r in rows[1:]] == [0, 2, 0]
-    assert (
-        all(v.isfinite().all() for v in final.values())
-        and "update skipped" in capsys.readouterr().out
-    )
-    assert not (
-        tmp_path / "run" / "checkpoint-2"
-    ).exists()  # a bad step is not what a run should be resumed from
+    assert all(v.isfinite().all() for v in final.values())
+    assert "update skipped" in capsys.readouterr().out
+    # a bad step is not what a run should be resumed from
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
 
 
 def test_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     poison(monkeypatch, at=3, times=10**6)
-    with pytest.raises(
-        BadInput, match="3 bad steps in a row .* last good checkpoint is .*checkpoint-1"
-    ) as error:
+    message = "3 bad steps in a row .* last good checkpoint is .*checkpoint-1"
+    with pytest.raises(BadInput, match=message) as error:
         run(tmp_path / "run", "--max-bad-steps", 3, steps=9)
-    assert (
-        "\n" not in str(error.value) and (tmp_path / "run" / "bad-step-4.jsonl").stat().st_size > 0
-    )
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "run" / "bad-step-4.jsonl").stat().st_size > 0
     assert checkpoint.newest_whole(tmp_path / "run", lambda text: None).name == "checkpoint-1"
 
 
@@ -659,9 +509,8 @@ def test_a_nan_reward_is_refused(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="bad steps in a row"):
         run(tmp_path / "run", "--max-bad-steps", 2, steps=9)
     bad = [json.loads(line) for line in open(tmp_path / "run" / "bad-step-2.jsonl")]
-    assert (
-        len(bad) == 16 and sum(row["reward"] is None for row in bad) == 1
-    )  # the batch that was refused, in valid JSON
+    # the batch that was refused, in valid JSON
+    assert len(bad) == 16 and sum(row["reward"] is None for row in bad) == 1
     assert "a reward is NaN" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
@@ -694,24 +543,17 @@ def test_guard_alarms():
 
     said = []
     guard = Guard(said.append)
-    for step in range(1, 30):
-        guard.good_step(
-            {
-                "step": step,
-                "grad_norm": 1.0,
-                "entropy": 0.5,
-                "response_length": 20 if step < 29 else 200,
-            }
-        )
+    usual = {"grad_norm": 1.0, "entropy": 0.5, "response_length": 20}
+    for step in range(1, 29):
+        guard.good_step({"step": step, **usual})
+    guard.good_step({"step": 29, **usual, "response_length": 200})
     assert len(said) == 1 and "answer length 200 at step 29, 10.0 times" in said[0]
-    assert (
-        not guard.accepts(float("inf"), 1.0)
-        and not guard.accepts(0.0, float("nan"))
-        and guard.accepts(0.0, 0.0)
-    )
+    assert not guard.accepts(float("inf"), 1.0)
+    assert not guard.accepts(0.0, float("nan"))
+    assert guard.accepts(0.0, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------- bad options
+# -------------------------------------------------------------------------------------- bad options
 
 
 @pytest.mark.parametrize(
@@ -761,32 +603,30 @@ def test_bad_options_are_one_line(tmp_path, args, message):
     assert "\n" not in str(error.value)
 
 
-def test_models_that_cannot_be_used(tmp_path, tiny_folder):
-    import transformers
+def make_unusable_models(folder, good):
+    """Six model folders, each of which cannot be trained for a reason of its own."""
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.BertConfig(**sizes, vocab_size=30)
+    transformers.BertModel(config).save_pretrained(folder / "bert")
+    heads = dict(num_key_value_heads=2, vocab_size=400)
+    config = transformers.GraniteConfig(**sizes, **heads, logits_scaling=4.0)
+    transformers.GraniteForCausalLM(config).save_pretrained(folder / "scaled")
+    for file in good.glob("*token*"):
+        shutil.copy(file, folder / "scaled")
+    (folder / "empty").mkdir()
+    for name in ("no-tokenizer", "cut", "short"):
+        shutil.copytree(good, folder / name)
+    for file in (folder / "no-tokenizer").glob("tokenizer*"):
+        file.unlink()
+    content = (folder / "cut" / "model.safetensors").read_bytes()
+    (folder / "cut" / "model.safetensors").write_bytes(content[: len(content) // 2])
+    config = json.loads((folder / "short" / "config.json").read_text())
+    config |= {"num_hidden_layers": 4, "layer_types": None}
+    (folder / "short" / "config.json").write_text(json.dumps(config))
 
-    transformers.BertModel(
-        transformers.BertConfig(
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            vocab_size=30,
-        )
-    ).save_pretrained(tmp_path / "bert")
-    granite = transformers.GraniteForCausalLM(
-        transformers.GraniteConfig(
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            intermediate_size=32,
-            vocab_size=400,
-            logits_scaling=4.0,
-        )
-    )
-    granite.save_pretrained(tmp_path / "scaled")
-    for file in tiny_folder.glob("*token*"):
-        shutil.copy(file, tmp_path / "scaled")
+
+def test_models_that_cannot_be_used(tmp_path, tiny_folder):
+    make_unusable_models(tmp_path, tiny_folder)
     cases = {
         "scaled": "logits are more than hidden states times the unembedding .logits_scaling.",
         "bert": "is not a causal language model",
@@ -795,17 +635,6 @@ def test_models_that_cannot_be_used(tmp_path, tiny_folder):
         "cut": "its weights cannot be read",
         "short": "weights are missing",
     }
-    (tmp_path / "empty").mkdir()
-    for name in ("no-tokenizer", "cut", "short"):
-        shutil.copytree(tiny_folder, tmp_path / name)
-    for file in (tmp_path / "no-tokenizer").glob("tokenizer*"):
-        file.unlink()
-    content = (tmp_path / "cut" / "model.safetensors").read_bytes()
-    (tmp_path / "cut" / "model.safetensors").write_bytes(content[: len(content) // 2])
-    config = json.loads((tmp_path / "short" / "config.json").read_text())
-    (tmp_path / "short" / "config.json").write_text(
-        json.dumps(config | {"num_hidden_layers": 4, "layer_types": None})
-    )
     for name, message in cases.items():
         with pytest.raises(BadInput, match=message) as error:
             run(tmp_path / "run", "--model", tmp_path / name)
@@ -825,24 +654,17 @@ def test_damaged_weights_are_one_line(real_verdicts, tiny_folder, tmp_path, caps
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit) as stop:
         run_main(lambda: run(tmp_path / "run", "--model", broken))
-    assert (
-        stop.value.code == 2 and "weights are damaged" in capsys.readouterr().err.splitlines()[-1]
-    )
+    assert stop.value.code == 2
+    assert "weights are damaged" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_default_that_depends_on_others_gives_way_to_what_was_asked_for():
     parse = lambda *args: options.parse(["--estimate", *args], "")
-    assert (
-        parse().tau,
-        parse().clip_high,
-        parse("--algo", "grpo").clip_high,
-        parse("--temperature-form", "zscore").tau,
-    ) == (0.05, 0.28, 0.2, 0.1)
-    assert (
-        parse("--tau", "0").tau,
-        parse("--clip-high", "0").clip_high,
-        parse("--loss-mean", "fixed").loss_mean,
-    ) == (0, 0, "fixed")
+    assert parse().tau == 0.05 and parse().clip_high == 0.28
+    assert parse("--algo", "grpo").clip_high == 0.2
+    assert parse("--temperature-form", "zscore").tau == 0.1
+    assert parse("--tau", "0").tau == 0 and parse("--clip-high", "0").clip_high == 0
+    assert parse("--loss-mean", "fixed").loss_mean == "fixed"
 
 
 def test_every_option_has_a_flag_and_a_help_text():
