@@ -38,7 +38,7 @@ def main():
     run, algos = open_both()
     weights = [p.detach().clone() for p in run.policy.parameters()]
     collect = train.collect
-    run.options = algos["dapo"]
+    run.options = algos["hapo"]  # its sampler measures the entropies that its statistics need
     answers = collect(2, run)
 
     def step(name, reuse):

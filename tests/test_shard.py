@@ -120,6 +120,7 @@ def test_two_processes_are_one(handed_over):
     for name in one:
         assert (one[name] - two[name]).abs().max() < 1e-5, name
     assert [r["step"] for r in rows_two] == [0, 1, 2, 3, 4]
+    assert all(row["ratio_off_before_update"] == 0 for row in rows_one[1:] + rows_two[1:])
     for a, b in zip(rows_one[1:], rows_two[1:]):
         for key in COMPARED:
             if key in a:

@@ -63,7 +63,7 @@ def drawn(draw):
 WAYS = {
     "scorer": eye_scores(False),
     "plain scorer": eye_scores(True),
-    "sampler": drawn(decoding.Draw()),
+    "sampler": drawn(lambda *args, **kwargs: decoding.Draw()(*args, **kwargs)),
     "plain sampler": drawn(sampling.draw),
 }
 
@@ -108,7 +108,7 @@ def test_rows_without_a_choice(way):
         assert (logp == 0).all() and (entropy == 0).all()
 
 
-@pytest.mark.parametrize("draw", [decoding.Draw(), sampling.draw])
+@pytest.mark.parametrize("draw", [decoding.Draw(), sampling.draw], ids=["fast", "plain"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_logit_shows(draw, bad):
     """It must not travel: `generate` looks at what is drawn and names the position."""
@@ -155,7 +155,7 @@ def test_a_wild_log_ratio_neither_overflows_nor_leaves_a_nan():
 
 
 SMALL = (
-    "--prompts-per-step 4 --answers-per-prompt 6 --updates-per-rollout 1 --max-new-tokens 12 "
+    "--prompts-per-step 2 --answers-per-prompt 6 --updates-per-rollout 1 --max-new-tokens 12 "
     "--eval-prompts 4 --steps 9 --warmup-steps 1 --lr 1e-3 --grad-clip 1e6 --device cpu"
 ).split()
 
@@ -183,12 +183,13 @@ def opened(tmp_path, monkeypatch):
 
 
 PASSES = ["", "--micro-batch 6", "--micro-tokens 120", "--gradient-checkpointing", "--plain"]
+PASSES += ["autocast", "autocast --micro-tokens 120"]
 
 
 @pytest.mark.parametrize("more", PASSES)
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_first_ratios_are_exactly_one(opened, monkeypatch, more, autocast):
-    if autocast:
+def test_the_first_ratios_are_exactly_one(opened, monkeypatch, more):
+    if "autocast" in more:
+        more = more.removeprefix("autocast")
         monkeypatch.setattr(
             train.Run, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16)
         )
@@ -201,7 +202,7 @@ def test_the_first_ratios_are_exactly_one(opened, monkeypatch, more, autocast):
 
 
 def test_the_first_ratios_of_several_updates(opened):
-    run = opened("--updates-per-rollout", "2")
+    run = opened("--prompts-per-step", "4", "--updates-per-rollout", "2")
     first, second = train.train_step(1, run).updates
     assert first.ratio_off == 0 and second.ratio_off > 0
 
@@ -230,8 +231,11 @@ def naive_scores(model, rollout, T, layer=None, vocab=None):
         log_probs = (states[0, len(prompt) - 1 : -1, :vocab] / T).log_softmax(-1)
         logp.append(log_probs[range(len(answer)), answer])
         entropy.append(-(log_probs.exp() * log_probs).sum(-1).detach())
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(logp, batch_first=True), pad(entropy, batch_first=True)
+    width = rollout.mask.shape[1]
+    return tuple(
+        torch.stack([torch.nn.functional.pad(x, (0, width - len(x))) for x in values])
+        for values in (logp, entropy)
+    )
 
 
 def naive_h(entropy, mask, released):
@@ -266,7 +270,9 @@ def naive_loss(run, batch, noise, layer):
     """The loss of a step's one update from its definition; gradients flow into a float64 copy."""
     o, rollout, G = run.options, batch.rollout, run.options.answers_per_prompt
     policy = copy.deepcopy(run.policy).double().eval()
-    policy.gradient_checkpointing_disable()
+    for module in policy.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
     logp, entropy = naive_scores(policy, rollout, o.temperature, layer, run.vocab_size)
     old = logp.detach() + noise[: len(logp), : logp.shape[1]]
     mask, loss_mask = rollout.mask, rollout.mask & batch.in_loss[:, None]
@@ -385,7 +391,7 @@ def test_the_correction_weighs_tokens(opened):
     for excess, weight in ((0.0, 1.0), (0.5, math.exp(0.5)), (3.0, 2.0)):
         run = opened("--algo", "dapo", "--sampler-correction")
         batch = train.collect(1, run)
-        parts = [list(range(24))]
+        parts = [list(range(12))]
         batch.old_logp, batch.entropy = train.score(run.policy, batch.rollout, parts, None, run)
         batch.rollout.logp = batch.old_logp - excess
         batch.advantages = torch.ones_like(batch.old_logp) * batch.loss_mask
