@@ -1,4 +1,4 @@
-"""Do the tests see faults? python experiments/mutations.py [PART OF A FILE NAME]
+"""Do the tests see faults? python experiments/mutations.py [PART OF A FILE OR TEST NAME]
 
 Plants one fault at a time in a copy of the project and runs the tests that should fail. FAULTS is a
 list of small diffs, each under a line `file: arguments of pytest`. A fault that survives is printed
@@ -43,7 +43,7 @@ def plant(copy, file, piece, fault, tests):
 
 def main():
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    faults = [f for f in read_faults(FAULTS.read_text()) if wanted in f[0]]
+    faults = [f for f in read_faults(FAULTS.read_text()) if wanted in f[0] + " " + f[3]]
     unwanted = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
     with tempfile.TemporaryDirectory() as folder:
         copies = [pathlib.Path(folder) / name for name in ("a", "b")]
