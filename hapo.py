@@ -101,8 +101,7 @@ def adaptive_temperature(
         bounded (published runs)   T = base (1 + tau h)
         zscore  (as printed)       T = max(base (1 + tau z), base / 10),   z = (x - pivot) / sigma
 
-    entropy any shape; stats are the previous batch's, None for the first, which is sampled at
-    `base`. released: sure tokens are heated (bounded form).
+    entropy any shape; stats are the previous batch's, None for the first, which is sampled at base.
     """
     if stats is None:
         return torch.zeros_like(entropy) + base
@@ -125,9 +124,8 @@ def token_group_advantages(
 
         A[b, t] = (R[b] - mu) / (s + 1e-6),   mu and s (population) over all valid tokens
 
-    So a long response weighs more, and a group's advantages sum to 0 over its tokens. rewards (B,),
-    mask (B, T); returns (B, T), 0 at padding and where all rewards of a group are equal.
-    released: a group with some |A| >= 5 gets its GRPO advantages (departure 3).
+    So a long response weighs more. rewards (B,), mask (B, T); returns (B, T), 0 at padding and
+    where a group's rewards are all equal. released: a group with |A| >= 5 gets its GRPO advantages.
     """
     groups = split_groups(rewards, group_size)
     weight = mask.to(rewards.dtype).sum(1).view_as(groups)  # tokens of each response
@@ -159,9 +157,8 @@ def redistribute_advantages(
     """C, Eq. 10-11: A (1 + h) for uncertain tokens that moved and for sure tokens that did not.
 
     That is, where h > 0 outside the neutral zone [1 - clip_low / 2, 1 + clip_high / 2], and where
-    h <= 0 inside it; A elsewhere. The first learn more, the second less. All (B, T), the bounds
-    numbers or (B, T); no gradient. released: the zone is open, and the caller hands in the adapted
-    bounds (departure 2).
+    h <= 0 inside it; A elsewhere. All (B, T), bounds numbers or (B, T); no gradient.
+    released: the zone is open, the bounds are the adapted ones.
     """
     ratio, advantages = ratio.detach(), advantages.detach()
     low, high = 1 - clip_low / 2, 1 + clip_high / 2

@@ -37,9 +37,8 @@ def token_logprobs_and_entropy(
         p = softmax(hidden @ unembedding.T / temperature)
         logp = log p[target],   entropy = -sum_v p_v log p_v
 
-    hidden (..., D), unembedding (V, D), targets (...) integer; returns two tensors (...), float32
-    or float64. Unless plain, in chunks of `chunk_tokens` tokens (fast/logprobs.py). Cut a padded
-    vocabulary with `unembedding[:len(tokenizer)]`: the missing ids then have probability 0.
+    hidden (..., D), unembedding (V, D), targets (...) integer; returns two (...), in float32 or
+    float64. Unless plain, in chunks of tokens (fast/logprobs.py).
     """
     if targets.shape != hidden.shape[:-1]:
         shapes = f"{tuple(targets.shape)}, hidden {tuple(hidden.shape)}"
@@ -61,9 +60,8 @@ def plain_logprobs_and_entropy(
 def row_logprobs_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """log p[target] and entropy of softmax(logits): (..., V), (...) -> two tensors (...).
 
-    log Z - E[logit] would cancel where one id has almost all the probability, and HAPO steers by
-    log H. Relative to the likeliest id every logit z <= 0, and s, the sum of e^z over the *other*
-    ids, gives log Z = log1p(s) and H = log1p(s) + sum p (-z): no term is negative.
+    log Z - E[logit] would cancel, and HAPO steers by log H. Relative to the likeliest id every
+    z <= 0; with s, the sum of e^z over the *others*, H = log1p(s) + sum p (-z): no negative term.
     """
     with torch.autocast(logits.device.type, enabled=False):
         top = logits.argmax(-1, keepdim=True)
@@ -114,9 +112,7 @@ GROUP_RULES = {"grpo": grpo_advantages, "rloo": rloo_advantages}
 def split_groups(rewards: Tensor, group_size: int) -> Tensor:
     """(B,) -> (B / G, G); refuses a batch that is not made of whole groups."""
     if group_size < 1 or len(rewards) % group_size:
-        raise ValueError(
-            f"{len(rewards)} responses are not a multiple of the group size {group_size}"
-        )
+        raise ValueError(f"{len(rewards)} responses: not a multiple of the group size {group_size}")
     return rewards.view(-1, group_size)
 
 

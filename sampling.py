@@ -227,12 +227,14 @@ def _decode(model, prompt, prompt_mask, eos, size, how, steps):
 def _next_logits(model, ids, mask, position, cache):
     """The logits behind the last of some new tokens, (R, V); their keys and values join the cache,
     whole for layers with a sliding window too: their mask does the sliding."""
-    where = dict(attention_mask=mask, position_ids=position)
-    where |= dict(past_key_values=cache, use_cache=True)
-    weight = model.get_input_embeddings().weight
-    if weight.dtype == torch.float32:
-        return model(ids, logits_to_keep=1, **where).logits[:, -1]
-    # a replica in bfloat16: the product that makes the logits keeps its float32 accumulator
+    where = dict(attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+    if model.get_input_embeddings().weight.dtype != torch.float32:
+        return _low_precision_logits(model, ids, where)
+    return model(ids, logits_to_keep=1, **where).logits[:, -1]
+
+
+def _low_precision_logits(model, ids, where):
+    """A replica in bfloat16: the product that makes the logits keeps its float32 accumulator."""
     states = model.base_model(ids, **where).last_hidden_state[:, -1]
     return product(states, model.get_output_embeddings().weight, torch.float32)
 

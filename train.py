@@ -292,8 +292,7 @@ def choose_layer(batch: Batch, run: Run) -> int:
 def score(
     model: nn.Module, rollout: Rollout, parts: list[list[int]], layer: int | None, run: Run
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every token of every answer, (B, T), without gradient, in the
-    passes of the updates that will take `parts`."""
+    """Log-probability and entropy of every token, (B, T), in the passes of updates on `parts`."""
     logp, entropy = torch.zeros(2, *rollout.mask.shape, device=run.world.device)
     for rows in (rows for part in parts for rows, _ in run.passes(rollout, part)):
         logp[rows], entropy[rows] = token_scores(model, rollout, rows, layer, run)
@@ -395,8 +394,7 @@ def update(batch: Batch, rows: list[int], layer: int | None, run: Run) -> Update
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     outcome = "applied" if accepted else "skipped"
-    extremes = dict(grad_norm=grad_norm, ratio_max=ratio_max, ratio_off=ratio_off)
-    return Update(outcome, tokens, **extremes, **sums)
+    return Update(outcome, tokens, sums.pop("loss"), grad_norm, ratio_max, ratio_off, **sums)
 
 
 def policy_loss(

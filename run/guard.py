@@ -23,8 +23,7 @@ class Guard:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return True
         self.say(
-            f"warning: update skipped, loss {loss} and gradient norm {grad_norm}; "
-            "the weights stay as they were"
+            f"warning: update skipped, loss {loss}, gradient norm {grad_norm}; no weight moved"
         )
         return False
 
