@@ -58,10 +58,7 @@ def log_entropy(entropy: Tensor) -> Tensor:
 
 def entropy_stats(entropy: Tensor, mask: Tensor, rho: float = 0.8) -> EntropyStats:
     """Eq. 5: pivot and spread of the log-entropy over the valid tokens of one rollout batch.
-
-    entropy, mask (B, T), entropy of the *old* policy. The pivot is the nearest-rank quantile:
-    position round(rho (n - 1)) of the n sorted values, halves to even.
-    """
+    entropy of the *old* policy, mask (B, T). The pivot has the nearest rank, round(rho (n - 1))."""
     if not 0 <= rho <= 1:
         raise ValueError(f"rho is a quantile and must lie in [0, 1], not {rho}")
     x = log_entropy(entropy[mask.bool()])
@@ -78,10 +75,7 @@ def modulation(
     entropy: Tensor, stats: EntropyStats, mask: Tensor | None = None, released: bool = False
 ) -> Tensor:
     """Eq. 6: h = (x - pivot) / h_max above the pivot, (x - pivot) / |h_min| below.
-
-    In [-1, 1], low entropy negative; 0 where `mask` is 0. Any shape. The clamp only bites when the
-    statistics come from another batch. released: the lower branch's sign is turned (departure 1).
-    """
+    In [-1, 1], 0 where `mask` is 0. The clamp only bites with another batch's statistics."""
     h = log_entropy(entropy) - stats.pivot
     below = h / stats.h_min if released else -h / stats.h_min  # h and h_min are both negative here
     h = torch.where(h > 0, h / stats.h_max, below).clamp(-1.0, 1.0)
@@ -124,8 +118,7 @@ def token_group_advantages(
 
         A[b, t] = (R[b] - mu) / (s + 1e-6),   mu and s (population) over all valid tokens
 
-    So a long response weighs more. rewards (B,), mask (B, T); returns (B, T), 0 at padding and
-    where a group's rewards are all equal. released: a group with |A| >= 5 gets its GRPO advantages.
+    So a long response weighs more. (B,), (B, T) -> (B, T), 0 where a group's rewards are equal.
     """
     groups = split_groups(rewards, group_size)
     weight = mask.to(rewards.dtype).sum(1).view_as(groups)  # tokens of each response
@@ -158,7 +151,6 @@ def redistribute_advantages(
 
     That is, where h > 0 outside the neutral zone [1 - clip_low / 2, 1 + clip_high / 2], and where
     h <= 0 inside it; A elsewhere. All (B, T), bounds numbers or (B, T); no gradient.
-    released: the zone is open, the bounds are the adapted ones.
     """
     ratio, advantages = ratio.detach(), advantages.detach()
     low, high = 1 - clip_low / 2, 1 + clip_high / 2

@@ -102,9 +102,7 @@ def policy_hidden(
     norm: bool = True,
 ) -> Tensor:
     """The states a policy unembeds: layer `layer`'s (default: the last), normed or not, (B, S, D).
-
-    policy_hidden(model, ids, mask) @ unembedding(model).T are the model's own logits.
-    """
+    policy_hidden(model, ids, mask) @ unembedding(model).T are the model's own logits."""
     mask, positions = attention_mask, position_ids(attention_mask)
     if bool((mask[:, :-1] >= mask[:, 1:]).all()) and bool(mask[:, 0].all()):
         mask = positions = None  # padding on the right alone: a causal model never looks there
@@ -121,9 +119,7 @@ def answer_states(
     plain: bool = False,
 ) -> Tensor:
     """The states that predict the answer tokens of some rows, (N, D), as in rollout.mask[rows].
-
-    Unless plain, short answers to one prompt share a line with it (fast/lines.py): same states.
-    """
+    Unless plain, short answers to one prompt share a line with it (fast/lines.py): same states."""
     per_line = 1 if plain else lines.answers_to_a_line(model.config, rollout, rows)
     if per_line > 1:
         ids, positions, mask, predecessors = lines.shared_lines(rollout, rows, per_line)

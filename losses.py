@@ -37,8 +37,7 @@ def token_logprobs_and_entropy(
         p = softmax(hidden @ unembedding.T / temperature)
         logp = log p[target],   entropy = -sum_v p_v log p_v
 
-    hidden (..., D), unembedding (V, D), targets (...) integer; returns two (...), in float32 or
-    float64. Unless plain, in chunks of tokens (fast/logprobs.py).
+    hidden (..., D), unembedding (V, D), targets (...) integer; unless plain, in chunks of tokens.
     """
     if targets.shape != hidden.shape[:-1]:
         shapes = f"{tuple(targets.shape)}, hidden {tuple(hidden.shape)}"
@@ -78,10 +77,7 @@ def row_logprobs_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, T
 
 def grpo_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """GRPO: A[b] = (R[b] - mean_group) / (std_group + 1e-6), sample standard deviation (n - 1).
-
-    rewards (B,), B a multiple of group_size; returns (B,). A group of one, or one whose rewards are
-    all equal, gets 0.
-    """
+    (B,) -> (B,), 0 in a group of one and where a group's rewards are all equal."""
     groups = split_groups(rewards, group_size)
     if group_size == 1:
         return torch.zeros_like(rewards)
@@ -132,14 +128,11 @@ def clipped_surrogate(
     dual_clip: float | None = None,
 ) -> Tensor:
     """PPO's clipped surrogate, as a loss:  -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
-
-    All (B, T); the bounds are distances from 1, numbers or (B, T). With dual clip c > 1 a token
-    with A < 0 costs at most -c A. Gradient flows through the ratio alone.
-    """
+    All (B, T), bounds too or numbers. Dual clip c > 1: a token with A < 0 costs at most -c A."""
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip must be larger than 1, not {dual_clip}")
-    low = torch.as_tensor(clip_low, dtype=ratio.dtype, device=ratio.device)
-    high = torch.as_tensor(clip_high, dtype=ratio.dtype, device=ratio.device)
+    like = dict(dtype=ratio.dtype, device=ratio.device)
+    low, high = (torch.as_tensor(c, **like) for c in (clip_low, clip_high))
     clipped = torch.clamp(ratio, 1 - low, 1 + high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped)
     if dual_clip is not None:

@@ -58,8 +58,7 @@ class Rollout:
         return [row[:n].tolist() for row, n in zip(self.tokens, self.lengths.tolist())]
 
     def sequences(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Prompt and answer in one line for some rows, padded on the right alone, (rows, width):
-        ids, attention mask, and `predicts`, true where the next token is an answer token."""
+        """Some rows as lines padded on the right: ids, mask, and where an answer token is next."""
         prompts = [r // self.group_size for r in rows]
         ids = torch.cat([self.prompt[prompts], self.tokens[rows]], 1)
         start = self.prompt_mask[prompts].sum(1, keepdim=True)
@@ -225,8 +224,7 @@ def _decode(model, prompt, prompt_mask, eos, size, how, steps):
 
 
 def _next_logits(model, ids, mask, position, cache):
-    """The logits behind the last of some new tokens, (R, V); their keys and values join the cache,
-    whole for layers with a sliding window too: their mask does the sliding."""
+    """The logits behind the last of some new tokens, (R, V); keys and values join the cache."""
     where = dict(attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
     if model.get_input_embeddings().weight.dtype != torch.float32:
         return _low_precision_logits(model, ids, where)
@@ -272,8 +270,7 @@ def drop_finished(ended: Tensor, cache: DynamicCache, *per_row: Tensor) -> list[
 def draw(
     logits: Tensor, temperature: Temperature, uniform: Tensor, measure_entropy: bool = False
 ) -> Drawn:
-    """One token a row of logits (R, V) from softmax(logits / T), by inverting its cumulative
-    distribution at `uniform` (R,) in [0, 1)."""
+    """One token a row from softmax(logits / T), (R, V): its inverse CDF at `uniform`, (R,) < 1."""
     asked = measure_entropy or callable(temperature)
     entropy = entropy_of(logits) if asked else torch.full_like(uniform, torch.nan)
     heat = temperature(entropy) if callable(temperature) else torch.full_like(uniform, temperature)

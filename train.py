@@ -303,8 +303,8 @@ def score(
 def token_scores(
     model: nn.Module, rollout: Rollout, rows: list[int], layer: int | None, run: Run
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of some answers at T_base, (rows, T), 0 at padding: one function
-    for old, new and reference. layer None: the model's own policy; l: that of layer l."""
+    """Log-probability and entropy of some answers at T_base, (rows, T), of layer l's policy or the
+    model's own (None), 0 at padding: one function for old, new and reference."""
     options, mask = run.options, rollout.mask[rows]
     norm = layer is None or options.bupo_norm  # BuPO 5: an internal policy has no final norm
     with run.autocast():
@@ -321,8 +321,7 @@ def token_scores(
 
 
 def statistics(entropy: Tensor, batch: Batch, run: Run) -> hapo.EntropyStats:
-    """Of every token that was sampled, over all processes: those of dead groups (all right or all
-    wrong, no gradient) say as much of the policy as others."""
+    """Of every sampled token, over all processes; also in dead groups: all right or all wrong."""
     pool = run.world.gather(entropy[batch.rollout.mask])
     return hapo.entropy_stats(pool, torch.ones_like(pool), run.options.rho)
 
