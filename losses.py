@@ -37,7 +37,7 @@ def token_logprobs_and_entropy(
         p = softmax(hidden @ unembedding.T / temperature)
         logp = log p[target],   entropy = -sum_v p_v log p_v
 
-    hidden (..., D), unembedding (V, D), targets (...) integer; unless plain, in chunks of tokens.
+    hidden (..., D), unembedding (V, D) cut to the tokenizer's ids, targets (...). Chunked or plain.
     """
     if targets.shape != hidden.shape[:-1]:
         shapes = f"{tuple(targets.shape)}, hidden {tuple(hidden.shape)}"

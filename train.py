@@ -245,7 +245,7 @@ def temperature_rule(run: Run) -> Temperature:
     return o.temperature
 
 
-# ------------------------------------------------------------------------------ 2. whose policy
+# --------------------------------------------------------------------------------- 2. whose policy
 
 
 def trained_layer(step: int, batch: Batch, run: Run) -> int | None:
