@@ -83,29 +83,27 @@ class Draw:
         if self.buffers is None:
             self.buffers = torch.empty_like(logits), torch.empty_like(logits)
         z, work = (b[: len(logits)] for b in self.buffers)
-        top = logits.argmax(-1, keepdim=True)
-        torch.sub(logits, logits.gather(-1, top), out=z)
-        entropy, heat = torch.full_like(uniform, torch.nan), temperature
-        if callable(temperature) or measure_entropy:
-            _, entropy, _ = rows.scores(z, top, work=work)
-        if callable(temperature):
-            heat = temperature(entropy)
-            z.div_(heat[:, None])
-        else:
-            heat = torch.full_like(uniform, temperature)
-            if temperature == 0:  # greedy: the distribution is a single token
-                token = top.squeeze(-1)
-                return Drawn(token, heat, rows.scores(z, top, token, work)[0], entropy)
-            if temperature != 1:
-                z.div_(temperature)
-        weights = torch.exp(z, out=work)  # the likeliest id has weight 1
-        token = invert_cdf(weights, uniform)
-        log_z = rows.log_of(weights.scatter_(-1, top, 0.0).sum(-1), z, top)
-        return Drawn(token, heat, z.gather(-1, token[:, None]).squeeze(-1) - log_z, entropy)
+        entropy, adaptive = torch.full_like(uniform, torch.nan), callable(temperature)
+        if adaptive or measure_entropy or temperature == 0:
+            top = rows.likeliest(logits)
+            logits = torch.sub(logits, logits.gather(-1, top), out=z)
+            logp, entropy_of_all, _ = rows.scores(z, top, top.squeeze(-1), work)
+            if adaptive or measure_entropy:
+                entropy = entropy_of_all
+        heat = temperature(entropy) if adaptive else torch.full_like(uniform, temperature)
+        if not adaptive and temperature == 0:  # greedy: the distribution is a single token
+            return Drawn(top.squeeze(-1), heat, logp, entropy)
+        if adaptive or temperature != 1:
+            logits = torch.div(logits, heat[:, None], out=z)
+        token, share, rest = index_and_shares(torch.softmax(logits, -1, out=work), uniform)
+        # log p from all the other ids' share, not from 1 - p: exact for a sure token, too
+        logp = -torch.log1p(rest.double() / share).to(share.dtype)
+        return Drawn(token, heat, logp, entropy)
 
 
-def invert_cdf(probs, uniform):
-    """The smallest index whose cumulative share of the weights exceeds `uniform`; (R, V), (R,).
+def index_and_shares(probs, uniform):
+    """As sampling.invert_cdf, the smallest index whose cumulative share exceeds `uniform`; with its
+    share and the sum of all others'. (R, V), (R,) -> three (R,).
 
     In two levels, blocks of about sqrt(V) and then inside the block drawn: two short cumulative
     sums instead of one as long as the vocabulary, and no multinomial, which draws V random numbers
@@ -121,7 +119,10 @@ def invert_cdf(probs, uniform):
     inside = chosen * block + torch.arange(block, device=probs.device)
     weights = probs.gather(1, inside.clamp_max(size - 1)).masked_fill(inside >= size, 0.0)
     offset, _ = _first_above(weights, rest)
-    return (chosen * block + offset).squeeze(1).clamp_max(size - 1)
+    share = weights.gather(1, offset)
+    others = weights.scatter(1, offset, 0.0).sum(-1) + sums.scatter(1, chosen, 0.0).sum(-1)
+    index = (chosen * block + offset).clamp_max(size - 1)
+    return index.squeeze(1), share.squeeze(1), others
 
 
 def _first_above(weights, threshold):

@@ -42,7 +42,7 @@ class _ChunkedLogProb(torch.autograd.Function):
         for i in range(0, len(hidden), chunk):
             rows = slice(i, i + chunk)
             logits = _logits(hidden[rows], weight, temperature, dtype)
-            top = logits.argmax(-1, keepdim=True)
+            top = exact.likeliest(logits)
             largest = logits.gather(-1, top)
             logp[rows], entropy[rows], log_z = exact.scores(
                 logits.sub_(largest), top, targets[rows]

@@ -106,7 +106,7 @@ def test_fast_is_not_entered(tmp_path, monkeypatch):
 
     for module, names in (
         (cpu, ["few_rows"]),
-        (decoding, ["Draw", "repeat_cache", "drop_finished", "invert_cdf"]),
+        (decoding, ["Draw", "repeat_cache", "drop_finished", "index_and_shares"]),
         (lines, ["answers_to_a_line", "shared_lines"]),
         (logprobs, ["_ChunkedLogProb"]),
     ):

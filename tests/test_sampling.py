@@ -9,7 +9,7 @@ import transformers
 from conftest import checkpoint_layers, random_model
 
 import sampling
-from fast import cpu, decoding
+from fast import cpu, decoding, rows
 from losses import token_logprobs_and_entropy
 from run.state import micro_batches
 from sampling import (
@@ -47,7 +47,27 @@ def draw(request):
 
 @pytest.fixture(params=WAYS["argvalues"], ids=WAYS["ids"])
 def invert_cdf(request):
-    return sampling.invert_cdf if request.param else decoding.invert_cdf
+    if request.param:
+        return sampling.invert_cdf
+    return lambda probs, u: decoding.index_and_shares(probs, u)[0]
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 200, 384, 4097])
+def test_the_likeliest_id_is_argmax(size):
+    logits = torch.randn(50, size)
+    logits[0], logits[1, size // 2] = -torch.inf, torch.nan
+    assert torch.equal(rows.likeliest(logits), logits.argmax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_log_probability_of_a_sure_and_of_a_rare_token(draw, entropy):
+    """log p = -log1p(q / p) with q the share of the others: by hand, 1e-9 from certainty too."""
+    logits = torch.zeros(2, 100).index_fill(1, torch.tensor([7]), 25.0)
+    drawn = draw(logits, 1.0, torch.tensor([0.5, 0.0]), entropy)
+    others = 99 * math.exp(-25)
+    assert drawn.token.tolist() == [7, 0]
+    assert drawn.logp[0].item() == pytest.approx(-math.log1p(others), rel=1e-5)
+    assert drawn.logp[1].item() == pytest.approx(-25 - math.log1p(others), rel=1e-6)
 
 
 def test_draw_by_hand(draw):
