@@ -25,10 +25,15 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from grading.countdown import EXPRESSION, evaluate_expression, random_expression
+from grading.countdown import (
+    evaluate_expression,
+    last_expression,
+    plain_signs,
+    random_expression,
+)
 from grading.files import rows_of
 from grading.latex import has_math_verify, latex_equal
-from grading.numbers import last_number, only_number, parse_number
+from grading.numbers import last_number, parse_number
 from program.errors import BadInput
 
 LONGEST_TEXT = 20_000  # characters of an answer that are looked at, from its end
@@ -72,30 +77,48 @@ def _grade_number(problem, text):
     explicit, target = _explicit_answer(text), parse_number(problem.answer)
     stated = parse_number(explicit) if explicit is not None else None
     strict = stated is not None and stated == target
-    if stated is None:
-        stated = last_number(text)
+    if stated is None:  # an answer that is marked and unreadable is looked through first
+        marked = explicit is not None and re.search("[0-9]", explicit)
+        stated = last_number(explicit if marked else text)
     return Grade(strict, stated is not None and stated == target)
 
 
 def _grade_latex(problem, text):
-    explicit = _explicit_answer(text)
-    right = explicit is not None and latex_equal(explicit, problem.answer)
-    return Grade(right, right)
+    stated = _explicit_answer(text)
+    strict = stated is not None and (_is_marked(text) or not _PROSE.search(stated))
+    if not strict:  # the last formula of the text, or its last line
+        formulas = _FORMULA.findall(text)
+        stated = "".join(formulas[-1]) if formulas else text.split("\n")[-1]
+    right = bool(stated) and latex_equal(stated, problem.answer)
+    return Grade(strict and right, right)
 
 
 def _grade_countdown(problem, text):
-    def right(expression):
-        value, used = evaluate_expression(expression.split("=")[0].strip()) or (None, ())
-        return value == Fraction(problem.answer) and Counter(used) == Counter(problem.numbers)
+    target = Fraction(problem.answer)
 
+    def right(expression):
+        value, used = evaluate_expression(expression.strip()) or (None, ())
+        return value == target and Counter(used) == Counter(problem.numbers)
+
+    text = plain_signs(text)
     explicit = _explicit_answer(text)
-    if explicit is not None and right(explicit):
-        return Grade(True, True)
-    candidates = [c.strip() for c in EXPRESSION.findall(text) if any(o in c for o in "+-*/")]
-    return Grade(False, bool(candidates) and right(candidates[-1]))
+    if explicit is not None:
+        expression, equals, value = explicit.partition("=")
+        if right(expression) and (not equals or parse_number(value) == target):
+            return Grade(True, True)
+    stated = last_expression(text)
+    return Grade(False, stated is not None and right(stated))
 
 
 CHECKS = {"number": _grade_number, "latex": _grade_latex, "countdown": _grade_countdown}
+
+
+_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")  # a word that is no command of a formula
+_FORMULA = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+
+
+def _is_marked(text):
+    return "####" in text or "\\boxed" in text
 
 
 def _explicit_answer(text):
@@ -245,14 +268,11 @@ def read_problems(path: str, flag: str = "--data") -> list[Problem]:
 
 
 def _problem_of(question, answer):
-    marked = "####" in answer or "\\boxed" in answer
-    explicit = _explicit_answer(answer) if marked else answer.strip()
+    explicit = _explicit_answer(answer) if _is_marked(answer) else answer.strip()
     if explicit is None:
         return None
     if parse_number(explicit) is not None:
         return Problem(question, explicit)
-    if (number := only_number(explicit)) is not None:
-        return Problem(question, str(number))
     if has_math_verify() and re.search(r"[0-9\\+*/^=(-]", explicit):
         return Problem(question, explicit, "latex")
     return None

@@ -8,7 +8,16 @@ from fractions import Fraction
 
 LONGEST_EXPRESSION = 200  # characters
 
-EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
+_EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
+_SIGNS = [  # other ways to write - * /, and what wraps a formula
+    (r"[\u2010-\u2013\u2212]", "-"),
+    (r"\u00d7|\u00b7|\\times(?![a-z])|\\cdot(?![a-z])", "*"),
+    (r"\u00f7|\\div(?![a-z])", "/"),
+    (r"\\[()\[\]]|\$|\*\*(?![0-9( ])|(?<![0-9) ])\*\*", " "),
+]
+_IN_TEXT = re.compile(
+    r"(?<![0-9(])\(*[0-9]{1,9}(?![0-9]) ?\)*(?: ?[-+*/] ?\(*[0-9]{1,9}(?![0-9]) ?\)*)+"
+)
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -20,7 +29,7 @@ _APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 def evaluate_expression(text):
     """(value, numbers used) of an expression over + - * / and brackets, or None; never `eval`."""
-    if len(text) > LONGEST_EXPRESSION or not EXPRESSION.fullmatch(text) or text.count("(") > 20:
+    if len(text) > LONGEST_EXPRESSION or not _EXPRESSION.fullmatch(text) or text.count("(") > 20:
         return None
     try:
         tree = ast.parse(text.strip(), mode="eval").body
@@ -40,6 +49,30 @@ def evaluate_expression(text):
 
     result = value(tree)
     return None if result is None else (result, numbers)
+
+
+def plain_signs(text):
+    """One kind of minus, times and divided by."""
+    for pattern, sign in _SIGNS:
+        text = re.sub(pattern, sign, text)
+    return text
+
+
+def last_expression(text):
+    """The last expression with an operator in a text, without brackets that are the sentence's
+    own, or None: "(so 1+2)" holds 1+2."""
+    expressions = list(_IN_TEXT.finditer(text))
+    if not expressions:
+        return None
+    last = expressions[-1]
+    if re.search(r"(?:^|[ (=])-\Z", text[: last.start()]):
+        return None  # -3+5: a sign is no operator here
+    found = last.group().strip()
+    while found.count("(") > found.count(")") and found.startswith("("):
+        found = found[1:]
+    while found.count(")") > found.count("(") and found.endswith(")"):
+        found = found[:-1].rstrip()
+    return found
 
 
 def random_expression(numbers, rng):

@@ -12,7 +12,7 @@ import pytest
 import tasks
 from grading.countdown import evaluate_expression, random_expression
 from grading.latex import LATEX
-from grading.numbers import last_number, only_number, parse_number
+from grading.numbers import last_number, parse_number
 from program.errors import BadInput
 from tasks import Grade, Problem, grade, load_problems, read_problems, render_prompt
 
@@ -63,11 +63,11 @@ def test_parse_number(text, value):
     "text, value",
     [
         ("so 3 - 1 = 2 apples", 2),
-        ("10-4", 4),
+        ("10-4", None),
         ("x = -4", -4),
         ("costs $1,234.", 1234),
-        ("5,6 and 7", 7),
-        ("1/2 or 3/4", Fraction(3, 4)),
+        ("5,6 and 7", None),
+        ("1/2 or 3/4", None),
         ("no number", None),
         ("v2.0 then 12.50 dollars", Fraction(25, 2)),
         ("8e5", None),
@@ -78,38 +78,11 @@ def test_parse_number(text, value):
         ("8.1.2", None),
         ("is 8.", 8),
         ("8, then", 8),
-        ("8e", 8),
+        ("8e", None),
     ],
 )
 def test_last_number(text, value):
     assert last_number(text) == value
-
-
-@pytest.mark.parametrize(
-    "text, value",
-    [
-        ("The answer is 72", 72),
-        ("72 apples", 72),
-        ("x = -5", -5),
-        ("$1,234.50 a year", Fraction(2469, 2)),
-        ("about 3/4 of them", Fraction(3, 4)),
-        ("18.", 18),
-        ("(3, 4)", None),
-        ("2^{10}", None),
-        ("4343_6", None),
-        ("2k+2", None),
-        ("2k", None),
-        ("6 - 5i", None),
-        ("1e20", None),
-        ("3 or 4", None),
-        ("\\sqrt{2}", None),
-        ("none", None),
-        ("", None),
-        ("x > 5", None),
-    ],
-)
-def test_only_number(text, value):
-    assert only_number(text) == value
 
 
 @pytest.mark.parametrize(
@@ -127,7 +100,7 @@ def test_only_number(text, value):
         ("#### 7\nor maybe 8", (False, False)),
         ("#### 7\n#### 8", (True, True)),
         ("\\boxed{7} and \\boxed{8}", (True, True)),
-        ("#### 8 apples", (False, True)),
+        ("#### 8 apples", (True, True)),
         ("#### $8.00\nmore text 9", (True, True)),
         ("", (False, False)),
         ("\\boxed{8", (False, True)),
@@ -186,6 +159,21 @@ def test_not_an_expression(text):
         ("3+5+2", (False, False)),
         ("(3+5)*2*1", (False, False)),
         ("(3+5)*2\nno, 3*5+2", (False, False)),
+        ("(3+5)*2 = 17", (False, True)),
+        ("(3+5)*2 = 16 = 4", (False, True)),
+        ("(3+5)*2 (yes)", (False, True)),
+        ("(3+5)*2 - correct", (False, True)),
+        ("- (3+5)*2", (False, True)),
+        ("- first I add\n- (3+5)*2", (False, True)),
+        ("(as in (3+5)*2)", (False, True)),
+        ("1) (3+5)*2", (False, True)),
+        ("16 = (3 + 5) * 2.", (False, True)),
+        ("(3+5)\u00d72", (True, True)),
+        ("**(3+5)*2**", (True, True)),
+        ("$(3+5)\\times 2$", (True, True)),
+        ("so 2 \u2212 (\u22123)", (False, False)),
+        ("-(3+5)*2", (False, False)),
+        ("(3+5)**2", (False, False)),
         ("", (False, False)),
     ],
 )
@@ -214,6 +202,19 @@ def test_countdown(text, verdict):
         "1" + ",111" * 1_600,
         "1" + " " * 19_000 + "x",
         "1" + "." * 19_000 + "x",
+        "\n" * 19_000 + "1",
+        "- " * 9_000 + "1",
+        "1)" * 9_000,
+        "1 + (" * 4_000,
+        "1 " * 9_000 + "x",
+        "1\n" * 9_000,
+        "*1" * 9_000,
+        "<a" * 9_000 + "1",
+        "\\text{" * 3_000 + "1",
+        "\\frac{1" * 2_000,
+        "1 million " * 1_900,
+        "5 " + "m" * 19_000,
+        "a" * 19_000 + "=5",
     ],
 )
 def test_hostile_answers_cost_little_and_evaluate_nothing(text):
@@ -334,8 +335,8 @@ def test_a_part_of_an_answer_is_not_the_answer(tmp_path, monkeypatch, capsys):
         {"question": "c", "answer": "no idea"},
     )
     for installed, kept in (
-        (False, [("4", "number")]),
-        (True, [("(3, 4)", "latex"), ("4", "number")]),
+        (False, [("4 apples", "number")]),
+        (True, [("(3, 4)", "latex"), ("4 apples", "number")]),
     ):
         monkeypatch.setattr(tasks, "has_math_verify", lambda: installed)
         assert [(p.answer, p.kind) for p in read_problems(path)] == kept
@@ -377,7 +378,17 @@ def test_parquet(tmp_path):
 def test_latex_in_a_killable_process():
     pytest.importorskip("math_verify")
     assert tasks.latex_equal("\\frac{1}{2}", "0.5") and not tasks.latex_equal("x+1", "x+2")
-    assert grade(Problem("q", "p - q", "latex"), "so it is \\boxed{-q+p}").strict
+    difference = Problem("q", "p - q", "latex")
+    for text, verdict in {
+        "so it is \\boxed{-q+p}": (True, True),
+        "-q + p": (True, True),
+        "$-q + p$": (True, True),
+        "so it is $q$, no, $-q+p$": (False, True),
+        "First I subtract.\nThen it is \\(-q+p\\).": (False, True),
+        "so it is $-q+p$, no, $q$": (False, False),
+        "\\boxed{q-p}": (False, False),
+    }.items():
+        assert grade(difference, text) == verdict
     before = LATEX.failures
     # a truth that cannot be read is counted
     assert not tasks.latex_equal("\\frac{1}{2}", "") and LATEX.failures == before + 1
