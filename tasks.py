@@ -89,7 +89,7 @@ def _grade_latex(problem, text):
     if not strict:  # the last formula of the text, or its last line
         formulas = _FORMULA.findall(text)
         stated = "".join(formulas[-1]) if formulas else text.split("\n")[-1]
-    right = bool(stated) and latex_equal(stated, problem.answer)
+    right = bool(stated) and latex_equal(stated.strip("$ "), problem.answer)
     return Grade(strict and right, right)
 
 
