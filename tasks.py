@@ -113,7 +113,9 @@ def _grade_countdown(problem, text):
 CHECKS = {"number": _grade_number, "latex": _grade_latex, "countdown": _grade_countdown}
 
 
-_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")  # a word that is no command of a formula
+_PROSE = re.compile(
+    r"(?<![\\A-Za-z{])(?:[A-Za-z]{3,}|[A-Za-z]{2} [A-Za-z]{2})"
+)  # a word that is no command of a formula
 _FORMULA = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 
 

@@ -274,7 +274,8 @@ def test_hard_answers(gold, text, verdict):
 
 NO_NUMBER = (
     "n-1|5 - x|2\u03c0|\u221a2|5!|x - y = 1|xy - 1|Less than 2|2 - i|e - 1|3-4|12:30|2^{10}|2k|"
-    "x\u22645|4343_6|2k+2|1e20|3 or 4|(3, 4)|5 squared|2L|2l|3m|two|x > 5|1,2,3|3/0|1 2|\\sqrt{2}|5 + 2i|"
+    "x\u22645|4343_6|2k+2|1e20|3 or 4|(3, 4)|5 squared|2L|2l|3m|two|x > 5|1,2,3|3/0|1 2|\\sqrt{2}|"
+    "5 + 2i|"
 )
 
 
