@@ -12,9 +12,11 @@ Strict and lenient verdicts (tasks.py) stand side by side. The reward of trainin
 same function, so the two can be compared.
 """
 
+import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,16 +84,22 @@ def sample_answers(
     rows_at_once: int = 512,
     progress: str | None = None,
     plain: bool = False,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[Answer]]:
-    """For each problem a list of `samples` Answers. `progress` names a bar, or None."""
-    generator, answers = torch.Generator().manual_seed(seed), []
-    chunk = max(1, rows_at_once // samples)
-    size = (samples, max_new_tokens, eos_ids, temperature, len(tokenizer), generator)
+    """For each problem a list of `samples` Answers. `progress` names a bar, or None.
+
+    Problem i draws with random numbers of its own, a function of `seed` and numbers[i] (default i):
+    how many are answered together, and in which process, changes no draw.
+    """
+    answers, chunk = [], max(1, rows_at_once // samples)
+    numbers = range(len(problems)) if numbers is None else numbers
+    size = (samples, max_new_tokens, eos_ids, temperature, len(tokenizer))
     with tqdm(total=len(problems), desc=progress, disable=progress is None, leave=False) as bar:
         for i in range(0, len(problems), chunk):
             part = problems[i : i + chunk]
             prompts = [render_prompt(p.question, tokenizer)[1] for p in part]
-            rollout = generate(model, prompts, *size, plain=plain)
+            draws = [draws_of(seed, n, max_new_tokens, samples) for n in numbers[i : i + chunk]]
+            rollout = generate(model, prompts, *size, uniform=torch.cat(draws, 1), plain=plain)
             texts = tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
             rows = list(zip(texts, rollout.lengths.tolist(), rollout.finished.tolist()))
             for j, problem in enumerate(part):
@@ -99,6 +107,13 @@ def sample_answers(
                 answers.append([Answer(text, grade(problem, text), *more) for text, *more in own])
             bar.update(len(part))
     return answers
+
+
+def draws_of(seed: int, number: int, tokens: int, samples: int) -> torch.Tensor:
+    """Uniform random numbers for the answers to one problem, (tokens, samples)."""
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.rand(tokens, samples, generator=generator)
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -191,12 +206,34 @@ def accuracy_table(answers: list[list[Answer]], samples: int) -> tuple[dict, str
     return result, "\n".join(lines)
 
 
+def trained_on(model: str, problems: list[Problem]) -> str | None:
+    """How many of the questions the run trained on whose folder holds the model; None if none."""
+    config = pathlib.Path(model).resolve().parent / "config.json"
+    run = json.loads(config.read_text()) if config.is_file() else {}
+    if "prompts_per_step" not in run:
+        return None  # not a run's folder
+    try:
+        if run["eval_data"]:
+            train_set = read_problems(run["data"])
+        else:
+            train_set, _ = load_problems(run["task"], run["data"] or None, run["difficulty"])
+    except BadInput as error:
+        return f"cannot tell which questions the run in {config.parent} trained on ({error})"
+    known = {p.question for p in train_set}
+    seen = sum(p.question in known for p in problems)
+    if not seen:
+        return None
+    return f"{seen} of the {len(problems)} questions are among those that the model was trained on"
+
+
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     if args.data:
         problems = read_problems(args.data)[: args.limit]
     else:
         problems = load_problems(args.task, difficulty=args.difficulty)[1][: args.limit]
+    if seen := trained_on(args.model, problems):
+        print(f"warning: {seen}")
     cap = args.max_new_tokens or default_cap(args.task, args.data)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model, tokenizer = load_model(args.model, args.device, dtype)

@@ -206,9 +206,10 @@ def forking_token_mask(
 ) -> Tensor:
     """Forking tokens (Wang et al. 2025, 2506.01939): keep the `share` of highest entropy.
 
-    entropy, mask (B, T); returns a mask (B, T), of the dtype of `mask`. Ties at the threshold are
-    all kept. The threshold is that of the entropies `pool` (n,), of all processes for example;
-    default the valid tokens.
+    entropy, mask (B, T); returns a mask (B, T), of the dtype of `mask`, to be multiplied with the
+    advantages: the paper divides by the number of *all* tokens. Ties at the threshold are all
+    kept. It is that of the entropies `pool` (n,), of all processes for example; default the valid
+    tokens.
     """
     valid = entropy[mask.bool()] if pool is None else pool
     if not valid.numel():
@@ -224,18 +225,18 @@ def archer_bounds(
     quantile: float = 0.8,
     clip_high_entropy: float = 0.5,
     clip_low_entropy: float = 0.2,
-    pool: Tensor | None = None,
 ) -> Tensor:
     """Archer (Wang et al. 2025, 2507.15778): two classes of tokens, each with its own clip range.
 
-    Tokens above the entropy quantile may move by `clip_high_entropy`, the others by
-    `clip_low_entropy`. (B, T) -> (B, T). The quantile (nearest rank) is that of the entropies
-    `pool` (n,); default the valid tokens.
+    Tokens above the entropy quantile of their own response (nearest rank) may move by
+    `clip_high_entropy`, the others by `clip_low_entropy`. (B, T) -> (B, T). Its other half, a
+    KL term on the low-entropy tokens alone, is left out.
     """
-    valid = (entropy[mask.bool()] if pool is None else pool).sort().values
-    threshold = valid[round(quantile * (len(valid) - 1))] if len(valid) else torch.inf
-    bounds = torch.where(entropy > threshold, clip_high_entropy, clip_low_entropy)
-    return bounds.to(entropy.dtype)
+    mask = mask.bool()
+    ordered = torch.where(mask, entropy, torch.inf).sort(1).values
+    rank = (quantile * (mask.sum(1, keepdim=True) - 1)).round().long().clamp_min(0)
+    high = entropy > ordered.gather(1, rank)
+    return torch.where(high, clip_high_entropy, clip_low_entropy).to(entropy.dtype)
 
 
 def entropy_advantage(
@@ -248,12 +249,15 @@ def entropy_advantage(
     return advantages + torch.minimum(alpha * entropy.detach(), advantages.abs() / kappa)
 
 
-def edge_advantages(advantages: Tensor, sequence_entropy: Tensor, group_size: int) -> Tensor:
+def edge_advantages(
+    advantages: Tensor, sequence_entropy: Tensor, group_size: int, most: float = 10.0
+) -> Tensor:
     """EDGE-GRPO (Zhang et al. 2025, 2507.21848): A[b] / (H[b] / mean_group H).
 
     advantages (B,); sequence_entropy (B,), the mean token entropy of each response; returns (B,).
-    A sure and right answer counts more, a sure and wrong one hurts more.
+    A sure and right answer counts more, a sure and wrong one hurts more; at most `most` times as
+    much, a bound of ours: near entropy 0 the quotient has none.
     """
     entropy = split_groups(sequence_entropy.detach(), group_size)
-    normalised = entropy / entropy.mean(1, keepdim=True).clamp_min(1e-6)
-    return advantages / normalised.clamp_min(1e-6).view(-1)
+    weight = entropy.mean(1, keepdim=True) / entropy.clamp_min(torch.finfo(entropy.dtype).tiny)
+    return advantages * weight.clamp_max(most).view(-1)

@@ -71,7 +71,8 @@ class Rollout:
 
     def with_response_mask(self, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """At most `most` answers spread over the batch: ids, attention and response mask."""
-        rows = list(range(len(self.tokens)))[:: max(1, len(self.tokens) // most)][:most]
+        count, total = min(most, len(self.tokens)), len(self.tokens)
+        rows = [i * total // count for i in range(count)]
         ids, attention, predicts = self.sequences(rows)
         return ids, attention, predicts.roll(1, 1)  # a token stands right of what predicts it
 
@@ -80,6 +81,10 @@ class Rollout:
         rows = rows_of(groups, self.group_size)
         index = {f.name: groups if f.name.startswith("prompt") else rows for f in fields(self)}
         return Rollout(**{name: getattr(self, name)[of] for name, of in index.items()})
+
+    def to(self, device: str | torch.device) -> "Rollout":
+        """The rollout on another device."""
+        return Rollout(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     @staticmethod
     def join(parts: list["Rollout"]) -> "Rollout":

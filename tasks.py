@@ -39,6 +39,7 @@ from program.errors import BadInput
 LONGEST_TEXT = 20_000  # characters of an answer that are looked at, from its end
 FILE_CAP = 512  # tokens an answer to a file's question may have where nobody says
 QUESTIONS = 20_000  # drawn for a built-in task; many are equal
+HELD_OUT = 512  # rows of a file that are kept apart, at most a fifth of it
 
 
 class Grade(NamedTuple):
@@ -207,12 +208,11 @@ def load_problems(
     task: str = "countdown",
     data: str | None = None,
     difficulty: int | None = None,
-    held_out: int = 512,
 ) -> tuple[list[Problem], list[Problem]]:
     """(training problems, held-out problems), disjoint, and the same in every run.
 
     Built-in tasks draw QUESTIONS questions and hold out a fifth of the different ones (word order
-    apart). A file's rows are shuffled, and the last `held_out` of them (at most a fifth) are kept
+    apart). A file's rows are shuffled, and the last HELD_OUT of them (at most a fifth) are kept
     apart. BadInput says in one line what to do.
     """
     rng = random.Random(f"{task} 0")
@@ -224,7 +224,7 @@ def load_problems(
             raise BadInput(
                 f"--data {data}: one usable row; training and held-out evaluation need at least 2"
             )
-        keep = max(1, min(held_out, len(problems) // 5))
+        keep = max(1, min(HELD_OUT, len(problems) // 5))
         return problems[:-keep], problems[-keep:]
     levels = BUILT_IN[task].levels
     difficulty = next(iter(levels)) if difficulty is None else difficulty

@@ -59,7 +59,7 @@ class Batch:
     # what follows is there once the step has got to it
     drawn: "Batch" = None  # where dynamic sampling has replaced groups: all that were drawn
     # three masks: rollout.mask, all tokens; in_loss, answers; loss_mask, tokens of those answers
-    loss_mask: Tensor = None  # (B, T) bool, tokens in the loss; --comparison forking narrows it
+    loss_mask: Tensor = None  # (B, T) bool, tokens in the loss
     in_loss: Tensor = None  # (B,) bool, false in groups that stayed dead under dynamic sampling
     entropy: Tensor = None  # (B, T) of the full policy before the first update
     old_logp: Tensor = None  # (B, T) of the trained policy before the first update
@@ -97,6 +97,11 @@ class Batch:
                 joined[name] = torch.cat(values)
         return Batch(**joined)
 
+    def to(self, device: str | torch.device) -> "Batch":
+        """The batch on another device."""
+        values = self._present()
+        return Batch(**{k: v.to(device) if hasattr(v, "to") else v for k, v in values})
+
     def _present(self):
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return [(name, value) for name, value in values if value is not None]
@@ -116,7 +121,7 @@ class Update(NamedTuple):
     clip_high: float = 0.0  # whose gradient the upper bound removed
     outside: float = 0.0  # whose ratio is outside the bounds
     clamped: float = 0.0  # whose log-ratio is beyond +-20
-    kl_old: float = 0.0  # k3 of new and old log-probability
+    kl_old: float = 0.0  # k3 estimate of KL(old || new): the answers are the old policy's
 
 
 class Step(NamedTuple):
@@ -166,12 +171,12 @@ def train_step(step: int, run: Run) -> Step:
 
     # 5. Advantages: how much better is an answer than the others to its prompt?
     batch.advantages = advantages(batch, run)
-    if options.comparison in ("forking", "archer"):
-        other_uses_of_entropy(batch, run)
+    if options.comparison == "archer":
+        batch.bounds = losses.archer_bounds(batch.entropy, batch.loss_mask)
     clock.lap("score")
 
     # 6. Update the policy on each part of the batch in turn.
-    prepare_updates(step, run)
+    prepare_updates(step, layer, run)
     updates = []
     for rows in parts:
         updates.append(update(batch, rows, layer, run))
@@ -195,24 +200,33 @@ def collect(step: int, run: Run) -> Batch:
 
 
 def sample_live_groups(drawn: Batch, step: int, run: Run) -> Batch:
-    """DAPO: groups whose rewards are all equal make room for new ones, for some rounds; those that
-    are still dead then keep their place and stay out of the loss."""
-    batch, groups = drawn, len(drawn.problems)
-    for attempt in range(1, run.options.max_rounds):
-        if not run.world.any(live_groups(drawn).sum() < groups):
+    """DAPO: groups that are all right or all wrong make room for new ones, for some rounds; those
+    that are still dead then keep their place and stay out of the loss.
+
+    The first P live groups are taken, of all processes together, and dealt out to the updates in
+    turn: every update gets its share of them.
+    """
+    options = run.options
+    for attempt in range(1, options.max_rounds):
+        if run.world.sum(live_groups(drawn).sum()) >= options.prompts_per_step:
             break
         drawn = Batch.join([drawn, sample_round(step, attempt, run)])
-    if len(drawn.problems) > groups:
-        live_first = live_groups(drawn).int().argsort(descending=True, stable=True)
-        batch = drawn.select(live_first[:groups].tolist())
-        batch.drawn = drawn
+    everywhere = Batch.join(run.world.exchange(drawn))
+    # as one process would have drawn them: prompts were dealt out to the processes in turn
+    order = torch.arange(len(everywhere.problems)).view(run.world.size, -1).T.flatten()
+    live_first = (~live_groups(everywhere).cpu()[order]).int().argsort(stable=True)
+    chosen = order[live_first][: options.prompts_per_step]
+    dealt = chosen.view(-1, options.updates_per_rollout).T.flatten().tolist()
+    batch = everywhere.select(run.world.mine(dealt))
+    batch.drawn = drawn
     return batch
 
 
 def live_groups(batch: Batch) -> Tensor:
-    """Groups whose rewards differ, (P,): the others have no gradient."""
-    groups = batch.rewards.view(-1, batch.rollout.group_size)
-    return groups.amax(1) > groups.amin(1)
+    """Groups with right and wrong answers, (P,); the others teach nothing, whatever length
+    penalties make of their rewards."""
+    right = batch.right.view(-1, batch.rollout.group_size)
+    return right.any(1) & ~right.all(1)
 
 
 def sample_round(step: int, attempt: int, run: Run) -> Batch:
@@ -261,7 +275,7 @@ def trained_layer(step: int, batch: Batch, run: Run) -> int | None:
 def choose_layer(batch: Batch, run: Run) -> int:
     """--bupo-layer: the number given, or the boundary layer measured on 64 of the answers."""
     options = run.options
-    ids, attention, response = batch.rollout.with_response_mask(64)
+    ids, attention, response = batch.rollout.with_response_mask(64 // run.world.size)
     if options.bupo_layer != "auto":
         with torch.no_grad():  # refuses blocks that are not pre-norm residual
             internals.residual_stream(run.policy, ids[:2], attention[:2])
@@ -269,7 +283,9 @@ def choose_layer(batch: Batch, run: Run) -> int:
         return int(options.bupo_layer)
     entropy = internals.internal_entropy(run.policy, ids, attention, response, run.vocab_size)
     shard.reshard(run.policy)
-    change = run.world.sum(entropy.feed_forward_change) / run.world.size
+    tokens = response.sum()  # entropies are means over tokens, also over processes
+    change = run.world.sum(entropy.feed_forward_change * tokens.cpu()).cpu()
+    change = change / run.world.sum(tokens).cpu()
     layer, found = bupo.boundary_or_fallback(change)
     where = f"{layer} of {len(change)} ({change[layer - 1]:+.3f} nats)"
     if found:
@@ -330,37 +346,38 @@ def statistics(entropy: Tensor, batch: Batch, run: Run) -> hapo.EntropyStats:
 
 
 def advantages(batch: Batch, run: Run) -> Tensor:
-    """(B, T): a group rule, or HAPO's B in its place; then the comparison arms."""
-    options, G, mask = run.options, run.options.answers_per_prompt, batch.loss_mask
-    per_answer = losses.GROUP_RULES[options.advantage](batch.rewards, G)
-    result = per_answer[:, None] * mask
+    """(B, T): HAPO's B, or a group rule and what a comparison arm makes of it; 0 in dead groups."""
+    options, G = run.options, run.options.answers_per_prompt
+    live = live_groups(batch).repeat_interleave(G)
+    mask = batch.loss_mask & live[:, None]
     if options.algo == "hapo" and options.token_group_average:  # HAPO B
-        result = hapo.token_group_advantages(batch.rewards, mask, G, options.released)
-    if options.comparison == "entropy-advantage":
-        result = losses.entropy_advantage(result, batch.entropy)
+        return hapo.token_group_advantages(batch.rewards, mask, G, options.released)
+    per_answer = losses.GROUP_RULES[options.advantage](batch.rewards, G)
     if options.comparison == "edge":
         mean_entropy = (batch.entropy * mask).sum(1) / mask.sum(1).clamp_min(1)
-        result = losses.edge_advantages(per_answer, mean_entropy, G)[:, None] * mask
+        per_answer = losses.edge_advantages(per_answer, mean_entropy, G)
+    result = per_answer[:, None] * mask
+    if options.comparison == "entropy-advantage":
+        result = losses.entropy_advantage(result, batch.entropy)
+    if options.comparison == "forking":  # the others' tokens stay in the mean, as zeros
+        entropies = run.world.gather(batch.entropy[batch.loss_mask])
+        result = result * losses.forking_token_mask(batch.entropy, batch.loss_mask, pool=entropies)
     return result
-
-
-def other_uses_of_entropy(batch: Batch, run: Run) -> None:
-    """The comparison arms that change tokens (forking) or bounds (archer) instead of advantages."""
-    entropies = run.world.gather(batch.entropy[batch.loss_mask])
-    if run.options.comparison == "forking":
-        batch.loss_mask = losses.forking_token_mask(batch.entropy, batch.loss_mask, pool=entropies)
-    else:
-        batch.bounds = losses.archer_bounds(batch.entropy, batch.loss_mask, pool=entropies)
 
 
 # --------------------------------------------------------------------------------------- 6. update
 
 
-def prepare_updates(step: int, run: Run) -> None:
-    """Linear warm-up; and what the arm "freeze" may not move in its first phase."""
+def prepare_updates(step: int, layer: int | None, run: Run) -> None:
+    """Linear warm-up; and what may not move in the first phase of BuPO."""
     options = run.options
     for group in run.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * min(1.0, step / max(1, options.warmup_steps))
+        warm = step / max(1, options.warmup_steps)
+        if options.bupo_warmup and group["upper"]:  # first moved, with fresh moments, in phase 2
+            warm = max(0, step - options.bupo_steps) / options.bupo_warmup
+        group["lr"] = group["peak_lr"] * min(1.0, warm)
+    if options.bupo_norm:  # BuPO 5: phase 1 applies the final norm and leaves it as it is
+        internals.decoder_body(run.policy).norm.requires_grad_(layer is None)
     if run.layer is not None and options.bupo_arm == "freeze":  # BuPO 6: a comparison arm
         for p in bupo.lower_layers(run.policy, run.layer):
             p.requires_grad_(step > options.bupo_steps)
@@ -369,7 +386,9 @@ def prepare_updates(step: int, run: Run) -> None:
 def update(batch: Batch, rows: list[int], layer: int | None, run: Run) -> Update:
     """One optimiser step; skipped, weight decay included, where every group of `rows` is dead."""
     options, policy, mask = run.options, run.policy, batch.loss_mask[rows]
-    learns = batch.advantages[rows][mask].any() or (options.kl and batch.ref_logp is not None)
+    learns = batch.advantages[rows][mask].any()
+    if options.kl and batch.ref_logp is not None:
+        learns |= mask.any()  # an update without a token moves nothing: no momentum, no decay
     # The loss is divided by the whole update's numbers, fixed before it is cut into passes.
     tokens = int(run.world.sum(mask.sum()))
     responses = int(run.world.sum(batch.in_loss[rows].sum()))
@@ -424,7 +443,7 @@ def policy_loss(
             "clip_high": (valid & above & (weighed > 0)).sum(),
             "outside": (valid & (below | above)).sum(),
             "clamped": (valid & ((logp - old_logp).abs() > losses.LOG_RATIO_LIMIT)).sum(),
-            "kl_old": losses.kl_k3(logp, old_logp)[valid].sum(),
+            "kl_old": losses.kl_k3(old_logp, logp)[valid].sum(),  # of KL(old || new)
         }
         return loss, seen, torch.where(valid, ratio, 1.0)
 
@@ -474,8 +493,9 @@ def guarded_step(step: int, run: Run) -> tuple[dict, str | None]:
     try:
         before = report.weight_sample(run.policy)
         metrics = report.step_metrics(train_step(step, run), before, run)
-        if skipped := metrics["skipped_updates"]:
-            return metrics, f"{skipped} of {options.updates_per_rollout} updates were not finite"
+        skipped = metrics["skipped_updates"]
+        if skipped and not metrics["updates"]:
+            return metrics, f"no update applied, {skipped} were not finite"
         if step % options.eval_every == 0 or step == options.steps:
             metrics |= report.held_out(run, step)
         if run.layer and options.diagnose_every and step % options.diagnose_every == 0:

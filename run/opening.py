@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -56,7 +57,12 @@ def open_run(options, world):
             "note: neither the model nor the tokenizer names an end-of-sequence token; "
             "answers end at --max-new-tokens only"
         )
-    step = checkpoint.restore(run, found) if found else None
+    run.origin = {"questions": sum_of_questions(items, held_out)}
+    if found:
+        asked, step = run.origin["questions"], checkpoint.restore(run, found)
+        check_origin(run, asked, world)
+    else:
+        run.origin["weights"], step = sum_of_weights(policy), None
     describe(run, config, say)
     run.together(prepare_folder, run, -1 if step is None else step)
     return run, step
@@ -93,8 +99,7 @@ def open_reference(options, world):
 def check_fingerprint(options, found):
     """--model beside --resume, or a folder copied together from two runs: model and tokenizer must
     be the checkpoint's."""
-    started_with = json.loads((pathlib.Path(options.out) / "config.json").read_text())["model"]
-    if options.model == started_with and not pathlib.Path(options.model).exists():
+    if options.model == started_with(options) and not pathlib.Path(options.model).exists():
         return  # a hub's, or moved away since: the checkpoint holds everything that is needed
     stored = json.loads((found / "run.json").read_text())["fingerprint"]
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
@@ -107,6 +112,48 @@ def check_fingerprint(options, found):
             )
 
 
+def check_origin(run, questions, world):
+    """A resumed run must ask what it asked, and hold to the initial model that it started with."""
+    options = run.options
+    if questions != run.origin["questions"]:
+        what = f"--data {options.data}" if options.data else f"--task {options.task}"
+        raise BadInput(
+            f"{what}: the questions in use are not those that the run in {options.out} was started "
+            "with (a file has changed, or math-verify is installed now and was not then, or the "
+            "other way round); restore them, or start a new run in another --out"
+        )
+    initial = run.reference
+    if initial is None and options.model != started_with(options):
+        initial = open_reference(options, world)
+    if initial is not None and sum_of_weights(initial) != run.origin["weights"]:
+        raise BadInput(
+            f"--model {options.model}: its weights are not those that the run in {options.out} was "
+            "started from; name that model, or start a new run in another --out"
+        )
+
+
+def started_with(options):
+    """The --model that is written in the run's config.json."""
+    return json.loads((pathlib.Path(options.out) / "config.json").read_text())["model"]
+
+
+@torch.no_grad()
+def sum_of_weights(model):
+    """SHA-256 over a thousand entries of every weight: the same whole or sharded."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        entries = shard.whole(parameter.detach()).flatten()
+        entries = entries[:: max(1, len(entries) // 1000)].float().cpu()
+        digest.update(name.encode() + entries.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sum_of_questions(items, held_out):
+    """SHA-256 over every question in use, its answer and how it is checked."""
+    asked = [dataclasses.astuple(p) for p in [problem for problem, _ in items] + held_out]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
 def load_data(options, tokenizer, config, say):
     """([(problem, prompt ids)] to train on, held-out problems).
 
@@ -115,13 +162,23 @@ def load_data(options, tokenizer, config, say):
     if options.eval_data:
         train_set = read_problems(options.data)
         held_out = read_problems(options.eval_data, "--eval-data")
+        say_overlap(train_set, held_out, options, say)
     else:
-        train_set, held_out = load_problems(
-            options.task, options.data or None, options.difficulty, held_out=options.eval_prompts
-        )
+        train_set, held_out = load_problems(options.task, options.data or None, options.difficulty)
     cap = options.max_new_tokens
     items = fit_context(train_set, tokenizer, config, cap, say)
     return items, [problem for problem, _ in fit_context(held_out, tokenizer, config, cap, say)]
+
+
+def say_overlap(train_set, held_out, options, say):
+    """Questions that are trained on and asked in the evaluation are no held-out questions."""
+    known = {" ".join(p.question.split()) for p in train_set}
+    seen = sum(" ".join(p.question.split()) in known for p in held_out)
+    if seen:
+        say(
+            f"warning: {seen} of the {len(held_out)} questions of --eval-data {options.eval_data} "
+            f"are also in --data {options.data}: what is called held out was trained on"
+        )
 
 
 def no_dropout(policy):

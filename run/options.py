@@ -84,6 +84,7 @@ class Options:
     bupo_layer: str = opt("", "align this layer's policy first: 1 ... L, or auto: the boundary")
     bupo_steps: int = opt(30, "s_inter, steps of the first phase")
     bupo_norm: bool = opt(False, "final norm on the internal policy too")
+    bupo_warmup: int = opt(0, "linear warm-up of the layers above l when phase 2 begins, in steps")
     bupo_arm: str = opt(
         "align",
         "align: BuPO; comparison arms: freeze layers 1 ... l in the first phase, or layer-lr: "
@@ -216,7 +217,8 @@ def complete(options):
 
 
 AT_LEAST = dict.fromkeys(
-    "micro_batch micro_tokens warmup_steps diagnose_every overlong_buffer seed".split(), 0
+    "micro_batch micro_tokens warmup_steps bupo_warmup diagnose_every overlong_buffer seed".split(),
+    0,
 ) | dict.fromkeys(
     "steps prompts_per_step updates_per_rollout max_new_tokens max_rounds eval_prompts eval_every "
     "save_every keep max_bad_steps bupo_steps".split(),
@@ -280,6 +282,34 @@ def impossible(options):
         "sampler_correction",
         "it would undo --adaptive-temperature and mistake an internal policy for the sampler's; "
         "add --no-adaptive-temperature, leave --bupo-layer out",
+    )
+    yield (
+        o.comparison != "none" and o.algo == "hapo",
+        "comparison",
+        "another use of entropy stands in place of HAPO's; add --algo dapo or --algo grpo",
+    )
+    own_bounds = o.comparison == "archer" and (o.clip_low != 0.2 or o.clip_high not in (0.2, 0.28))
+    yield own_bounds, "comparison", "has bounds of its own; leave --clip-low and --clip-high out"
+    yield (
+        o.released and o.temperature_form == "zscore",
+        "temperature_form",
+        "the released code has the bounded form alone; leave --released out",
+    )
+    for name in ("released", "rho", "temperature_form"):
+        unused = o.algo != "hapo" and getattr(o, name) != Options.__dataclass_fields__[name].default
+        yield unused, name, f"belongs to HAPO and would do nothing with --algo {o.algo}"
+    for name in ("bupo_norm", "bupo_warmup", "bupo_arm"):
+        unused = not o.bupo_layer and getattr(o, name) != Options.__dataclass_fields__[name].default
+        yield unused, name, "does nothing without --bupo-layer"
+    yield (
+        o.bupo_norm and o.bupo_arm != "align",
+        "bupo_norm",
+        f"no internal policy is trained with --bupo-arm {o.bupo_arm}",
+    )
+    yield (
+        o.bupo_warmup and o.bupo_arm != "align",
+        "bupo_warmup",
+        f"the layers above l move from the start with --bupo-arm {o.bupo_arm}",
     )
     alone = o.eval_data and not o.data
     yield alone, "eval_data", "goes with --data; built-in tasks hold out problems of their own"

@@ -1,5 +1,7 @@
 """What a run says of itself: metrics.jsonl, samples.jsonl, console lines, held-out accuracy."""
 
+import random
+
 import torch
 
 import hapo
@@ -91,9 +93,13 @@ def answer_metrics(counts):
 
 
 def update_metrics(updates):
-    """What the updates of a step did; tokens of updates that were not made do not count."""
+    """What the updates of a step did; those that were skipped count nowhere but in their number,
+    unless all were."""
+    count, first = len(updates), updates[0]
+    skipped = sum(u.outcome == "skipped" for u in updates)
+    applied = sum(u.outcome == "applied" for u in updates)
+    updates = [u for u in updates if u.outcome != "skipped"] or updates
     tokens = max(1, sum(u.tokens for u in updates))
-    first = updates[0]
     return {
         "loss": sum(u.loss for u in updates) / len(updates),
         "grad_norm": sum(u.grad_norm for u in updates) / len(updates),
@@ -104,9 +110,9 @@ def update_metrics(updates):
         "clamped": sum(u.clamped for u in updates) / tokens,
         "outside_before_update": first.outside / max(1, first.tokens),
         "ratio_off_before_update": first.ratio_off,
-        "updates": sum(u.outcome == "applied" for u in updates),
-        "skipped_updates": sum(u.outcome == "skipped" for u in updates),
-        "dead_updates": sum(u.outcome == "dead" for u in updates),
+        "updates": applied,
+        "skipped_updates": skipped,
+        "dead_updates": count - applied - skipped,
     }
 
 
@@ -162,8 +168,9 @@ def held_out(run, step):
     shard.refresh_actor(run.actor, run.policy)
     asked = [run.held_out[i % len(run.held_out)] for i in range(options.eval_prompts)]
     seed = seed_of(options.seed, "held out")
-    sampled = evaluate_over(run, asked, 1.0, seed, f"{name}, sampled")
-    greedy = evaluate_over(run, run.held_out[: options.eval_prompts], 0.0, 0, f"{name}, greedy")
+    sampled = summarise(evaluate_over(run, asked, 1.0, seed, f"{name}, sampled"))
+    each = run.held_out[: options.eval_prompts]
+    greedy = summarise(evaluate_over(run, each, 0.0, 0, f"{name}, greedy"))
     return {
         "eval_accuracy": getattr(sampled, options.reward),
         "eval_greedy": getattr(greedy, options.reward),
@@ -175,30 +182,31 @@ def held_out(run, step):
     }
 
 
-def evaluate_over(run, problems, temperature, seed, name):
-    """Accuracy of one answer to each problem, over all processes."""
-    options, world = run.options, run.world
+def evaluate_over(run, problems, temperature, seed, name, samples=1):
+    """[answers] to each problem, those of all processes."""
+    options, world, count = run.options, run.world, len(problems)
     problems = world.mine(problems)
     answers = run.together(
         sample_answers,
         run.actor,
         run.tokenizer,
         problems,
-        1,
+        samples,
         options.max_new_tokens,
         run.eos_ids,
         temperature,
-        seed + world.rank,
+        seed,
         rows_at_once=max(1, options.answers_per_step // world.size),
         progress=name if world.main else None,
         plain=options.plain,
+        numbers=world.mine(range(count)),
     )
     by_question = {}  # a question that was asked twice is one question with two answers
     rows = [(p.question, row) for p, row in zip(problems, answers)]
     for part in world.gather_objects(rows):
         for question, row in part:
             by_question.setdefault(question, []).extend(row)
-    return summarise(list(by_question.values()))
+    return list(by_question.values())
 
 
 def samples_of(step, run, rows=(0, 1)):
@@ -225,16 +233,19 @@ def first_look(run):
     """Before training: held-out accuracy, the pass rate on training prompts, what to expect."""
     options, seed = run.options, seed_of(run.options.seed, "probe")
     metrics = {"step": 0, **held_out(run, 0)}
-    probe, G = [p for p, _ in run.items[:64]], options.answers_per_prompt
-    look = evaluate_over(run, probe, options.temperature, seed, "pass rate of 64 prompts")
-    rate = getattr(look, options.reward)
-    live = 1 - rate**G - (1 - rate) ** G
+    some = random.Random(seed).sample(range(len(run.items)), min(64, len(run.items)))
+    probe, G = [run.items[i][0] for i in some], options.answers_per_prompt
+    how = (options.temperature, seed, f"pass rate of {len(probe)} prompts", G)
+    groups = evaluate_over(run, probe, *how)
+    right = [[getattr(answer.grade, options.reward) for answer in group] for group in groups]
+    rate = sum(map(sum, right)) / sum(map(len, right))
+    live = sum(any(group) and not all(group) for group in right) / len(right)
     metrics |= {"pass_rate": rate, "expected_live_groups": live}
     run.say(
         f"before training: held-out {metrics['eval_accuracy']:.3f} sampled, "
         f"{metrics['eval_greedy']:.3f} greedy (strict {metrics['eval_strict']:.3f}, lenient "
-        f"{metrics['eval_lenient']:.3f}); pass rate of {len(probe)} training prompts {rate:.3f}, "
-        f"so about {live:.0%} of the groups will have both right and wrong answers"
+        f"{metrics['eval_lenient']:.3f}); {len(probe)} training prompts x {G} answers: {rate:.3f} "
+        f"right, and {live:.0%} of the groups have both right and wrong answers"
     )
     if not 0.05 <= rate <= 0.95:
         never = rate < 0.05

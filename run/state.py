@@ -45,6 +45,7 @@ class Run:
     diagnosed: tuple = None  # the fixed answers of --diagnose-every
     last_batch: object = None  # the last that was drawn
     lock: object = None  # the open file that keeps other runs out of the folder
+    origin: dict = dataclasses.field(default_factory=dict)  # sums of first weights and questions
 
     def say(self, text):
         if self.world.main:
@@ -109,9 +110,11 @@ class Run:
         """AdamW in float32. BuPO's first phase needs nothing special: a weight without a gradient
         is passed by, decay and moments included."""
         options = self.options
-        groups = [{"params": list(self.policy.parameters()), "lr": options.lr}]
-        if self.layer is not None and options.bupo_arm == "layer-lr":  # BuPO 7: a comparison arm
-            groups = bupo.layerwise_groups(self.policy, self.layer, options.lr)
+        groups = [{"params": list(self.policy.parameters()), "lr": options.lr, "upper": False}]
+        slow = options.bupo_arm == "layer-lr"  # BuPO 7: a comparison arm
+        if self.layer is not None and (slow or options.bupo_warmup):
+            scale = 0.1 if slow else 1.0
+            groups = bupo.layerwise_groups(self.policy, self.layer, options.lr, scale)
         for group in groups:
             group["peak_lr"] = group["lr"]
         decay = options.weight_decay
@@ -125,6 +128,7 @@ class Run:
             "sampler_stats": self.sampler_stats and [float(x) for x in self.sampler_stats],
             "guard": self.guard.state(),
             "diagnosed": self.diagnosed and [x.tolist() for x in self.diagnosed],
+            "origin": self.origin,
         }
 
     def restore(self, state):
@@ -136,6 +140,7 @@ class Run:
         self.sampler_stats = stats and hapo.EntropyStats(*tensors(stats))
         self.diagnosed = diagnosed and tuple(tensors(diagnosed))
         self.guard.restore(state["guard"])
+        self.origin = state["origin"]
 
 
 class Stopwatch:

@@ -44,6 +44,9 @@ class World:
     def gather_objects(self, thing):
         return [thing]
 
+    def exchange(self, batch):
+        return [batch]
+
     def even(self, parts):
         return [(part, 1) for part in parts]
 
@@ -99,6 +102,10 @@ class Processes(World):
         things = [None] * self.size
         dist.all_gather_object(things, thing)
         return things
+
+    def exchange(self, batch):
+        """Every process's batch (anything with a method `to`), in the order of ranks."""
+        return [part.to(self.device) for part in self.gather_objects(batch.to("cpu"))]
 
     def even(self, parts):
         """The micro-batches of this process as (rows, weight 1).

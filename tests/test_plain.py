@@ -14,6 +14,7 @@ from run import options
 from run.opening import open_run
 from sampling import generate
 from scale.shard import World
+from tasks import Grade
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 
@@ -48,6 +49,13 @@ def test_the_same_log_probabilities_and_gradients(temperature):
     grads = [torch.autograd.grad((a * l + b * e).sum(), (hidden, weight)) for l, e in ways]
     for x, y in zip(*grads):
         torch.testing.assert_close(x, y, atol=1e-11, rtol=1e-11)
+
+
+@pytest.fixture(autouse=True)
+def verdicts(monkeypatch):
+    """Verdicts that depend on the answer only, so that every group has something to learn."""
+    verdict = lambda text: Grade(*[sum(text.encode()) % 2 == 0] * 2)
+    monkeypatch.setattr(train, "grade", lambda problem, text: verdict(text))
 
 
 STEP = (

@@ -10,23 +10,24 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY, write_questions
+from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
 import train
 from program.errors import BadInput
 from scale.shard import check_world
 
-# HAPO with BuPO, unequal micro-batches, layers checkpointed: an aligned step at layer 2 and a full
-# one lie behind the resume
+# HAPO with BuPO, unequal micro-batches, layers checkpointed, dynamic sampling, whose live groups the
+# two processes must deal out as one does: an aligned step at layer 2 and a full one lie behind the
+# resume
 OPTIONS = (
     "--prompts-per-step 4 --answers-per-prompt 4 --updates-per-rollout 2 --max-new-tokens 8 "
     "--eval-prompts 2 --warmup-steps 1 --device cpu --bupo-layer 2 --bupo-steps 2 "
-    "--micro-tokens 70 --gradient-checkpointing --keep 9"
+    "--micro-tokens 70 --gradient-checkpointing --keep 9 --dynamic-sampling --max-rounds 2"
 ).split()
 COMPARED = (
     "loss reward entropy grad_norm response_length clip_low clip_high ratio_max dead_groups "
-    "internal_entropy logp"
+    "internal_entropy logp not_filled all_wrong"
 ).split()
 
 
@@ -37,8 +38,7 @@ def free_port():
 
 
 def options(folder, out, *more):
-    files = ["--data", folder / "questions.jsonl", "--out", folder / out]
-    return [*OPTIONS, *map(str, ["--model", TINY, *files, *more])]
+    return [*OPTIONS, *map(str, ["--model", TINY, "--out", folder / out, *more])]
 
 
 def one_process(*args):
@@ -67,7 +67,6 @@ def two_processes(*args):
 def handed_over(tmp_path_factory):
     """One process runs four steps; two go on from its first, in the background, to the third."""
     folder = tmp_path_factory.mktemp("shard")
-    write_questions(folder / "questions.jsonl")
     one_process(folder, "one", "--steps", 4)
     later = shutil.ignore_patterns("final", "checkpoint-[234]")
     shutil.copytree(folder / "one", folder / "two", ignore=later)
