@@ -209,7 +209,7 @@ def complete(options):
     missing = {k: v for k, v in defaults.items() if getattr(options, k) in (None, "")}
     options = dataclasses.replace(options, **missing)
     check_ranges(options)
-    for wrong, name, why in impossible(options):
+    for wrong, name, why in (*impossible(options), *without_effect(options)):
         if wrong:
             raise BadInput(f"{flag_of(name)} {getattr(options, name)}: {why}")
     check_device(options.device)
@@ -283,34 +283,6 @@ def impossible(options):
         "it would undo --adaptive-temperature and mistake an internal policy for the sampler's; "
         "add --no-adaptive-temperature, leave --bupo-layer out",
     )
-    yield (
-        o.comparison != "none" and o.algo == "hapo",
-        "comparison",
-        "another use of entropy stands in place of HAPO's; add --algo dapo or --algo grpo",
-    )
-    own_bounds = o.comparison == "archer" and (o.clip_low != 0.2 or o.clip_high not in (0.2, 0.28))
-    yield own_bounds, "comparison", "has bounds of its own; leave --clip-low and --clip-high out"
-    yield (
-        o.released and o.temperature_form == "zscore",
-        "temperature_form",
-        "the released code has the bounded form alone; leave --released out",
-    )
-    for name in ("released", "rho", "temperature_form"):
-        unused = o.algo != "hapo" and getattr(o, name) != Options.__dataclass_fields__[name].default
-        yield unused, name, f"belongs to HAPO and would do nothing with --algo {o.algo}"
-    for name in ("bupo_norm", "bupo_warmup", "bupo_arm"):
-        unused = not o.bupo_layer and getattr(o, name) != Options.__dataclass_fields__[name].default
-        yield unused, name, "does nothing without --bupo-layer"
-    yield (
-        o.bupo_norm and o.bupo_arm != "align",
-        "bupo_norm",
-        f"no internal policy is trained with --bupo-arm {o.bupo_arm}",
-    )
-    yield (
-        o.bupo_warmup and o.bupo_arm != "align",
-        "bupo_warmup",
-        f"the layers above l move from the start with --bupo-arm {o.bupo_arm}",
-    )
     alone = o.eval_data and not o.data
     yield alone, "eval_data", "goes with --data; built-in tasks hold out problems of their own"
     wrong = layer and not o.bupo_layer.isdecimal()
@@ -324,4 +296,37 @@ def impossible(options):
         o.diagnose_every and not o.bupo_layer,
         "diagnose_every",
         "needs --bupo-layer, the layer to compare the others with",
+    )
+
+
+def without_effect(options):
+    """The same of settings that another setting makes void: config.json would say what was not."""
+    o, default = options, {f.name: f.default for f in dataclasses.fields(Options)}
+    yield (
+        o.comparison != "none" and o.algo == "hapo",
+        "comparison",
+        "another use of entropy stands in place of HAPO's; add --algo dapo or --algo grpo",
+    )
+    own_bounds = o.comparison == "archer" and (o.clip_low != 0.2 or o.clip_high not in (0.2, 0.28))
+    yield own_bounds, "comparison", "has bounds of its own; leave --clip-low and --clip-high out"
+    yield (
+        o.released and o.temperature_form == "zscore",
+        "temperature_form",
+        "the released code has the bounded form alone; leave --released out",
+    )
+    for name in ("released", "rho", "temperature_form"):
+        unused = o.algo != "hapo" and getattr(o, name) != default[name]
+        yield unused, name, f"belongs to HAPO and would do nothing with --algo {o.algo}"
+    for name in ("bupo_norm", "bupo_warmup", "bupo_arm"):
+        unused = not o.bupo_layer and getattr(o, name) != default[name]
+        yield unused, name, "does nothing without --bupo-layer"
+    yield (
+        o.bupo_norm and o.bupo_arm != "align",
+        "bupo_norm",
+        f"no internal policy is trained with --bupo-arm {o.bupo_arm}",
+    )
+    yield (
+        o.bupo_warmup and o.bupo_arm != "align",
+        "bupo_warmup",
+        f"the layers above l move from the start with --bupo-arm {o.bupo_arm}",
     )

@@ -221,7 +221,7 @@ def test_overlong_by_hand():
         ("fixed_length_mean", ("logp", "mask", 5, 3)),
         ("overlong_penalty", ("lengths", 8, 4)),
         ("forking_token_mask", ("entropy", "mask", 0.2, "pool")),
-        ("archer_bounds", ("entropy", "mask", 0.8, 0.5, 0.2, "pool")),
+        ("archer_bounds", ("entropy", "mask", 0.8, 0.5, 0.2)),
         ("entropy_advantage", ("logp", "entropy")),
         ("edge_advantages", ("rewards", "pool", 2)),
         ("clipped_surrogate", ("entropy", "logp", "bounds", "bounds", 3.0)),

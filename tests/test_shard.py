@@ -17,9 +17,8 @@ import train
 from program.errors import BadInput
 from scale.shard import check_world
 
-# HAPO with BuPO, unequal micro-batches, layers checkpointed, dynamic sampling, whose live groups the
-# two processes must deal out as one does: an aligned step at layer 2 and a full one lie behind the
-# resume
+# HAPO with BuPO, unequal micro-batches, layers checkpointed, and dynamic sampling, whose live groups
+# two processes deal out as one does. Behind the resume lie an aligned step and a full one.
 OPTIONS = (
     "--prompts-per-step 4 --answers-per-prompt 4 --updates-per-rollout 2 --max-new-tokens 8 "
     "--eval-prompts 2 --warmup-steps 1 --device cpu --bupo-layer 2 --bupo-steps 2 "

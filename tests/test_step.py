@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, verdicts
 
 import losses
 import train
@@ -20,41 +20,7 @@ from run.opening import open_run
 from run.options import Options
 from sampling import Rollout
 from scale.shard import World
-from tasks import Grade, Problem
-
-SMALL = (
-    "--prompts-per-step 4 --answers-per-prompt 2 --updates-per-rollout 1 --max-new-tokens 6 "
-    "--eval-prompts 4 --steps 3 --warmup-steps 1 --lr 1e-3 --device cpu"
-).split()
-
-
-@pytest.fixture
-def opened(tmp_path, tiny_folder):
-    """opened(*options): a run on a small random model, before its first step."""
-
-    questions = tmp_path / "questions.jsonl"
-    rows = [{"question": f"What is {n} plus 1?", "answer": str(n + 1)} for n in range(30)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def open_one(*more):
-        out = str(tmp_path / str(len(list(tmp_path.iterdir()))))
-        where = ["--model", str(tiny_folder), "--data", str(questions), "--out", out]
-        arguments = [*SMALL, *where, *more]
-        return open_run(options.parse(arguments, ""), World("cpu"))[0]
-
-    return open_one
-
-
-def verdicts(monkeypatch, *right):
-    """The answers of every round are right as listed, over and over."""
-    count = [-1]
-
-    def grade(problem, text):
-        count[0] += 1
-        return Grade(*[right[count[0] % len(right)]] * 2)
-
-    monkeypatch.setattr(train, "grade", grade)
-
+from tasks import Problem
 
 # ----------------------------------------------------------------------------------------- batches
 

@@ -16,7 +16,7 @@ from conftest import TINY, write_questions
 from safetensors.torch import load_file, save_file
 
 import train
-from evaluate import Accuracy, Answer
+from evaluate import Answer
 from fast import lines
 from program.command import run_main
 from program.errors import BadInput
@@ -117,7 +117,7 @@ def test_a_run_and_its_files(real_verdicts, tmp_path, capsys):
 
 
 def test_the_same_seed_gives_the_same_metrics(real_verdicts, tmp_path):
-    shipped = ["--model", TINY]
+    shipped = ["--model", TINY, "--data", "", "--prompts-per-step", "8"]
     a, b = run(tmp_path / "a", *shipped), run(tmp_path / "b", *shipped)
     c = run(tmp_path / "c", *shipped, "--seed", 1, steps=1)
     assert same(a[0], b[0]) and a[1] == b[1]
@@ -257,7 +257,7 @@ def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
         eos_ids=[],
     )
     a, b = Problem("a", "1"), Problem("b", "1")
-    result = report.evaluate_over(fake, [a, b, b, a], 1.0, 0, "")
+    result = report.summarise(report.evaluate_over(fake, [a, b, b, a], 1.0, 0, ""))
     # a: right, wrong; b: right, wrong. Both means are 1/2, so their standard error is 0 (as four
     # answers it would be 0.29)
     assert result.lenient == 0.5 and result.lenient_error == 0
@@ -266,7 +266,7 @@ def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
 def test_algorithms_and_options_run(tmp_path):
     settings = ["--temperature-form zscore", "--dynamic-sampling", "--kl 0.1", "--loss-mean fixed"]
     arms = ("forking", "archer", "entropy-advantage", "edge")
-    settings += [f"--comparison {arm}" for arm in arms]
+    settings += [f"--comparison {arm} --algo dapo" for arm in arms]
     for i, extra in enumerate(settings):
         final, rows = run(tmp_path / str(i), *extra.split(), steps=1)
         assert rows[1]["updates"] + rows[1]["dead_updates"] == 2 and rows[1]["grad_norm"] >= 0
@@ -586,6 +586,13 @@ def test_guard_alarms():
             ["--bupo-layer", "1", "--bupo-steps", "2"],
             "--bupo-steps 2: the first phase must be shorter than the run",
         ),
+        (["--comparison", "archer"], "--comparison archer: another use of entropy .* --algo dapo"),
+        (["--algo", "dapo", "--comparison", "archer", "--clip-low", "0.1"], "bounds of its own"),
+        (["--released", "--temperature-form", "zscore"], "--temperature-form zscore: the released"),
+        (["--algo", "dapo", "--released"], "--released True: belongs to HAPO"),
+        (["--algo", "grpo", "--rho", "0.5"], "--rho 0.5: belongs to HAPO"),
+        (["--bupo-norm"], "--bupo-norm True: does nothing without --bupo-layer"),
+        (["--bupo-arm", "freeze"], "--bupo-arm freeze: does nothing without --bupo-layer"),
         (["--max-new-tokens", "100000"], "--max-new-tokens 100000: no prompt fits"),
         (["--offload"], "--offload: .* torchrun"),
         (["--diagnose-every", "1"], "--diagnose-every 1: needs --bupo-layer"),

@@ -1,0 +1,361 @@
+"""What a run says is what it did: faults that once gave plausible numbers and no error."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import verdicts
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import losses
+import tasks
+import train
+from evaluate import Answer
+from program.errors import BadInput
+from run import report
+from run.opening import open_run
+from sampling import Rollout
+from scale.shard import World
+from tasks import Grade, load_problems
+
+
+def weights_of(run):
+    return [p.detach().clone() for p in run.policy.parameters()]
+
+
+def moved(run, before):
+    return [not torch.equal(a, b) for a, b in zip(before, run.policy.parameters())]
+
+
+# ------------------------------------------------------------------------------ which groups live
+
+
+def test_a_length_penalty_wakes_no_dead_group(opened, monkeypatch):
+    """All wrong, one of them long: the small penalty is not blown up to unit variance."""
+    verdicts(monkeypatch, False, False, True, False, False, False, True, True)
+    for more in ("--algo dapo", "--algo hapo", "--algo dapo --comparison edge"):
+        run = opened("--overlong-buffer", "6", *more.split())
+        batch = train.train_step(1, run).batch
+        penalised = batch.rewards.view(-1, 2)
+        assert any(penalised[i, 0] != penalised[i, 1] for i in (0, 2, 3))
+        assert train.live_groups(batch).tolist() == [False, True, False, False]
+        assert batch.advantages[[0, 1, 4, 5, 6, 7]].abs().max() == 0 < batch.advantages.abs().max()
+
+
+def test_live_groups_are_dealt_out_to_the_updates(opened, monkeypatch):
+    """Two rounds of 4 groups, live ones 1, 3 | 4: of four places the first three are live, and the
+    two updates get two and one of them, not the first all."""
+    live, dead = (True, False), (False, False)
+    verdicts(monkeypatch, *dead, *live, *dead, *live, *live, *dead, *dead, *dead)
+    more = "--dynamic-sampling --max-rounds 2 --updates-per-rollout 2"
+    run = opened("--algo", "dapo", *more.split())
+    rounds, sample_round = [], train.sample_round
+    monkeypatch.setattr(
+        train, "sample_round", lambda *args: rounds.append(sample_round(*args)) or rounds[-1]
+    )
+    step = train.train_step(1, run)
+    drawn = [p.question for part in rounds for p in part.problems]
+    # dealt out in turn: places 0 and 2 of the list to the first update, 1 and 3 to the second
+    expected = [drawn[i] for i in (1, 4, 3, 0)]
+    assert [p.question for p in step.batch.problems] == expected
+    assert step.batch.in_loss.tolist() == [True] * 6 + [False] * 2
+    assert [u.outcome for u in step.updates] == ["applied", "applied"]
+    assert report.step_metrics(step, report.weight_sample(run.policy), run)["groups"] == 8
+
+
+def test_an_update_without_a_token_moves_nothing(opened, monkeypatch):
+    """KL and dynamic sampling, all groups dead: no momentum, no decay."""
+    right = [True]
+    monkeypatch.setattr(train, "grade", lambda problem, text: Grade(*[right.pop() or False] * 2))
+    run = opened("--kl", "0.1", "--dynamic-sampling", "--max-rounds", "1", "--lr", "1e-2")
+    right[:] = [True, False] * 4
+    assert train.train_step(1, run).updates[0].outcome == "applied"  # AdamW has its moments
+    before, right[:] = weights_of(run), [False] * 8
+    assert train.train_step(2, run).updates == [train.Update()]
+    assert not any(moved(run, before))
+
+
+# -------------------------------------------------------------------------------- comparison arms
+
+
+def test_forking_divides_by_all_tokens(opened, monkeypatch):
+    """Wang et al.: tokens below the threshold add nothing, and stay in the mean."""
+    verdicts(monkeypatch, True, False)
+    run = opened("--algo", "dapo", "--comparison", "forking")
+    step = train.train_step(1, run)
+    batch = step.batch
+    keeps = losses.forking_token_mask(batch.entropy, batch.loss_mask.float())
+    assert torch.equal(batch.advantages != 0, keeps.bool())
+    assert step.updates[0].tokens == int(batch.rollout.mask.sum()) > 3 * int(keeps.sum())
+    # before the first update every ratio is 1: the loss is minus the mean of A over all tokens
+    expected = -(batch.advantages.sum() / batch.rollout.mask.sum()).item()
+    assert step.updates[0].loss == pytest.approx(expected, abs=1e-6)
+
+
+def test_archer_compares_a_token_with_its_own_answer():
+    # medians 2 and 20; the third entry of the second row is padding
+    entropy = torch.tensor([[1.0, 2.0, 3.0], [20.0, 30.0, 99.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    bounds = losses.archer_bounds(entropy, mask, 0.5, 0.9, 0.1)
+    assert bounds[0].tolist() == pytest.approx([0.1, 0.1, 0.9])
+    assert bounds[1, :2].tolist() == pytest.approx([0.1, 0.9])
+
+
+def test_edge_is_bounded_where_an_entropy_vanishes():
+    result = losses.edge_advantages(torch.tensor([1.0, -1.0, 1.0]), torch.tensor([0.0, 3.0, 3]), 3)
+    assert result.tolist() == pytest.approx([10, -2 / 3, 2 / 3])
+    assert losses.edge_advantages(torch.ones(2), torch.zeros(2), 2).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------- steps
+
+
+def test_a_step_with_one_skipped_update_is_a_step(opened, monkeypatch):
+    verdicts(monkeypatch, True, False)
+    run = opened("--updates-per-rollout", "2", "--eval-every", "1")
+    count, original = [0], train.mean_loss
+
+    def mean_loss(*args):
+        count[0] += 1
+        return original(*args) * (math.nan if count[0] in (1, 3, 4) else 1.0)
+
+    monkeypatch.setattr(train, "mean_loss", mean_loss)
+    metrics, bad = train.guarded_step(1, run)
+    assert bad is None and "eval_greedy" in metrics
+    assert (metrics["updates"], metrics["skipped_updates"]) == (1, 1)
+    numbers = [x for x in metrics.values() if isinstance(x, float)]
+    assert all(map(math.isfinite, numbers)) and metrics["grad_norm"] > 0
+    _, bad = train.guarded_step(2, run)
+    assert bad == "no update applied, 2 were not finite"
+
+
+def test_kl_old_is_the_kl_of_old_and_new():
+    """k3 under the old policy's samples: exp(d) - d - 1 with d = new - old has the mean KL(old ||
+    new). By hand over a distribution of three."""
+    old, new = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    expected = (old * (old / new).log()).sum().item()
+    estimate = (old * losses.kl_k3(old.log(), new.log())).sum().item()
+    assert estimate == pytest.approx(expected, rel=1e-6)
+    other = (old * losses.kl_k3(new.log(), old.log())).sum().item()
+    assert other != pytest.approx(expected, rel=0.1)
+
+
+def test_kl_old_of_an_update(opened, monkeypatch):
+    verdicts(monkeypatch, True, False)
+    run = opened("--algo", "dapo")
+    batch = train.train_step(1, run).batch
+    rows = list(range(8))
+    mask = batch.loss_mask.float()
+    logp = batch.old_logp + 0.5 * mask
+    _, seen, _ = train.policy_loss(logp, batch, rows, run.options)
+    expected = (math.exp(0.5) - 0.5 - 1) * mask.sum().item()
+    assert seen["kl_old"].item() == pytest.approx(expected, rel=1e-4)
+
+
+# -------------------------------------------------------------------------------------------- BuPO
+
+
+def test_the_final_norm_is_applied_and_not_trained(opened, monkeypatch):
+    verdicts(monkeypatch, True, False)
+    run = opened(*"--bupo-layer 2 --bupo-steps 1 --bupo-norm".split())
+    start = run.policy.model.norm.weight.detach().clone()
+    train.train_step(1, run)
+    assert torch.equal(run.policy.model.norm.weight, start)
+    assert run.policy.model.norm.weight not in run.optimizer.state
+    train.train_step(2, run)
+    assert not torch.equal(run.policy.model.norm.weight, start)
+
+
+def test_upper_layers_can_be_warmed_up_at_the_switch(opened, monkeypatch):
+    verdicts(monkeypatch, True, False)
+    run = opened(*"--bupo-layer 1 --bupo-steps 1 --bupo-warmup 4 --steps 9".split())
+    rates = []
+    for step in range(1, 7):
+        train.train_step(step, run)
+        rates.append({g["upper"]: g["lr"] for g in run.optimizer.param_groups})
+    assert [r[False] for r in rates] == [1e-3] * 6
+    assert [r[True] for r in rates] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+
+
+def test_the_boundary_layer_weighs_processes_by_their_tokens(opened, monkeypatch):
+    """Process 0 has 3 tokens and a change of -1 in layer 2; another has 1 token and +2."""
+    run = opened("--bupo-layer", "auto", "--bupo-steps", "1")
+    change = torch.tensor([1.0, -1.0, -1.0])
+    entropy = type("E", (), {"feed_forward_change": change})
+    monkeypatch.setattr(train.internals, "internal_entropy", lambda *args, **kwargs: entropy)
+
+    class Two(World):
+        size = 2
+
+        def sum(self, x):
+            x = torch.as_tensor(x)
+            return x + (1 if x.dim() == 0 else torch.tensor([1.0, 2.0, -1.0]) * 1)
+
+    run.world = Two("cpu")
+    batch = train.Batch(
+        problems=[], texts=[], rollout=Rollout.of_answers([[1]], [[2, 3, 4]]), strict=None,
+        lenient=None, right=None, rewards=None,
+    )  # fmt: skip
+    # layer 2: (3 x -1 + 1 x 2) / 4 < 0; unweighted it would be (-1 + 2) / 2 > 0
+    assert train.choose_layer(batch, run) == 1
+
+
+def test_answers_for_a_measurement_are_spread_over_the_batch():
+    rollout = Rollout.of_answers([[i] for i in range(100)], [[i] for i in range(100)])
+    ids, _, _ = rollout.with_response_mask(64)
+    firsts = ids[:, 0].tolist()
+    assert len(set(firsts)) == 64 and max(firsts) > 95
+    assert Rollout.of_answers([[1], [2]], [[3], [4]]).with_response_mask(64)[0].shape == (2, 2)
+
+
+# ------------------------------------------------------------------------------------- evaluations
+
+
+def test_expected_live_groups_are_counted_not_computed_from_a_mean(opened, monkeypatch):
+    """Half the prompts always right, half never: no group is live, though 1 - p^G - (1-p)^G says
+    half of them."""
+    run = opened()
+
+    def half(run, problems, *args):
+        groups = [[Answer("", Grade(*[i % 2 == 0] * 2), 3, True)] * 2 for i in range(len(problems))]
+        return groups
+
+    monkeypatch.setattr(report, "evaluate_over", half)
+    report.first_look(run)
+    first = json.loads((run.out / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["pass_rate"] == pytest.approx(0.5, abs=0.03)
+    assert first["expected_live_groups"] == 0
+
+
+def test_the_probe_is_drawn(opened, monkeypatch):
+    run, asked = opened("--data", "", "--task", "countdown"), []
+
+    def remember(run, problems, *args):
+        asked.append([p.question for p in problems])
+        return [[Answer("", Grade(True, True), 3, True)]] * 2
+
+    monkeypatch.setattr(report, "evaluate_over", remember)
+    report.first_look(run)
+    order = [p.question for p, _ in run.items]
+    places = [order.index(q) for q in asked[-1]]
+    assert len(places) == 64 and max(places) > len(order) // 2
+
+
+def test_rows_at_once_change_no_draw(opened):
+    run = opened()
+    problems = [p for p, _ in run.items[:7]]
+    texts = []
+    for rows in (2, 6, 100):
+        how = dict(seed=3, rows_at_once=rows)
+        args = (run.policy, run.tokenizer, problems, 2, 6, run.eos_ids)
+        answers = evaluate.sample_answers(*args, **how)
+        texts.append([a.text for row in answers for a in row])
+    assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 7
+    # two processes that share the problems out draw what one draws
+    parts = [
+        evaluate.sample_answers(
+            *args[:2], problems[r::2], *args[3:], seed=3, numbers=range(r, 7, 2)
+        )
+        for r in (0, 1)
+    ]
+    merged = [parts[i % 2][i // 2] for i in range(7)]
+    assert [a.text for row in merged for a in row] == texts[0]
+
+
+def test_eval_prompts_do_not_change_the_split(tmp_path, opened):
+    path = tmp_path / "many.jsonl"
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(100)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few, many = (opened("--data", str(path), "--eval-prompts", n) for n in ("4", "400"))
+    assert [p for p, _ in few.items] == [p for p, _ in many.items] and len(few.items) == 80
+
+
+def test_held_out_questions_that_are_trained_on_are_reported(tmp_path, opened, capsys):
+    path = tmp_path / "held.jsonl"
+    rows = [{"question": "What is  3 plus 1?", "answer": "4"}, {"question": "new", "answer": "1"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened("--eval-data", str(path))
+    assert "1 of the 2 questions of --eval-data" in capsys.readouterr().out
+
+
+def test_evaluate_says_what_was_trained_on(tmp_path, capsys):
+    data, out = tmp_path / "q.jsonl", tmp_path / "run"
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(50)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out.mkdir()
+    config = dict(prompts_per_step=4, data=str(data), eval_data="", task="countdown", difficulty=3)
+    (out / "config.json").write_text(json.dumps(config))
+    problems = tasks.read_problems(data)
+    held_out = load_problems("countdown", str(data))[1]
+    assert "40 of the 50" in evaluate.trained_on(str(out / "final"), problems)
+    assert evaluate.trained_on(str(out / "final"), held_out) is None
+    assert evaluate.trained_on(str(tmp_path), problems) is None
+    data.unlink()
+    assert "cannot tell" in evaluate.trained_on(str(out / "final"), problems)
+
+
+# ------------------------------------------------------------------------------------------ resume
+
+
+@pytest.fixture
+def started(tmp_path, tiny_folder, opened, monkeypatch):
+    """A run of one step whose model and questions may be changed: (its folder, both)."""
+    verdicts(monkeypatch, True, False)
+    model = shutil.copytree(tiny_folder, tmp_path / "start")
+
+    def start(*more):
+        run = opened("--model", str(model), *more)
+        train.checkpoint.save(run, 0)
+        run.lock.close()
+        return run.out, model, run.options.data
+
+    return start
+
+
+def resumed(out, *more):
+    options = train.parse(["--out", str(out), "--resume", *map(str, more)], "")
+    run, step = open_run(options, World("cpu"))
+    run.lock.close()
+    return run, step
+
+
+def nudge(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1e-3
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_another_initial_model_is_refused(started, tmp_path):
+    out, model, _ = started("--kl", "0.1")
+    same = shutil.copytree(model, tmp_path / "same")
+    assert resumed(out, "--model", same)[1] == 0  # the same model in another place
+    nudge(same)
+    with pytest.raises(BadInput, match="its weights are not those that the run"):
+        resumed(out, "--model", same)
+    nudge(model)
+    with pytest.raises(BadInput, match="its weights are not those"):
+        resumed(out)
+
+
+def test_another_model_is_refused_without_a_reference_too(started, tmp_path):
+    out, model, _ = started()
+    other = shutil.copytree(model, tmp_path / "other")
+    nudge(other)
+    with pytest.raises(BadInput, match="name that model"):
+        resumed(out, "--model", other)
+    assert json.loads((out / "config.json").read_text())["model"] == str(model)
+    shutil.rmtree(model)
+    assert resumed(out)[1] == 0  # nothing needs it
+
+
+def test_changed_questions_are_refused(started, monkeypatch):
+    out, _, data = started()
+    text = open(data).read()
+    open(data, "w").write(text.replace('"answer": "5"', '"answer": "6"'))
+    with pytest.raises(BadInput, match="the questions in use are not those"):
+        resumed(out)
+    open(data, "w").write(text)
+    assert resumed(out)[1] == 0
