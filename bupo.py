@@ -50,12 +50,8 @@ def lower_layers(model: nn.Module, layer: int) -> list[nn.Parameter]:
 
 
 def layerwise_groups(model: nn.Module, layer: int, lr: float, scale: float = 0.1) -> list[dict]:
-    """Optimiser groups: layers above `layer` ("upper") learn at `scale` times lr. For the arm
-    "layer-lr", and for a warm-up of the upper layers when phase 2 first moves them."""
+    """Optimiser groups of the arm "layer-lr": layers above `layer` learn at `scale` times lr."""
     upper = [p for part in decoder_body(model).layers[layer:] for p in part.parameters()]
     known = {id(p) for p in upper}
     rest = [p for p in model.parameters() if id(p) not in known]
-    return [
-        {"params": rest, "lr": lr, "upper": False},
-        {"params": upper, "lr": lr * scale, "upper": True},
-    ]
+    return [{"params": rest, "lr": lr}, {"params": upper, "lr": lr * scale}]

@@ -372,10 +372,7 @@ def prepare_updates(step: int, layer: int | None, run: Run) -> None:
     """Linear warm-up; and what may not move in the first phase of BuPO."""
     options = run.options
     for group in run.optimizer.param_groups:
-        warm = step / max(1, options.warmup_steps)
-        if options.bupo_warmup and group["upper"]:  # first moved, with fresh moments, in phase 2
-            warm = max(0, step - options.bupo_steps) / options.bupo_warmup
-        group["lr"] = group["peak_lr"] * min(1.0, warm)
+        group["lr"] = group["peak_lr"] * min(1.0, step / max(1, options.warmup_steps))
     if options.bupo_norm:  # BuPO 5: phase 1 applies the final norm and leaves it as it is
         internals.decoder_body(run.policy).norm.requires_grad_(layer is None)
     if run.layer is not None and options.bupo_arm == "freeze":  # BuPO 6: a comparison arm

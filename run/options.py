@@ -84,7 +84,6 @@ class Options:
     bupo_layer: str = opt("", "align this layer's policy first: 1 ... L, or auto: the boundary")
     bupo_steps: int = opt(30, "s_inter, steps of the first phase")
     bupo_norm: bool = opt(False, "final norm on the internal policy too")
-    bupo_warmup: int = opt(0, "linear warm-up of the layers above l when phase 2 begins, in steps")
     bupo_arm: str = opt(
         "align",
         "align: BuPO; comparison arms: freeze layers 1 ... l in the first phase, or layer-lr: "
@@ -217,7 +216,7 @@ def complete(options):
 
 
 AT_LEAST = dict.fromkeys(
-    "micro_batch micro_tokens warmup_steps bupo_warmup diagnose_every overlong_buffer seed".split(),
+    "micro_batch micro_tokens warmup_steps diagnose_every overlong_buffer seed".split(),
     0,
 ) | dict.fromkeys(
     "steps prompts_per_step updates_per_rollout max_new_tokens max_rounds eval_prompts eval_every "
@@ -317,16 +316,11 @@ def without_effect(options):
     for name in ("released", "rho", "temperature_form"):
         unused = o.algo != "hapo" and getattr(o, name) != default[name]
         yield unused, name, f"belongs to HAPO and would do nothing with --algo {o.algo}"
-    for name in ("bupo_norm", "bupo_warmup", "bupo_arm"):
+    for name in ("bupo_norm", "bupo_arm"):
         unused = not o.bupo_layer and getattr(o, name) != default[name]
         yield unused, name, "does nothing without --bupo-layer"
     yield (
         o.bupo_norm and o.bupo_arm != "align",
         "bupo_norm",
         f"no internal policy is trained with --bupo-arm {o.bupo_arm}",
-    )
-    yield (
-        o.bupo_warmup and o.bupo_arm != "align",
-        "bupo_warmup",
-        f"the layers above l move from the start with --bupo-arm {o.bupo_arm}",
     )

@@ -110,11 +110,9 @@ class Run:
         """AdamW in float32. BuPO's first phase needs nothing special: a weight without a gradient
         is passed by, decay and moments included."""
         options = self.options
-        groups = [{"params": list(self.policy.parameters()), "lr": options.lr, "upper": False}]
-        slow = options.bupo_arm == "layer-lr"  # BuPO 7: a comparison arm
-        if self.layer is not None and (slow or options.bupo_warmup):
-            scale = 0.1 if slow else 1.0
-            groups = bupo.layerwise_groups(self.policy, self.layer, options.lr, scale)
+        groups = [{"params": list(self.policy.parameters()), "lr": options.lr}]
+        if self.layer is not None and options.bupo_arm == "layer-lr":  # BuPO 7: a comparison arm
+            groups = bupo.layerwise_groups(self.policy, self.layer, options.lr)
         for group in groups:
             group["peak_lr"] = group["lr"]
         decay = options.weight_decay

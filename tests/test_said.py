@@ -169,17 +169,6 @@ def test_the_final_norm_is_applied_and_not_trained(opened, monkeypatch):
     assert not torch.equal(run.policy.model.norm.weight, start)
 
 
-def test_upper_layers_can_be_warmed_up_at_the_switch(opened, monkeypatch):
-    verdicts(monkeypatch, True, False)
-    run = opened(*"--bupo-layer 1 --bupo-steps 1 --bupo-warmup 4 --steps 9".split())
-    rates = []
-    for step in range(1, 7):
-        train.train_step(step, run)
-        rates.append({g["upper"]: g["lr"] for g in run.optimizer.param_groups})
-    assert [r[False] for r in rates] == [1e-3] * 6
-    assert [r[True] for r in rates] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
-
-
 def test_the_boundary_layer_weighs_processes_by_their_tokens(opened, monkeypatch):
     """Process 0 has 3 tokens and a change of -1 in layer 2; another has 1 token and +2."""
     run = opened("--bupo-layer", "auto", "--bupo-steps", "1")

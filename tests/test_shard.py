@@ -17,8 +17,8 @@ import train
 from program.errors import BadInput
 from scale.shard import check_world
 
-# HAPO with BuPO, unequal micro-batches, layers checkpointed, and dynamic sampling, whose live groups
-# two processes deal out as one does. Behind the resume lie an aligned step and a full one.
+# HAPO with BuPO, unequal micro-batches, layers checkpointed, and dynamic sampling, whose live
+# groups two processes deal out as one does. Behind the resume lie an aligned and a full step.
 OPTIONS = (
     "--prompts-per-step 4 --answers-per-prompt 4 --updates-per-rollout 2 --max-new-tokens 8 "
     "--eval-prompts 2 --warmup-steps 1 --device cpu --bupo-layer 2 --bupo-steps 2 "
