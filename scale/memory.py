@@ -35,6 +35,7 @@ class Estimate(NamedTuple):
     weights: int
     gradients: int
     moments: int
+    reference: int  # the initial model, for --kl
     replica: int
     activations: int
     logits: int
@@ -63,6 +64,7 @@ def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True):
     held = parameters / (world_size if sharded else 1)
     weights = gradients = 0 if options.offload else int(4 * held)
     moments = 0 if options.offload else int(8 * held)
+    reference = weights if options.needs_reference else 0
     replica = 2 * parameters if cuda else (4 * parameters if sharded else 0)
 
     activations = _activations(config, options, prompt_tokens, world_size, compute)
@@ -80,9 +82,19 @@ def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True):
     keys = 2 * config.num_hidden_layers * _heads(config)[1] * _heads(config)[2]
     kv_cache = int(answers * sequence * keys * compute)
     sampling = int(answers * vocab * (4 * 3 + compute))
-    peak = weights + moments + replica
+    peak = weights + moments + reference + replica
     peak += max(gradients + activations + logits, kv_cache + sampling)
-    parts = (weights, gradients, moments, replica, activations, logits, kv_cache, sampling)
+    parts = (
+        weights,
+        gradients,
+        moments,
+        reference,
+        replica,
+        activations,
+        logits,
+        kv_cache,
+        sampling,
+    )
     return Estimate(parameters, *parts, int(peak))
 
 

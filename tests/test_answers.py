@@ -56,7 +56,7 @@ lenient | Answer: 5
 lenient | Answer — 5
 lenient | a 5-day trip
 lenient | \boxed{} so it is 5
-lenient | \boxed{the answer is 5}
+lenient | \boxed{the answer is 5}, in 3 steps
 wrong   | 4
 wrong   | -5
 wrong   | −5
@@ -206,6 +206,8 @@ wrong   | 10
 wrong   | 0
 wrong   | 10,00
 wrong   | 1,0000
+wrong   | 10 0000
+wrong   | so 10 0000
 wrong   | 10,000,000
 wrong   | 10.000
 wrong   | 100,00

@@ -32,6 +32,8 @@ def test_parts_by_hand():
     assert e.parameters == parameters
     assert e.weights == e.gradients == 4 * parameters
     assert e.moments == 8 * parameters and e.replica == 2 * parameters
+    held = needs("--kl", "0.1")
+    assert e.reference == 0 and held.reference == 4 * parameters == held.peak - e.peak
     # KV cache: 8 answers x 16 tokens x 3 layers x (keys and values) x 2 heads x head size x 2 bytes
     assert e.kv_cache == 8 * 16 * 3 * 2 * 2 * model.config.head_dim * 2
     # the logits chunk is never larger than an update's answers, 4 x 10; three float32 copies and

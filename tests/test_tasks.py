@@ -166,6 +166,7 @@ def test_not_an_expression(text):
         ("- (3+5)*2", (False, True)),
         ("- first I add\n- (3+5)*2", (False, True)),
         ("(as in (3+5)*2)", (False, True)),
+        ("((3+5)*2 it is)", (False, True)),
         ("1) (3+5)*2", (False, True)),
         ("16 = (3 + 5) * 2.", (False, True)),
         ("(3+5)\u00d72", (True, True)),
