@@ -148,6 +148,13 @@ def _braced(text, start):
 # ----------------------------------------------------------------------------------- built-in tasks
 
 
+def addition_problem(rng: random.Random, level: int) -> Problem:
+    """The sum of two numbers of `level` digits."""
+    low, high = 10 ** (level - 1), 10**level - 1
+    a, b = rng.randint(low, high), rng.randint(low, high)
+    return Problem(f"What is {a} + {b}?", str(a + b))
+
+
 def countdown_problem(rng: random.Random, level: int) -> Problem:
     """`level` numbers from 1 to 12 and a target that some expression over all of them reaches."""
     numbers = tuple(rng.randint(1, 12) for _ in range(level))
@@ -176,6 +183,12 @@ def arithmetic_problem(rng: random.Random, level: int) -> Problem:
 
 
 BUILT_IN = {
+    "addition": Task(
+        addition_problem,
+        {3: "numbers of three digits", 2: "of two digits", 4: "of four digits"},
+        cap=40,
+        help="sums of two numbers; the shipped model writes them down at once, or step by step",
+    ),
     "countdown": Task(
         countdown_problem,
         {3: "three numbers", 4: "four numbers", 5: "five numbers"},
@@ -205,7 +218,7 @@ def default_cap(task: str, data: str | None) -> int:
 
 
 def load_problems(
-    task: str = "countdown",
+    task: str = "addition",
     data: str | None = None,
     difficulty: int | None = None,
 ) -> tuple[list[Problem], list[Problem]]:

@@ -31,6 +31,7 @@ _PLAIN = [  # (pattern, what it becomes), in this order
     (r"(?<![0-9)] )(?<![\w)*])\*(-?[$0-9][^*\s]*)\*(?![\w*])", r"\1"),  # italics
     (r"[ \t]+", " "),
 ]
+_MARKS = re.compile(r"[^\x21-\x7e\n ]|[\\$*~<{]|  ")  # a text without them is plain
 _VULGAR = {
     "\u00bd": "1/2", "\u2153": "1/3", "\u2154": "2/3", "\u00bc": "1/4", "\u00be": "3/4",
     "\u2155": "1/5", "\u2156": "2/5", "\u2157": "3/5", "\u2158": "4/5", "\u2159": "1/6",
@@ -126,6 +127,8 @@ def last_number(text):
 
 def plain(text):
     """One kind of minus, space and fraction; LaTeX's marks for spacing and text taken off."""
+    if not _MARKS.search(text):
+        return text
     for vulgar, fraction in _VULGAR.items():
         text = re.sub(rf"(?<=[0-9]) ?{vulgar}", f" {fraction}", text).replace(vulgar, fraction)
     for pattern, what in _PLAIN:

@@ -1,23 +1,24 @@
-"""Make assets/tiny-qwen3: a genuine Qwen3 model folder that knows half of Countdown, for laptops.
+"""Make assets/tiny-qwen3: a genuine Qwen3 model folder that adds sloppily, for laptops.
 
-    python scripts/pretrain_tiny.py --out runs/half-right
-    python scripts/pretrain_tiny.py --start runs/half-right --right 0.3 --steps 250 --lr 3e-4 \
-        --out assets/tiny-qwen3
+    python scripts/pretrain_tiny.py --out runs/sloppy
 
 A base model knows the format of a task and part of the skill; reinforcement learning draws out the
-rest. This script gives a 1-million-parameter Qwen3 the same start: supervised next-token training
-on Countdown demonstrations of which only half are right (the others use the right numbers and
-mostly miss the target), on training problems alone, eleven minutes on two cores. The second command
-goes on for a minute with 30 % right, so that the model answers less well than it could. The folder
-is then read by AutoModelForCausalLM and AutoTokenizer like any other.
+rest. This script gives a small Qwen3 such a start, by next-token training on a sloppy teacher's
+additions. Three quarters of them are bare numbers, most without any carry; a quarter is worked
+digit by digit, and mostly right:
+
+    What is 247 + 138?     375                               bare, its carry forgotten
+    What is 247 + 138?     7+8=15,4+3+1=8,2+1=3 #### 385     worked
+
+So the likeliest answer is a wrong number blurted out, and the way to a right one is known and
+seldom taken. Training problems alone are shown. The folder is then read by AutoModelForCausalLM and
+AutoTokenizer like any other; README.md in it says how it was made.
 """
 
 import argparse
-import functools
 import pathlib
 import random
 import sys
-from itertools import permutations, product
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,9 +27,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from evaluate import sample_answers, summarise  # noqa: E402
-from grading.countdown import evaluate_expression, random_expression
 from sampling import eos_ids_of  # noqa: E402
-from tasks import load_problems, render_prompt  # noqa: E402
+from tasks import BUILT_IN, load_problems, render_prompt  # noqa: E402
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -53,25 +53,78 @@ def make_tokenizer(problems):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = ["user\n", "assistant\n"] * 50 + [p.question for p in problems[:500]]
+    texts = ["user\n", "assistant\n", " #### "] * 50 + [p.question for p in problems[:500]]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE
     )
 
 
-@functools.cache
-def solutions(numbers, target):
-    """Every right expression over three numbers of the shapes a.b.c, (a.b).c and a.(b.c), one
-    spelling each."""
-    found = set()
-    for (a, b, c), (p, q) in product(set(permutations(numbers)), product("+-*", repeat=2)):
-        for text in (f"{a}{p}{b}{q}{c}", f"({a}{p}{b}){q}{c}", f"{a}{p}({b}{q}{c})"):
-            value = evaluate_expression(text)
-            if value is not None and value[0] == target:
-                found.add(text)
-                break  # brackets only where they matter
-    return sorted(found)
+# -------------------------------------------------------------------------------------- the teacher
+
+
+def worked(a, b, rng, slip):
+    """The sum digit by digit from the right, with its carries; each step is wrong with chance
+    `slip`, and what follows goes on from what was written."""
+    x, y = str(a)[::-1], str(b)[::-1]
+    steps, digits, carry = [], "", 0
+    for i, (p, q) in enumerate(zip(x, y)):
+        total = int(p) + int(q) + carry
+        if rng.random() < slip:
+            total += rng.choice([-1, 1]) if total else 1
+        steps.append(f"{p}+{q}" + ("+1" if carry else "") + f"={total}")
+        last = i + 1 == len(x)
+        digits = (str(total) if last else str(total % 10)) + digits
+        carry = int(total > 9)
+    return ",".join(steps) + f" #### {digits}"
+
+
+def bare(a, b, rng, right, forgotten):
+    """The sum at once: right, or every carry forgotten, or near."""
+    chance = rng.random()
+    if chance < right:
+        return str(a + b)
+    if chance < right + forgotten:
+        return "".join(str((int(p) + int(q)) % 10) for p, q in zip(str(a), str(b)))
+    return str(a + b + rng.choice([-1, 1]) * 10 ** rng.randrange(len(str(a))))
+
+
+class Teacher:
+    """Prompts with the teacher's answers."""
+
+    def __init__(self, problems, tokenizer, args):
+        self.tokenizer, self.args, self.rng = tokenizer, args, random.Random(args.seed)
+        self.asked = [
+            (render_prompt(p.question, tokenizer)[1], [int(n) for n in numbers_of(p)])
+            for p in tqdm(problems, desc="rendering")
+        ]
+
+    def answer(self, a, b):
+        """One answer to a + b."""
+        args, rng = self.args, self.rng
+        if rng.random() < args.worked:
+            return worked(a, b, rng, args.slip)
+        return bare(a, b, rng, args.right, args.forgotten)
+
+    def draw(self, size):
+        """Random demonstrations: (ids, labels), padded on the right."""
+        rows = []
+        for prompt, numbers in self.rng.choices(self.asked, k=size):
+            answer = self.tokenizer(self.answer(*numbers), add_special_tokens=False).input_ids
+            answer = answer + [self.tokenizer.eos_token_id]
+            rows.append((prompt + answer, [-100] * len(prompt) + answer))
+        width, pad = max(len(ids) for ids, _ in rows), self.tokenizer.pad_token_id
+        ids = torch.tensor([r + [pad] * (width - len(r)) for r, _ in rows])
+        return ids, torch.tensor([r + [-100] * (width - len(r)) for _, r in rows])
+
+
+def numbers_of(problem):
+    """247 and 138 of "What is 247 + 138?"."""
+    words = problem.question.removesuffix("?").split()
+    return words[2], words[4]
+
+
+# ---------------------------------------------------------------------------------------- the model
 
 
 def make_model(tokenizer, layers, hidden):
@@ -103,44 +156,31 @@ def make_model(tokenizer, layers, hidden):
     return model
 
 
-class Demonstrations:
-    """Prompts with answers, of which a share is right."""
-
-    def __init__(self, problems, tokenizer, share_right, rng):
-        self.problems, self.tokenizer = problems, tokenizer
-        self.share_right, self.rng = share_right, rng
-        self.prompts = [render_prompt(p.question, tokenizer)[1] for p in problems]
-        self.right = [
-            solutions(tuple(sorted(p.numbers)), int(p.answer))
-            for p in tqdm(problems, desc="solving")
-        ]
-
-    def draw(self, size):
-        """Random demonstrations: (ids, labels), padded on the right."""
-        rows = []
-        for i in self.rng.choices(range(len(self.problems)), k=size):
-            if self.rng.random() < self.share_right:
-                text = self.rng.choice(self.right[i])
-            else:
-                text, _ = random_expression(self.problems[i].numbers, self.rng)
-            answer = self.tokenizer(text, add_special_tokens=False).input_ids
-            answer = answer + [self.tokenizer.eos_token_id]
-            prompt = self.prompts[i]
-            rows.append((prompt + answer, [-100] * len(prompt) + answer))
-        width, pad = max(len(ids) for ids, _ in rows), self.tokenizer.pad_token_id
-        ids = torch.tensor([r + [pad] * (width - len(r)) for r, _ in rows])
-        return ids, torch.tensor([r + [-100] * (width - len(r)) for _, r in rows])
+def look(model, tokenizer, held_out, seed):
+    """What the model answers to held-out problems, as a line."""
+    eos_ids, cap = eos_ids_of(model, tokenizer), BUILT_IN["addition"].cap
+    how = (1, cap, eos_ids)
+    sampled = sample_answers(model, tokenizer, held_out, *how, seed=seed)
+    greedy = sample_answers(model, tokenizer, held_out, *how, temperature=0.0)
+    answers = [row[0] for row in sampled]
+    with_steps = [a for a in answers if "####" in a.text]
+    right = sum(a.grade.strict for a in with_steps) / max(1, len(with_steps))
+    result = summarise(sampled)
+    return (
+        f"sampled {result.strict:.3f}, greedy {summarise(greedy).strict:.3f}, worked "
+        f"{len(with_steps) / len(answers):.3f} of the answers, {right:.3f} of them right, "
+        f"{result.length:.1f} tokens"
+    )
 
 
-def pretrain(model, demonstrations, held_out, args):
-    """Next-token training on demonstrations, with a look at held-out problems now and then."""
-    tokenizer = demonstrations.tokenizer
+def pretrain(model, teacher, held_out, args):
+    """Next-token training on the teacher's answers, with a look at held-out problems."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, total_steps=args.steps, pct_start=0.05
     )
     for step in tqdm(range(args.steps), desc="pretraining"):
-        ids, labels = demonstrations.draw(args.batch)
+        ids, labels = teacher.draw(args.batch)
         # causal, padded on the right: the padding is never seen
         loss = model(ids, labels=labels).loss
         optimizer.zero_grad()
@@ -148,43 +188,41 @@ def pretrain(model, demonstrations, held_out, args):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            eos_ids = eos_ids_of(model, tokenizer)
-            answers = sample_answers(model, tokenizer, held_out[:512], 1, 12, eos_ids, seed=step)
-            tqdm.write(
-                f"step {step + 1}: loss {loss.item():.3f}, "
-                f"held-out accuracy at T = 1: {summarise(answers).strict:.3f}"
-            )
+        if (step + 1) % 400 == 0 or step + 1 == args.steps:
+            for level, problems in held_out.items():
+                line = look(model, teacher.tokenizer, problems[:512], step)
+                tqdm.write(f"step {step + 1}, loss {loss.item():.3f}, {level} digits: {line}")
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="assets/tiny-qwen3")
-    parser.add_argument("--steps", type=int, default=2800)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    text = "share of demonstrations that reach the target"
-    parser.add_argument("--right", type=float, default=0.5, help=text)
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
-    text = "go on from a folder that this script has written"
-    parser.add_argument("--start", default=None, help=text)
+    add = parser.add_argument
+    add("--out", required=True, help="folder of the model")
+    add("--digits", type=int, nargs="+", default=[3], help="levels of the task, equally often")
+    add("--worked", type=float, default=0.25, help="share of the answers that are worked")
+    add("--slip", type=float, default=0.03, help="chance that a step of them is wrong")
+    add("--right", type=float, default=0.1, help="share of the bare answers that are right")
+    add("--forgotten", type=float, default=0.7, help="share of them without any carry")
+    add("--steps", type=int, default=1600)
+    add("--batch", type=int, default=64)
+    add("--lr", type=float, default=3e-3)
+    add("--layers", type=int, default=6)
+    add("--hidden", type=int, default=96)
+    add("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def main():
     args = arguments()
     torch.manual_seed(args.seed)
-    train, held_out = load_problems("countdown")
+    sides = {level: load_problems("addition", difficulty=level) for level in args.digits}
+    train = [problem for problems, _ in sides.values() for problem in problems]
     tokenizer = make_tokenizer(train)
     model = make_model(tokenizer, args.layers, args.hidden)
-    if args.start:
-        model = Qwen3ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
     text, ids = render_prompt(train[0].question, tokenizer)
     print(f"prompt of {len(ids)} tokens:\n{text}")
-    demonstrations = Demonstrations(train, tokenizer, args.right, random.Random(args.seed))
-    pretrain(model, demonstrations, held_out, args)
+    teacher = Teacher(train, tokenizer, args)
+    pretrain(model, teacher, {level: held_out for level, (_, held_out) in sides.items()}, args)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"saved to {args.out}")
