@@ -26,15 +26,18 @@ from tqdm import tqdm
 from grading.latex import LATEX
 from program.command import OneLineParser, run_main
 from program.errors import BadInput
-from program.models import check_device, load_model
+from program.models import check_device, load_model, run_config
 from sampling import eos_ids_of, generate
 from tasks import (
     BUILT_IN,
+    FILE_INSTRUCTION,
     Grade,
     Problem,
     default_cap,
+    default_instruction,
     fit_context,
     grade,
+    instruct,
     load_problems,
     read_problems,
     render_prompt,
@@ -155,9 +158,15 @@ def parse(argv: list[str] | None) -> object:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="a Hugging Face folder or name")
-    add("--task", choices=sorted(BUILT_IN), default="countdown", help="its held-out problems")
+    add("--task", choices=sorted(BUILT_IN), default="addition", help="its held-out problems")
     add("--difficulty", type=int, default=None, help="level of the built-in task")
     add("--data", metavar="FILE", help="JSONL or parquet instead; all its rows are used")
+    add(
+        "--instruction",
+        metavar="TEXT",
+        help="line behind every question, '' for none; default: that of the run whose folder holds "
+        f"the model, else '{FILE_INSTRUCTION}' for files",
+    )
     add("--samples", type=int, default=8, metavar="K", help="answers a question, 1 to 256")
     add("--temperature", type=float, default=1.0, help="0 is greedy")
     add("--max-new-tokens", type=int, default=None, help="default: the task's, 512 for files")
@@ -206,19 +215,25 @@ def accuracy_table(answers: list[list[Answer]], samples: int) -> tuple[dict, str
     return result, "\n".join(lines)
 
 
+def instruction_for(given: str | None, model: str, data: str | None) -> str:
+    """--instruction; else what the run asked for whose folder holds the model; else the default."""
+    if given is not None:
+        return given
+    return (run_config(model) or {}).get("instruction", default_instruction(data))
+
+
 def trained_on(model: str, problems: list[Problem]) -> str | None:
     """How many of the questions the run trained on whose folder holds the model; None if none."""
-    config = pathlib.Path(model).resolve().parent / "config.json"
-    run = json.loads(config.read_text()) if config.is_file() else {}
-    if "prompts_per_step" not in run:
-        return None  # not a run's folder
+    run = run_config(model)
+    if run is None:
+        return None
     try:
         if run["eval_data"]:
             train_set = read_problems(run["data"])
         else:
             train_set, _ = load_problems(run["task"], run["data"] or None, run["difficulty"])
     except BadInput as error:
-        return f"cannot tell which questions the run in {config.parent} trained on ({error})"
+        return f"cannot tell which questions the model was trained on ({error})"
     known = {p.question for p in train_set}
     seen = sum(p.question in known for p in problems)
     if not seen:
@@ -234,6 +249,7 @@ def main(argv: list[str] | None = None) -> dict:
         problems = load_problems(args.task, difficulty=args.difficulty)[1][: args.limit]
     if seen := trained_on(args.model, problems):
         print(f"warning: {seen}")
+    problems = instruct(problems, instruction_for(args.instruction, args.model, args.data))
     cap = args.max_new_tokens or default_cap(args.task, args.data)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model, tokenizer = load_model(args.model, args.device, dtype)

@@ -19,7 +19,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -33,10 +33,12 @@ from grading.countdown import (
 )
 from grading.files import rows_of
 from grading.latex import has_math_verify, latex_equal
-from grading.numbers import last_number, parse_number
+from grading.numbers import last_number, parse_number, plain
 from program.errors import BadInput
 
 LONGEST_TEXT = 20_000  # characters of an answer that are looked at, from its end
+# what the questions of a file are followed by: a strict verdict measures what was asked for
+FILE_INSTRUCTION = "Finish with the final answer behind ####."
 FILE_CAP = 512  # tokens an answer to a file's question may have where nobody says
 QUESTIONS = 20_000  # drawn for a built-in task; many are equal
 HELD_OUT = 512  # rows of a file that are kept apart, at most a fifth of it
@@ -90,7 +92,8 @@ def _grade_latex(problem, text):
     if not strict:  # the last formula of the text, or its last line
         formulas = _FORMULA.findall(text)
         stated = "".join(formulas[-1]) if formulas else text.split("\n")[-1]
-    right = bool(stated) and latex_equal(stated.strip("$ "), problem.answer)
+    stated = (stated or "").strip("$ ")
+    right = bool(stated) and (stated == problem.answer or latex_equal(stated, problem.answer))
     return Grade(strict and right, right)
 
 
@@ -111,7 +114,33 @@ def _grade_countdown(problem, text):
     return Grade(False, stated is not None and right(stated))
 
 
-CHECKS = {"number": _grade_number, "latex": _grade_latex, "countdown": _grade_countdown}
+def _grade_text(problem, text):
+    gold = _words(problem.answer)
+    explicit = _explicit_answer(text)
+    if explicit is not None and _words(explicit) == gold:
+        return Grade(True, True)
+    lines = [explicit] if _is_marked(text) and explicit else text.strip().split("\n")
+    last, first = _words(lines[-1]), re.split(r"[.,:;!]", lines[0])[0]
+    ends = last[-len(gold) :] == gold and last[-len(gold) - 1 : -len(gold)] not in _NEGATIONS
+    return Grade(False, ends or _words(first) == gold)  # "so it is true"; "Yes, since 3 > 2"
+
+
+CHECKS = {
+    "number": _grade_number,
+    "latex": _grade_latex,
+    "countdown": _grade_countdown,
+    "text": _grade_text,
+}
+_NEGATIONS = (["not"], ["isn't"], ["never"], ["no"])
+_LETTERS = r"[^\W\d_]"
+_IS_TEXT = re.compile(
+    rf"(?:Yes|No|[A-Z]|(?=.*{_LETTERS}{{3}}){_LETTERS}+(?:[ '.-]+{_LETTERS}+){{0,11}})\.?", re.I
+)
+
+
+def _words(text):
+    """Words without LaTeX's marks, brackets, punctuation and case: "(B)." is "\\text{B}"."""
+    return re.findall(r"[^\W_]+(?:'[a-z]+)?", plain(text).casefold())
 
 
 _PROSE = re.compile(
@@ -269,11 +298,11 @@ def read_problems(path: str, flag: str = "--data") -> list[Problem]:
         else:
             problems.append(problem)
     if unusable:
-        why = "no number"
-        if not has_math_verify():
-            why += " (LaTeX answers need: pip install math-verify)"
+        why = "neither a number nor a word, and LaTeX needs: pip install math-verify"
+        if has_math_verify():
+            why = "empty"
         print(
-            f"{path}: {unusable} of {unusable + len(problems)} rows skipped, their answer holds "
+            f"{path}: {unusable} of {unusable + len(problems)} rows skipped, their answer is "
             f"{why}; the first is {example[0]}: {example[1][:60]!r}"
         )
     if not problems:
@@ -284,16 +313,28 @@ def read_problems(path: str, flag: str = "--data") -> list[Problem]:
 
 def _problem_of(question, answer):
     explicit = _explicit_answer(answer) if _is_marked(answer) else answer.strip()
-    if explicit is None:
+    if not explicit:
         return None
     if parse_number(explicit) is not None:
         return Problem(question, explicit)
-    if has_math_verify() and re.search(r"[0-9\\+*/^=(-]", explicit):
-        return Problem(question, explicit, "latex")
-    return None
+    if _IS_TEXT.fullmatch(plain(explicit).strip()):
+        return Problem(question, explicit, "text")
+    return Problem(question, explicit, "latex") if has_math_verify() else None
 
 
 # ------------------------------------------------------------------------------------------ prompts
+
+
+def default_instruction(data: str | None) -> str:
+    """The instruction where nobody says: built-in questions ask for their form themselves."""
+    return FILE_INSTRUCTION if data else ""
+
+
+def instruct(problems: list[Problem], instruction: str) -> list[Problem]:
+    """The problems, each question followed by a line that says how to answer."""
+    if not instruction:
+        return problems
+    return [replace(p, question=f"{p.question}\n{instruction}") for p in problems]
 
 
 def render_prompt(question: str, tokenizer: object) -> tuple[str, list[int]]:

@@ -31,7 +31,7 @@ _PLAIN = [  # (pattern, what it becomes), in this order
     (r"(?<![0-9)] )(?<![\w)*])\*(-?[$0-9][^*\s]*)\*(?![\w*])", r"\1"),  # italics
     (r"[ \t]+", " "),
 ]
-_MARKS = re.compile(r"[^\x21-\x7e\n ]|[\\$*~<{]|  ")  # a text without them is plain
+_MARKS = re.compile(r"[^\x21-\x7e\n ]|[\\$*~<{']|  ")  # a text without them is plain
 _VULGAR = {
     "\u00bd": "1/2", "\u2153": "1/3", "\u2154": "2/3", "\u00bc": "1/4", "\u00be": "3/4",
     "\u2155": "1/5", "\u2156": "2/5", "\u2157": "3/5", "\u2158": "4/5", "\u2159": "1/6",

@@ -1,6 +1,7 @@
 """Opening a model folder: weights in float32, a tokenizer, and one clear line for whatever can be
 wrong with them."""
 
+import json
 import pathlib
 
 import torch
@@ -130,3 +131,10 @@ def assert_tied(model):
 
 def _first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def run_config(model):
+    """The options of the run in whose folder a model lies (final/ or checkpoint-N/), or None."""
+    path = pathlib.Path(model).resolve().parent / "config.json"
+    options = json.loads(path.read_text()) if path.is_file() else {}
+    return options if "prompts_per_step" in options else None

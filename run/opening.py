@@ -18,7 +18,7 @@ from run.guard import Guard
 from run.state import Run
 from sampling import eos_ids_of
 from scale import memory, shard
-from tasks import fit_context, load_problems, read_problems
+from tasks import fit_context, instruct, load_problems, read_problems
 
 LOCK = ".lock"
 
@@ -165,7 +165,8 @@ def load_data(options, tokenizer, config, say):
         say_overlap(train_set, held_out, options, say)
     else:
         train_set, held_out = load_problems(options.task, options.data or None, options.difficulty)
-    cap = options.max_new_tokens
+    cap, asked = options.max_new_tokens, options.instruction
+    train_set, held_out = instruct(train_set, asked), instruct(held_out, asked)
     items = fit_context(train_set, tokenizer, config, cap, say)
     return items, [problem for problem, _ in fit_context(held_out, tokenizer, config, cap, say)]
 

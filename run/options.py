@@ -12,7 +12,7 @@ from losses import GROUP_RULES
 from program.command import OneLineParser
 from program.errors import BadInput
 from program.models import check_device
-from tasks import BUILT_IN, FILE_CAP, default_cap
+from tasks import BUILT_IN, FILE_CAP, FILE_INSTRUCTION, default_cap, default_instruction
 
 COMPARISONS = ["none", "forking", "archer", "entropy-advantage", "edge"]
 TASKS = "; ".join(f"{name}: {task.help}" for name, task in sorted(BUILT_IN.items()))
@@ -33,6 +33,9 @@ class Options:
     difficulty: int = opt(None, "level of the built-in task; default its first")
     data: str = opt("", "JSONL or parquet file of questions instead of a built-in task")
     eval_data: str = opt("", "file of held-out questions; default: some rows of --data")
+    instruction: str = opt(
+        None, f"line behind every question, '' for none; default '{FILE_INSTRUCTION}' for files"
+    )
     reward: str = opt("lenient", "which verdict is the reward", ["strict", "lenient"])
     out: str = opt("", "output folder; default runs/ALGO-TASK")
     resume: bool = opt(False, "continue the run in --out where its newest whole checkpoint stands")
@@ -205,6 +208,8 @@ def complete(options):
         clip_high=0.2 if grpo else 0.28,
         tau=0.1 if options.temperature_form == "zscore" else 0.05,
     )
+    if options.instruction is None:  # '' is an answer here
+        options = dataclasses.replace(options, instruction=default_instruction(options.data))
     missing = {k: v for k, v in defaults.items() if getattr(options, k) in (None, "")}
     options = dataclasses.replace(options, **missing)
     check_ranges(options)

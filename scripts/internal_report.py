@@ -10,12 +10,13 @@ import pathlib
 import torch
 from tqdm import tqdm
 
+from evaluate import instruction_for
 from internals import boundary_layer, decoder_body, internal_entropy
 from program.command import OneLineParser
 from program.errors import BadInput
 from program.models import check_device, load_model
 from sampling import Rollout, eos_ids_of, generate
-from tasks import BUILT_IN, fit_context, load_problems, read_problems, render_prompt
+from tasks import BUILT_IN, fit_context, instruct, load_problems, read_problems, render_prompt
 
 
 def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):
@@ -109,10 +110,11 @@ def arguments(argv):
         parser.add_argument(f"--{name}", help=help, **more)
 
     option("model", "a Hugging Face folder or name, or a run's folder", required=True)
-    tasks = dict(choices=sorted(BUILT_IN), default="countdown")
+    tasks = dict(choices=sorted(BUILT_IN), default="addition")
     option("task", "held-out problems of a built-in task", **tasks)
     option("difficulty", type=int)
     option("data", "questions from a JSONL or parquet file instead", metavar="FILE")
+    option("instruction", "line behind every question; as in evaluate.py", metavar="TEXT")
     text = "finished answers (JSONL with question and answer) instead of sampling"
     option("answers", text, metavar="FILE")
     option("samples", "answers that are looked at", type=int, default=32, metavar="N")
@@ -140,7 +142,8 @@ def answers_for(args, model, tokenizer):
         problems = read_problems(args.data)
     else:
         _, problems = load_problems(args.task, difficulty=args.difficulty)
-    problems = problems[: args.samples]
+    asked = instruction_for(args.instruction, model_folder(args.model), args.data)
+    problems = instruct(problems, asked)[: args.samples]
     return sampled_answers(model, tokenizer, problems, args.max_new_tokens, args.seed)
 
 

@@ -300,3 +300,71 @@ def test_gold_answers_that_are_no_number(gold):
 def test_gold_answers_with_a_name_or_a_unit(gold, value):
     assert float(parse_number(gold)) == value
     assert _problem_of("q", gold).kind == "number"
+
+
+WORDS = r"""
+gold Yes
+strict  | Yes
+strict  | yes.
+strict  | #### **Yes**
+strict  | \boxed{\text{Yes}}
+lenient | Yes, since 3 > 2.
+lenient | The answer is yes.
+lenient | I think so.<newline>Yes.
+lenient | \boxed{the answer is yes}
+wrong   | No
+wrong   | Yesterday
+wrong   | \boxed{No} Yes
+wrong   | It is not yes
+wrong   | No, though many say yes and no
+gold True
+strict  | true
+lenient | so it is true
+wrong   | so it is not true
+wrong   | untrue
+wrong   | it isn't true
+gold B
+strict  | B
+strict  | (B)
+strict  | #### B.
+strict  | \boxed{\textbf{B}}
+lenient | The answer is (B).
+lenient | B: because 3 > 2
+wrong   | A
+wrong   | AB
+wrong   | (A) or (C)
+wrong   | A or B or C
+gold \text{Evelyn}
+strict  | Evelyn
+strict  | evelyn
+lenient | It is Evelyn
+wrong   | Carla
+gold Vitamin C
+strict  | vitamin C
+lenient | They lack vitamin C.
+wrong   | vitamin
+wrong   | C
+"""
+
+
+def word_rows():
+    gold = None
+    for line in WORDS.strip().splitlines():
+        if line.startswith("gold "):
+            gold = line.removeprefix("gold ")
+        else:
+            verdict, text = line.split("|", 1)
+            yield gold, text[1:].replace("<newline>", "\n"), verdict.strip()
+
+
+@pytest.mark.parametrize("gold, text, verdict", word_rows())
+def test_answers_that_are_words(gold, text, verdict):
+    problem = _problem_of("q", gold)
+    assert problem.kind == "text"
+    assert grade(problem, text) == (verdict == "strict", verdict != "wrong")
+
+
+@pytest.mark.parametrize("gold", ["n!", "-i", "p - q", "(3, 4)", "x^2", "\\pi", "ab + bc", "pq"])
+def test_formulas_are_no_words(gold):
+    problem = _problem_of("q", gold)
+    assert problem is None or problem.kind == "latex"

@@ -348,3 +348,23 @@ def test_changed_questions_are_refused(started, monkeypatch):
         resumed(out)
     open(data, "w").write(text)
     assert resumed(out)[1] == 0
+
+
+# ------------------------------------------------------------------------------------- instruction
+
+
+def test_the_instruction_is_asked_saved_and_taken_over(opened, tmp_path):
+    run = opened()
+    assert all(p.question.endswith(f"\n{tasks.FILE_INSTRUCTION}") for p, _ in run.items)
+    assert all(p.question.endswith(tasks.FILE_INSTRUCTION) for p in run.held_out)
+    assert tasks.FILE_INSTRUCTION in run.tokenizer.decode(run.items[0][1])
+    for text in ("", "Be brief."):
+        other = opened("--instruction", text)
+        question = other.items[0][0].question
+        assert question.endswith("plus 1?" if not text else "plus 1?\nBe brief.")
+        saved = json.loads((other.out / "config.json").read_text())["instruction"]
+        assert saved == text == evaluate.instruction_for(None, str(other.out / "final"), "f.jsonl")
+        assert evaluate.instruction_for("Mine.", str(other.out / "final"), "f.jsonl") == "Mine."
+    assert evaluate.instruction_for(None, str(tmp_path), "f.jsonl") == tasks.FILE_INSTRUCTION
+    assert evaluate.instruction_for(None, str(tmp_path), None) == ""
+    assert opened("--data", "", "--task", "arithmetic").options.instruction == ""

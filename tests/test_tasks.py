@@ -334,14 +334,13 @@ def test_a_part_of_an_answer_is_not_the_answer(tmp_path, monkeypatch, capsys):
         {"question": "a", "answer": "(3, 4)"},
         {"question": "b", "answer": "4 apples"},
         {"question": "c", "answer": "no idea"},
+        {"question": "d", "answer": ""},
     )
-    for installed, kept in (
-        (False, [("4 apples", "number")]),
-        (True, [("(3, 4)", "latex"), ("4 apples", "number")]),
-    ):
+    words = [("4 apples", "number"), ("no idea", "text")]
+    for installed, kept in ((False, words), (True, [("(3, 4)", "latex"), *words])):
         monkeypatch.setattr(tasks, "has_math_verify", lambda: installed)
         assert [(p.answer, p.kind) for p in read_problems(path)] == kept
-        assert f"{3 - len(kept)} of 3 rows skipped" in capsys.readouterr().out
+        assert f"{4 - len(kept)} of 4 rows skipped" in capsys.readouterr().out
 
 
 def test_missing_file():
