@@ -301,7 +301,7 @@ def test_jsonl(tmp_path):
         ([{"q": "a"}], "line 1: needs the keys question .or prompt. and answer; it has q"),
         ([{"question": "  ", "answer": "1"}], "line 1: the question is empty"),
         (['{"question": "a", "answer": ' + "9" * 5_000 + "}"], "line 1: not JSON"),
-        ([{"question": "a", "answer": "no number"}], "no row has an answer"),
+        ([{"question": "a", "answer": " "}], "no row has an answer"),
     ],
 )
 def test_bad_files_name_file_and_line(tmp_path, rows, message, monkeypatch):
