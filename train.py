@@ -418,16 +418,7 @@ def policy_loss(
     """The loss of some rows, one value a token; sums over their tokens; the ratios in the loss."""
     old_logp = batch.old_logp[rows]
     ratio = losses.likelihood_ratio(logp, old_logp)
-    weighed, low, high = batch.advantages[rows], options.clip_low, options.clip_high
-    if options.algo == "hapo":
-        h = batch.h[rows]
-        if options.adaptive_clip:  # HAPO D
-            low, high = hapo.adaptive_clip(h, low, high)
-        if options.advantage_redistribution:  # HAPO C
-            zone = (low, high) if options.released else (options.clip_low, options.clip_high)
-            weighed = hapo.redistribute_advantages(weighed, h, ratio, *zone, options.released)
-    if batch.bounds is not None:
-        low = high = batch.bounds[rows]
+    weighed, low, high = weigh(ratio, batch, rows, options)
     loss = losses.clipped_surrogate(ratio, weighed, low, high, options.dual_clip or None)
     if options.sampler_correction:
         loss = loss * losses.truncated_weight(old_logp, batch.rollout.logp[rows])
@@ -443,6 +434,23 @@ def policy_loss(
             "kl_old": losses.kl_k3(old_logp, logp)[valid].sum(),  # of KL(old || new)
         }
         return loss, seen, torch.where(valid, ratio, 1.0)
+
+
+def weigh(
+    ratio: Tensor, batch: Batch, rows: list[int], options: Options
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """What a token's ratio meets: its advantage, and its clip distances below and above 1."""
+    weighed, low, high = batch.advantages[rows], options.clip_low, options.clip_high
+    if options.algo == "hapo":
+        h = batch.h[rows]
+        if options.adaptive_clip:  # HAPO D
+            low, high = hapo.adaptive_clip(h, low, high)
+        if options.advantage_redistribution:  # HAPO C
+            zone = (low, high) if options.released else (options.clip_low, options.clip_high)
+            weighed = hapo.redistribute_advantages(weighed, h, ratio, *zone, options.released)
+    if batch.bounds is not None:
+        low = high = batch.bounds[rows]
+    return weighed, low, high
 
 
 def mean_loss(
@@ -484,12 +492,29 @@ def train(options: Options) -> None:
     run.world.close()
 
 
+def close_up(step: Step, run: Run) -> dict:
+    """One whole group for samples.jsonl, a live one if there is one: its rows, and what the step
+    has made of every token, (G, T) each; ratios are those after the last update."""
+    batch, G = step.batch, run.options.answers_per_prompt
+    live = live_groups(batch).tolist()
+    first = G * (live.index(True) if any(live) else 0)
+    rows = list(range(first, first + G))
+    logp, _ = score(run.policy, batch.rollout, [rows], step.layer, run)
+    ratio = losses.likelihood_ratio(logp[rows], batch.old_logp[rows])
+    weighed, low, high = weigh(ratio, batch, rows, run.options)
+    clipped = ((ratio > 1 + high) & (weighed > 0)).int() - ((ratio < 1 - low) & (weighed < 0)).int()
+    h = {} if batch.h is None else {"h": batch.h[rows]}
+    return {"rows": rows, "ratio": ratio, **h, "advantage": weighed, "clipped": clipped}
+
+
 def guarded_step(step: int, run: Run) -> tuple[dict, str | None]:
     """One step with its evaluation: (metrics, None), or (what there is, why the step is bad)."""
     options = run.options
     try:
         before = report.weight_sample(run.policy)
-        metrics = report.step_metrics(train_step(step, run), before, run)
+        done = train_step(step, run)
+        metrics = report.step_metrics(done, before, run)
+        run.shown = close_up(done, run)
         skipped = metrics["skipped_updates"]
         if skipped and not metrics["updates"]:
             return metrics, f"no update applied, {skipped} were not finite"

@@ -209,12 +209,13 @@ def evaluate_over(run, problems, temperature, seed, name, samples=1):
     return list(by_question.values())
 
 
-def samples_of(step, run, rows=(0, 1)):
-    """A few answers of the last batch, readable: verdict, entropy and temperature of each token."""
+def samples_of(step, run, rows, more=None):
+    """Some answers of the last batch, readable: verdict, and of each token its entropy, temperature
+    and whatever `more` holds, (rows, T) by name."""
     batch, rollout = run.last_batch, run.last_batch.rollout
     # a batch that was refused before it was scored has the sampler's entropy alone
     entropy = rollout.entropy if batch.entropy is None else batch.entropy
-    for row in rows:
+    for i, row in enumerate(rows):
         n, problem = int(rollout.lengths[row]), batch.problems[row // rollout.group_size]
         yield {
             "step": step,
@@ -222,10 +223,13 @@ def samples_of(step, run, rows=(0, 1)):
             "truth": problem.answer,
             "answer": batch.texts[row],
             "reward": float(batch.rewards[row]),
+            "strict": bool(batch.strict[row]),
+            "lenient": bool(batch.lenient[row]),
             "finished": bool(rollout.finished[row]),
             "tokens": [run.tokenizer.decode([t]) for t in rollout.tokens[row, :n].tolist()],
             "entropy": [round(x, 4) for x in entropy[row, :n].tolist()],
             "temperature": [round(x, 4) for x in rollout.temperature[row, :n].tolist()],
+            **{k: [round(v, 4) for v in x[i, :n].tolist()] for k, x in (more or {}).items()},
         }
 
 
@@ -313,7 +317,8 @@ def record(step, metrics, bad, run):
     if run.world.main:
         write_lines(run.out / "metrics.jsonl", [metrics])
         if "reward" in metrics:
-            write_lines(run.out / "samples.jsonl", samples_of(step, run))
+            more = dict(run.shown)
+            write_lines(run.out / "samples.jsonl", samples_of(step, run, more.pop("rows"), more))
 
 
 def write_lines(path, rows):

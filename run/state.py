@@ -44,6 +44,7 @@ class Run:
     sampler_stats: hapo.EntropyStats = None  # of the last batch: the next one is sampled with them
     diagnosed: tuple = None  # the fixed answers of --diagnose-every
     last_batch: object = None  # the last that was drawn
+    shown: dict = None  # train.close_up of the last step
     lock: object = None  # the open file that keeps other runs out of the folder
     origin: dict = dataclasses.field(default_factory=dict)  # sums of first weights and questions
 

@@ -357,7 +357,7 @@ def word_rows():
             yield gold, text[1:].replace("<newline>", "\n"), verdict.strip()
 
 
-@pytest.mark.parametrize("gold, text, verdict", word_rows())
+@pytest.mark.parametrize("gold, text, verdict", list(word_rows()))
 def test_answers_that_are_words(gold, text, verdict):
     problem = _problem_of("q", gold)
     assert problem.kind == "text"
