@@ -493,11 +493,11 @@ def train(options: Options) -> None:
 
 
 def close_up(step: Step, run: Run) -> dict:
-    """One whole group for samples.jsonl, a live one if there is one: its rows, and what the step
-    has made of every token, (G, T) each; ratios are those after the last update."""
+    """One whole group for samples.jsonl, the most mixed: its rows, and what the step has made of
+    every token, (G, T) each; ratios are those after the last update."""
     batch, G = step.batch, run.options.answers_per_prompt
-    live = live_groups(batch).tolist()
-    first = G * (live.index(True) if any(live) else 0)
+    right = batch.right.view(-1, G).float().mean(1)
+    first = G * int((right - 0.5).abs().argmin())
     rows = list(range(first, first + G))
     logp, _ = score(run.policy, batch.rollout, [rows], step.layer, run)
     ratio = losses.likelihood_ratio(logp[rows], batch.old_logp[rows])

@@ -26,6 +26,12 @@ def finish(run):
         )
     else:
         run.say(f"curves: {plot([run.out])}")
+    from scripts.page import write_page
+
+    try:
+        run.say(f"every token of a group a step: open {write_page([run.out])} in a browser")
+    except BadInput as error:  # a run that an older version began
+        run.say(f"no page: {error}")
 
 
 def give_up(run, step):

@@ -174,7 +174,8 @@ def look(model, tokenizer, held_out, seed):
 
 
 def pretrain(model, teacher, held_out, args):
-    """Next-token training on the teacher's answers, with a look at held-out problems."""
+    """Next-token training on the teacher's answers; returns its last looks at held-out problems."""
+    looks = {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, total_steps=args.steps, pct_start=0.05
@@ -192,6 +193,31 @@ def pretrain(model, teacher, held_out, args):
             for level, problems in held_out.items():
                 line = look(model, teacher.tokenizer, problems[:512], step)
                 tqdm.write(f"step {step + 1}, loss {loss.item():.3f}, {level} digits: {line}")
+                looks[level] = line
+    return looks
+
+
+def card(args, looks):
+    """The model card: what the folder holds, how it was made, what it answers."""
+    told = " ".join(f"--{k} {v}" for k, v in vars(args).items() if k not in ("out", "digits"))
+    told += " --digits " + " ".join(map(str, args.digits))
+    found = "\n".join(f"- sums of {level} digits: {line}" for level, line in looks.items())
+    return f"""# A tiny Qwen3 that adds sloppily
+
+Random weights, then next-token training on a sloppy teacher's additions: {args.worked:.0%} of the
+answers are worked digit by digit (each step wrong with chance {args.slip:g}), the others are bare
+numbers, {args.right:.0%} of them right, {args.forgotten:.0%} without any carry, the rest near. Made
+for teaching reinforcement learning on a laptop; good for nothing else. English prompts of one form:
+"What is 247 + 138?".
+
+    python scripts/pretrain_tiny.py --out DIR {told}
+
+On held-out problems, at the end of that training:
+
+{found}
+
+PyTorch {torch.__version__}; another number of threads adds in another order and ends elsewhere.
+"""
 
 
 def arguments():
@@ -222,9 +248,12 @@ def main():
     text, ids = render_prompt(train[0].question, tokenizer)
     print(f"prompt of {len(ids)} tokens:\n{text}")
     teacher = Teacher(train, tokenizer, args)
-    pretrain(model, teacher, {level: held_out for level, (_, held_out) in sides.items()}, args)
+    looks = pretrain(
+        model, teacher, {level: held_out for level, (_, held_out) in sides.items()}, args
+    )
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    (pathlib.Path(args.out) / "README.md").write_text(card(args, looks))
     print(f"saved to {args.out}")
 
 

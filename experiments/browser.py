@@ -1,0 +1,146 @@
+"""Open the pages of a run and of a model in a real browser: python experiments/browser.py RUN
+
+Needs Chromium. Hostile texts are put into a copy of the run, its page is opened headless, wide and
+narrow, light and dark, walked through by keyboard, and what was rendered is looked at: a fault ends
+the program with 1. Pictures of the run's own page are left in --out.
+"""
+
+import argparse
+import html
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from scripts.page import write_page  # noqa: E402
+
+HOSTILE = [
+    "</script><script>document.title='broken out'</script>",
+    "<img src=x onerror=\"document.title='broken out'\">",
+    "\u202ereversed\u0007",
+    "\"'`&amp;",
+]
+# presses keys, moves the slider, chooses each quantity, and notes what the page then says
+DRIVE = """
+<script>
+const seen = {};
+const note = (k, v) => { seen[k] = v; document.body.dataset.seen = JSON.stringify(seen); };
+const box = document.querySelector(".tokens"), key = k => box.dispatchEvent(
+  new KeyboardEvent("keydown", {key: k, bubbles: true, cancelable: true}));
+box.focus(); key("ArrowRight"); note("second", document.querySelector(".token.here").dataset.i);
+note("detail", document.getElementById("detail").textContent);
+key("End"); note("last", +document.querySelector(".token.here").dataset.i
+  === box.querySelectorAll(".token").length - 1);
+const q = document.getElementById("quantity"), shades = new Set();
+for (const o of q.options) { q.value = o.value; q.dispatchEvent(new Event("change"));
+  shades.add([...document.querySelectorAll(".token")].map(t => t.style.background).join()); }
+note("shadings", shades.size); note("quantities", q.options.length);
+const s = document.getElementById("step"); s.value = s.max; s.dispatchEvent(new Event("input"));
+note("step", document.getElementById("number").textContent);
+note("wide", document.documentElement.scrollWidth <= innerWidth);
+</script>
+"""
+
+
+def chromium(*arguments):
+    """What headless Chromium prints; its own profile, no network."""
+    name = shutil.which("chromium") or shutil.which("google-chrome")
+    if name is None:
+        sys.exit("experiments/browser.py: needs Chromium; apt-get install chromium")
+    with tempfile.TemporaryDirectory() as profile:
+        quiet = (
+            "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
+            "--disable-background-networking --disable-component-update --disable-sync "
+            "--enable-logging=stderr --virtual-time-budget=4000"
+        ).split()
+        command = [name, *quiet, f"--user-data-dir={profile}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def rendered(path, size="1200,1400"):
+    """(DOM after the scripts have run, messages of the page's console, seconds)"""
+    started = time.perf_counter()
+    done = chromium(f"--window-size={size}", "--dump-dom", path.as_uri())
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, console, time.perf_counter() - started
+
+
+def spoil(run, folder):
+    """A copy of the run's files, hostile texts in the first tokens and questions of every step."""
+    copy = pathlib.Path(folder) / "hostile"
+    copy.mkdir()
+    for name in ("metrics.jsonl", "config.json"):
+        shutil.copy(run / name, copy)
+    rows = [json.loads(line) for line in open(run / "samples.jsonl")]
+    for i, row in enumerate(rows):
+        row["tokens"][0], row["question"] = HOSTILE[i % 4], HOSTILE[row["step"] % 4]
+    (copy / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return copy, rows
+
+
+def check(name, condition):
+    print(f"{'ok   ' if condition else 'FAULT'} {name}", flush=True)
+    check.faults += not condition
+
+
+check.faults = 0
+
+
+def look_at_run(run, folder):
+    copy, rows = spoil(run, folder)
+    page = write_page([copy])
+    dom, console, seconds = rendered(page)
+    first = [row for row in rows if row["step"] == rows[0]["step"]]
+    tokens = re.findall(r'<span class="token[^>]*>(.*?)</span>', dom, re.S)
+    check("the page draws itself", 'data-drawn="yes"' in dom)
+    check("no message on its console", not console)
+    check("every token of the group is there", len(tokens) == sum(len(r["tokens"]) for r in first))
+    texts = [html.unescape(t) for t in tokens]
+    check("markup is shown as text", HOSTILE[0] in texts and HOSTILE[1] in texts)
+    check("direction marks are spelled out", "\\u202ereversed\\u0007" in texts)
+    check("nothing has run", "<title>A run, token by token</title>" in dom and "<img" not in dom)
+    check("five curves", dom.count("<svg") == 5 and dom.count("<polyline") >= 7)
+    check(f"opens in {seconds:.1f} s, the browser's start included", seconds < 10)
+    for size in ("1200,1400", "380,800"):
+        driven = page.with_name("driven.html")
+        driven.write_text(page.read_text().replace("</body>", DRIVE + "</body>"))
+        dom, _, _ = rendered(driven, size)
+        seen = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom).group(1)))
+        check(f"{size}: arrow keys walk", seen["second"] == "1" and seen["last"])
+        names = ("entropy", "temperature", "h ", "advantage", "ratio", "clipped")
+        check(f"{size}: the detail names all", all(name in seen["detail"] for name in names))
+        # nothing is clipped in the first step and nothing heated: those two may look alike
+        check(f"{size}: quantities shade anew", seen["quantities"] == 6 and seen["shadings"] >= 5)
+        check(f"{size}: the slider reaches the last step", seen["step"] == str(rows[-1]["step"]))
+        check(f"{size}: nothing sticks out sideways", seen["wide"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=pathlib.Path, help="folder of a run")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for pictures")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        look_at_run(args.run, folder)
+    page = write_page([args.run])
+    check(f"{page.stat().st_size / 1e6:.1f} MB are at most 3", page.stat().st_size <= 3e6)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        looks = {"light": [], "dark": ["--blink-settings=preferredColorScheme=0"]}
+        for name, more in looks.items():
+            picture = args.out / f"page-{name}.png"
+            size = "--window-size=1100,900"
+            chromium(size, f"--screenshot={picture}", *more, page.as_uri())
+            print(f"{picture}")
+    print(f"{check.faults} faults")
+    sys.exit(check.faults > 0)
+
+
+if __name__ == "__main__":
+    main()

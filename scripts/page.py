@@ -1,0 +1,130 @@
+"""The page of a run: python scripts/page.py RUN [--compare RUN] [--out FILE]
+
+One HTML file that opens in any browser, offline: a slider over the steps, one whole group of
+answers a step with every token shaded by what HAPO did to it, and the curves. Written at the end of
+every run, from metrics.jsonl and samples.jsonl. The templates lie in scripts/pages/.
+"""
+
+import json
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from program.command import OneLineParser, run_main  # noqa: E402
+from program.errors import BadInput  # noqa: E402
+
+LARGEST = 2_900_000  # bytes of a page; steps are left out until it fits
+TOKENS = ("entropy", "temperature", "h", "advantage", "ratio", "clipped")
+CURVES = ("reward", "entropy", "response_length", "grad_norm", "eval_accuracy", "eval_greedy")
+
+
+def rows_of(path):
+    """The objects of a JSONL file; BadInput names it where there is none or a line is broken."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; name the folder of a run of train.py")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise BadInput(f"{path}, line {number}: not JSON; is the run still writing?") from None
+    return rows
+
+
+def read_run(folder):
+    """A run as its page wants it: name, what it was, curves, and one group of answers a step."""
+    folder = pathlib.Path(folder)
+    metrics, samples = rows_of(folder / "metrics.jsonl"), rows_of(folder / "samples.jsonl")
+    if not samples:
+        raise BadInput(f"{folder / 'samples.jsonl'}: empty; the run has made no step yet")
+    if "advantage" not in samples[0]:
+        raise BadInput(
+            f"{folder / 'samples.jsonl'}: of an older version of this code, without a whole group "
+            "a step; make the run again"
+        )
+    options = json.loads((folder / "config.json").read_text())
+    steps = {}
+    for row in samples:
+        group = steps.setdefault(
+            row["step"],
+            {
+                "step": row["step"],
+                "question": row["question"],
+                "truth": row["truth"],
+                "answers": [],
+            },
+        )
+        answer = {name: short(row[name]) for name in TOKENS if name in row}
+        answer |= {name: row[name] for name in ("tokens", "reward", "finished")}
+        group["answers"].append(answer)
+    curves = {key: [[r["step"], short(r.get(key))] for r in metrics] for key in CURVES}
+    curves["dead"] = [[r["step"], r["dead_groups"] / r["groups"]] for r in metrics if "groups" in r]
+    what = f"{options['algo']} on {options['data'] or options['task']}, {options['model']}"
+    return {
+        "name": folder.name,
+        "what": what,
+        "steps": list(steps.values()),
+        "curves": curves,
+    }, options
+
+
+def short(value):
+    """Numbers with four digits, and none that JSON does not have."""
+    if isinstance(value, list):
+        return [short(x) for x in value]
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.4g}") if abs(value) < float("inf") else None
+
+
+def in_script(data):
+    """JSON that can stand in a <script>: no text of it can end the element or a line."""
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def fill(template, data):
+    """A template of scripts/pages/ with the shared parts and the data put in."""
+    folder = ROOT / "scripts" / "pages"
+    page = (folder / template).read_text(encoding="utf-8")
+    for name in ("shared.css", "shared.js"):
+        page = page.replace(f"/*{name}*/", (folder / name).read_text(encoding="utf-8"))
+    return page.replace("/*data*/", in_script(data))
+
+
+def write_page(folders, out=None):
+    """Write the page of one run, or of two side by side; returns its path."""
+    runs, options = zip(*(read_run(folder) for folder in folders))
+    asked = [(o["task"], o["data"], o["difficulty"]) for o in options]
+    if len(set(asked)) > 1:
+        raise BadInput(
+            f"--compare {folders[1]}: another task or file than {folders[0]}; answers to different "
+            "questions cannot stand side by side"
+        )
+    tau = options[0]["tau"] or 0.05
+    data = {"runs": runs, "base": options[0]["temperature"], "tau": tau}
+    page = fill("run.html", data)
+    while len(page) > LARGEST and len(runs[0]["steps"]) > 2:
+        for run in runs:  # every second step, the last one kept
+            run["steps"] = run["steps"][::-1][::2][::-1]
+        page = fill("run.html", data)
+    out = pathlib.Path(out or pathlib.Path(folders[0]) / "page.html")
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def main(argv=None):
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("--compare", metavar="RUN", help="a second run, beside the first")
+    parser.add_argument("--out", metavar="FILE", help="default RUN/page.html")
+    args = parser.parse_args(argv)
+    folders = [args.run] + ([args.compare] if args.compare else [])
+    path = write_page(folders, args.out)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
+
+if __name__ == "__main__":
+    run_main(main)
