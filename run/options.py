@@ -29,7 +29,7 @@ class Options:
 
     # what is trained, and on what
     model: str = opt("assets/tiny-qwen3", "Hugging Face folder or hub name")
-    task: str = opt("countdown", f"built-in task; {TASKS}", sorted(BUILT_IN))
+    task: str = opt("addition", f"built-in task; {TASKS}", sorted(BUILT_IN))
     difficulty: int = opt(None, "level of the built-in task; default its first")
     data: str = opt("", "JSONL or parquet file of questions instead of a built-in task")
     eval_data: str = opt("", "file of held-out questions; default: some rows of --data")
@@ -41,7 +41,7 @@ class Options:
     resume: bool = opt(False, "continue the run in --out where its newest whole checkpoint stands")
     overwrite: bool = opt(False, "delete the run that --out already holds")
     seed: int = opt(0, "every random draw follows from it (the split of the questions is fixed)")
-    steps: int = opt(120, "rollout batches")
+    steps: int = opt(100, "rollout batches")
     device: str = opt("", "cpu or cuda; default cuda where there is one")
     plain: bool = opt(False, "the readable version of everything in fast/ (for small models)")
 
@@ -106,7 +106,7 @@ class Options:
 
     # looking at it
     eval_prompts: int = opt(512, "held-out answers an evaluation")
-    eval_every: int = opt(30, "steps; step 0 and the last are always evaluated")
+    eval_every: int = opt(25, "steps; step 0 and the last are always evaluated")
     save_every: int = opt(1, "steps between checkpoints: what a killed run may lose")
     keep: int = opt(2, "checkpoints that are kept")
     max_bad_steps: int = opt(5, "stop after so many steps in a row with NaN or infinity")

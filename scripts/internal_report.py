@@ -16,6 +16,7 @@ from program.command import OneLineParser
 from program.errors import BadInput
 from program.models import check_device, load_model
 from sampling import Rollout, eos_ids_of, generate
+from scripts.model_page import write_model_page
 from tasks import BUILT_IN, fit_context, instruct, load_problems, read_problems, render_prompt
 
 
@@ -181,7 +182,9 @@ def main(argv=None):
     decoder_body(model)
     rollout = answers_for(args, model, tokenizer)
     inputs = [x.to(args.device) for x in rollout.with_response_mask(args.samples)]
-    record = {}
+    if not int(rollout.mask.sum()):
+        raise BadInput(f"--model {args.model}: its answers are empty; nothing can be asked about")
+    record, models = {}, {}
     for name in [args.model] + ([args.compare] if args.compare else []):
         if name != args.model:
             model, other = load_model(model_folder(name), args.device)
@@ -194,5 +197,7 @@ def main(argv=None):
         entropy = internal_entropy(model, *inputs, len(tokenizer), progress=progress)
         size = f"{len(rollout.tokens)} answers, {int(rollout.mask.sum())} tokens"
         print(f"\n{name}: {size}; entropies in nats\n{table(entropy)}")
-        record[name] = record_of(entropy, rollout, args.seed)
+        record[name], models[name] = record_of(entropy, rollout, args.seed), model
     write(record, pathlib.Path(args.out))
+    page = write_model_page(pathlib.Path(args.out), models.items(), tokenizer, rollout, record)
+    print(f"what every layer would have said: open {page} in a browser")

@@ -57,7 +57,9 @@ function walk(box, show) {
   });
   box.addEventListener("keydown", e => {
     const tokens = [...box.querySelectorAll(".token")], at = tokens.indexOf(here);
-    const to = {ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tokens.length - 1}[e.key];
+    const wide = +box.dataset.columns || tokens.length;
+    const to = {ArrowRight: at + 1, ArrowLeft: at - 1, ArrowUp: at - wide, ArrowDown: at + wide,
+      Home: 0, End: tokens.length - 1}[e.key];
     if (to === undefined || !tokens[to]) return;
     e.preventDefault();
     go(tokens[to]);
