@@ -289,9 +289,11 @@ def choose_layer(batch: Batch, run: Run) -> int:
     layer, found = bupo.boundary_or_fallback(change)
     where = f"{layer} of {len(change)} ({change[layer - 1]:+.3f} nats)"
     if found:
+        margin = change[layer - 1 :].abs().min()  # of the layers whose signs decide
         run.say(
-            f"boundary layer: {where}, the last whose feed-forward block raises entropy; "
-            f"its policy is trained for {options.bupo_steps} steps"
+            f"boundary layer: {where}, the last whose feed-forward block raises entropy, on "
+            f"{len(ids)} answers; no deciding change is nearer to 0 than {margin:.3f} nats. Its "
+            f"policy is trained for {options.bupo_steps} steps"
         )
     else:
         run.say(

@@ -121,14 +121,59 @@ def look_at_run(run, folder):
         check(f"{size}: nothing sticks out sideways", seen["wide"])
 
 
+DRIVE_MODEL = """
+<script>
+const seen = {};
+const note = (k, v) => { seen[k] = v; document.body.dataset.seen = JSON.stringify(seen); };
+const box = document.querySelector("table"), key = k => box.dispatchEvent(
+  new KeyboardEvent("keydown", {key: k, bubbles: true, cancelable: true}));
+box.focus(); key("ArrowDown"); key("ArrowRight");
+const here = document.querySelector(".token.here");
+note("column", here.dataset.t); note("below", +here.dataset.l);
+note("detail", document.getElementById("detail").textContent);
+const shades = new Set();
+for (const id of ["kind", "measure"]) for (const o of document.getElementById(id).options) {
+  document.getElementById(id).value = o.value;
+  document.getElementById(id).dispatchEvent(new Event("change"));
+  shades.add([...document.querySelectorAll(".token")].map(t => t.style.background).join()); }
+note("shadings", shades.size);
+note("wide", document.documentElement.scrollWidth <= innerWidth);
+</script>
+"""
+
+
+def look_at_model(model, folder):
+    """The page that internals.py writes of a model."""
+    out = pathlib.Path(folder) / "internals"
+    command = [sys.executable, "internals.py", "--model", model, "--samples", "8", "--out", out]
+    subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True)
+    dom, console, _ = rendered(out / "page.html")
+    layers = len(json.loads((out / "internals.json").read_text())[str(model)]["attention"])
+    check("model: the page draws itself", 'data-drawn="yes"' in dom and not console)
+    check("model: two charts, a row a layer", dom.count("<svg") == 2)
+    check("model: a row a layer", len(re.findall('<th scope="row">', dom)) == layers + 1)
+    for size in ("1200,1400", "380,800"):
+        driven = out / "driven.html"
+        text = (out / "page.html").read_text()
+        driven.write_text(text.replace("</body>", DRIVE_MODEL + "</body>"))
+        dom, _, _ = rendered(driven, size)
+        seen = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom).group(1)))
+        check(f"model {size}: arrows walk", (seen["column"], seen["below"]) == ("1", layers - 1))
+        check(f"model {size}: the detail names all", "KL" in seen["detail"])
+        check(f"model {size}: policies and measures shade anew", seen["shadings"] >= 6)
+        check(f"model {size}: nothing sticks out sideways", seen["wide"])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=pathlib.Path, help="folder of a run")
     parser.add_argument("--out", type=pathlib.Path, help="folder for pictures")
+    parser.add_argument("--step", type=int, default=1, help="step on the pictures")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         look_at_run(args.run, folder)
-    page = write_page([args.run])
+        look_at_model((args.run / "final").resolve(), folder)
+    page = write_page([args.run]).resolve()
     check(f"{page.stat().st_size / 1e6:.1f} MB are at most 3", page.stat().st_size <= 3e6)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -136,7 +181,7 @@ def main():
         for name, more in looks.items():
             picture = args.out / f"page-{name}.png"
             size = "--window-size=1100,900"
-            chromium(size, f"--screenshot={picture}", *more, page.as_uri())
+            chromium(size, f"--screenshot={picture}", *more, f"{page.as_uri()}#{args.step}")
             print(f"{picture}")
     print(f"{check.faults} faults")
     sys.exit(check.faults > 0)

@@ -98,7 +98,11 @@ def table(entropy):
         )
     rows.append(f"the model's own policy (with the final norm): {e.policy:.3f} nats")
     if boundary:
-        rows.append(f"boundary layer: {boundary} of {len(e.layer) - 1}")
+        margin = e.feed_forward_change[boundary - 1 :].abs().min()
+        rows.append(
+            f"boundary layer: {boundary} of {len(e.layer) - 1}; no deciding change is nearer to 0 "
+            f"than {margin:.3f} nats"
+        )
     else:
         rows.append("boundary layer: none, no feed-forward block raises entropy")
     return "\n".join(rows)
