@@ -1,6 +1,6 @@
 """How good is a model: avg@k and unbiased pass@k on any task or file, with standard errors.
 
-    python evaluate.py --model runs/hapo-countdown/final --task countdown --samples 16
+    python evaluate.py --model runs/hapo-addition/final --samples 16
     python evaluate.py --model DIR --data test.jsonl --samples 8 --temperature 0.5 --out result.json
 
 avg@k   the mean over k sampled answers a question, then over questions

@@ -74,7 +74,7 @@ def trl(folder, steps):
     from trl import GRPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    problems = load_problems("countdown")[0][:2000]
+    problems = load_problems("addition")[0][:2000]
     prompts = [render_prompt(p.question, tokenizer)[0] for p in problems]
     coin, times = random.Random(0), []
 
