@@ -12,6 +12,10 @@ from program.errors import BadInput
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+# cuDNN's attention plans anew for every length, which a decoder changes at each step, and since
+# torch 2.11 a masked backward of it can return NaN (pytorch issue 196678); flash attention and
+# the memory-efficient kernel stay
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def check_device(name):

@@ -97,15 +97,22 @@ def save_model(run, folder, weights):
 
 
 def gather(run):
-    """(weights by name, AdamW state by weight name) as whole tensors in main memory."""
+    """(weights by name, AdamW state by weight name) as whole tensors in main memory, of process 0;
+    the others take part and let go of each tensor at once."""
+    kept = run.world.main
     every = {name for name, _ in run.policy.named_parameters(remove_duplicate=False)}
     tied = every - {name for name, _ in run.policy.named_parameters()}
-    weights, moments = run.policy.state_dict(), {}
-    weights = {n: whole(p.detach()).cpu() for n, p in weights.items() if n not in tied}
+    weights, moments = {}, {}
+    for name, p in run.policy.state_dict().items():
+        if name not in tied:
+            gathered = whole(p.detach())
+            if kept:
+                weights[name] = gathered.cpu()
     for name, p in run.policy.named_parameters():
-        if p in run.optimizer.state:
-            state = run.optimizer.state[p]
-            moments[name] = {key: whole(value).cpu() for key, value in state.items()}
+        for key, value in run.optimizer.state.get(p, {}).items():
+            gathered = whole(value)
+            if kept:
+                moments.setdefault(name, {})[key] = gathered.cpu()
     return weights, moments
 
 

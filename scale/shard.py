@@ -227,11 +227,12 @@ def make_actor(policy, world):
 
 @torch.no_grad()
 def refresh_actor(actor, policy):
-    """Copy the policy's weights into its replica, if it has one, gathering one at a time."""
+    """Copy the policy's weights into its replica, if it has one, gathering one at a time, in the
+    replica's dtype: half the traffic."""
     if actor is policy:
         return
     for target, source in zip(actor.parameters(), policy.parameters()):
-        target.copy_(whole(source))
+        target.copy_(whole(source.to(target.dtype)))
 
 
 def check_world(options, world):

@@ -401,6 +401,13 @@ def test_the_correction_weighs_tokens(opened):
             options.parse(["--estimate", "--sampler-correction", *more], "")
 
 
+def test_cudnn_attention_is_off():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert (
+        torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    )
+
+
 def test_no_comparison_wakes_a_dead_group(opened, monkeypatch):
     monkeypatch.setattr(train, "grade", lambda problem, text: Grade(False, False))
     for arm in ("entropy-advantage", "edge", "forking", "archer"):
