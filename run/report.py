@@ -266,8 +266,8 @@ def first_look(run):
             f"{options.max_new_tokens} and are cut; a cut answer is rarely right"
         )
     run.say(
-        "a loss near 0 is right: advantages are centred and the ratio starts at 1; so is one off it, "
-        "where right answers are longer than wrong ones. What shows learning is a gradient norm "
+        "a loss near 0 is right: advantages are centred and the ratio starts at 1; so is one off "
+        "it, where right answers are longer than wrong ones. What shows learning is a gradient norm "
         "above 0, few dead groups, and a rising held-out accuracy."
     )
     if run.world.main:
