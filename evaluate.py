@@ -87,6 +87,7 @@ def sample_answers(
     rows_at_once: int = 512,
     progress: str | None = None,
     plain: bool = False,
+    capture: bool = True,
     numbers: Sequence[int] | None = None,
 ) -> list[list[Answer]]:
     """For each problem a list of `samples` Answers. `progress` names a bar, or None.
@@ -102,7 +103,8 @@ def sample_answers(
             part = problems[i : i + chunk]
             prompts = [render_prompt(p.question, tokenizer)[1] for p in part]
             draws = [draws_of(seed, n, max_new_tokens, samples) for n in numbers[i : i + chunk]]
-            rollout = generate(model, prompts, *size, uniform=torch.cat(draws, 1), plain=plain)
+            how = dict(uniform=torch.cat(draws, 1), plain=plain, capture=capture)
+            rollout = generate(model, prompts, *size, **how)
             texts = tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
             rows = list(zip(texts, rollout.lengths.tolist(), rollout.finished.tolist()))
             for j, problem in enumerate(part):

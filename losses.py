@@ -31,20 +31,23 @@ def token_logprobs_and_entropy(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     plain: bool = False,
-) -> tuple[Tensor, Tensor]:
+    measure_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target and entropy of the whole distribution, both differentiable.
 
         p = softmax(hidden @ unembedding.T / temperature)
         logp = log p[target],   entropy = -sum_v p_v log p_v
 
-    hidden (..., D), unembedding (V, D) cut to the tokenizer's ids, targets (...). Chunked or plain.
+    hidden (..., D), unembedding (V, D) cut to the tokenizer's ids, targets (...). Chunked or plain;
+    measure_entropy=False saves the chunked one a pass over the logits, and it returns no entropy.
     """
     if targets.shape != hidden.shape[:-1]:
         shapes = f"{tuple(targets.shape)}, hidden {tuple(hidden.shape)}"
         raise ValueError(f"targets must have the shape of hidden without its last axis: {shapes}")
     if plain:
         return plain_logprobs_and_entropy(hidden, unembedding, targets, temperature)
-    return chunked_logprobs_and_entropy(hidden, unembedding, targets, temperature, chunk_tokens)
+    how = (temperature, chunk_tokens, measure_entropy)
+    return chunked_logprobs_and_entropy(hidden, unembedding, targets, *how)
 
 
 def plain_logprobs_and_entropy(

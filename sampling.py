@@ -14,6 +14,7 @@ Shapes: P prompts, G answers each, B = P G rows (answers of a prompt adjacent), 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor
 
-from fast import cpu, decoding
+from fast import captured, cpu, decoding
 from fast.decoding import Drawn
 from fast.rows import product
 from losses import row_logprobs_and_entropy
 from program.errors import NonFinite
 
 Temperature = float | Callable[[Tensor], Tensor]  # T, or entropies (R,) -> temperatures (R,)
+PREFILL_TOKENS = 2**15
 
 # ----------------------------------------------------------------------------------------- answers
 
@@ -161,6 +163,9 @@ def generate(
     uniform: Tensor | None = None,
     measure_entropy: bool = False,
     plain: bool = False,
+    capture: bool = True,
+    decode_rows: int = 0,
+    prefill_tokens: int = PREFILL_TOKENS,
 ) -> Rollout:
     """Draw `answers_per_prompt` answers to each prompt (lists of token ids, of any lengths).
 
@@ -169,40 +174,68 @@ def generate(
     vocab_size       ids from here on (a padded vocabulary) have probability 0
     generator        on the CPU; or `uniform`: the random numbers, (max_new_tokens, B) in [0, 1)
     measure_entropy  record the entropy of every step, also where no temperature asks for it
+    capture          on CUDA, replay steps as graphs (fast/captured.py), where the model allows it
+    decode_rows      answers drawn together, whole groups; 0: all. What is left waits its turn
+    prefill_tokens   prompt tokens that run through the model together, padding included
     """
-    rows = len(prompts) * answers_per_prompt
+    G, some = answers_per_prompt, max(1, decode_rows // answers_per_prompt) if decode_rows else 0
     if uniform is None:
-        uniform = torch.rand(max_new_tokens, rows, generator=generator)
+        uniform = torch.rand(max_new_tokens, len(prompts) * G, generator=generator)
+    rows = (some or len(prompts)) * G
     products = contextlib.nullcontext() if plain else cpu.few_rows(model, rows)
-    steps = (repeat_cache, draw, drop_finished)
-    if not plain:
-        steps = (decoding.repeat_cache, decoding.Draw(), decoding.drop_finished)
+    if plain or not capture or captured.why_not(model):
+        steps = (repeat_cache, draw, drop_finished)
+        if not plain:
+            steps = (decoding.repeat_cache, decoding.Draw(), decoding.drop_finished)
+        loop = functools.partial(_decode, steps)
+    else:
+        loop = functools.partial(_decode_captured, decoding.Draw())
+    device, parts = model.get_input_embeddings().weight.device, []
+    eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
+    size = (G, max_new_tokens, vocab_size)
     with rollout_mode(model), products:
-        device = model.get_input_embeddings().weight.device
-        prompt, prompt_mask = pad_prompts(prompts, device)
-        eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
-        size = (answers_per_prompt, max_new_tokens, vocab_size)
-        how = (temperature, uniform.to(device), measure_entropy)
-        kept = _decode(model, prompt, prompt_mask, eos, size, how, steps)
-    width = int(kept["mask"].sum(1).max())
-    kept = {name: x[:, :width] if x.dim() == 2 else x for name, x in kept.items()}
-    return Rollout(prompt=prompt, prompt_mask=prompt_mask, **kept)
+        for i in range(0, len(prompts), some or len(prompts)):
+            prompt, prompt_mask = pad_prompts(prompts[i : i + (some or len(prompts))], device)
+            draws = uniform[:, i * G : i * G + len(prompt) * G].to(device)
+            how = (temperature, draws, measure_entropy)
+            prefilled = prefill(model, prompt, prompt_mask, prefill_tokens)
+            kept = loop(model, prefilled, prompt_mask, eos, size, how)
+            width = int(kept["mask"].sum(1).max())
+            kept = {name: x[:, :width] if x.dim() == 2 else x for name, x in kept.items()}
+            parts.append(Rollout(prompt=prompt, prompt_mask=prompt_mask, **kept))
+    return parts[0] if len(parts) == 1 else Rollout.join(parts)
 
 
-def _decode(model, prompt, prompt_mask, eos, size, how, steps):
+def prefill(
+    model: nn.Module, prompt: Tensor, prompt_mask: Tensor, tokens: int
+) -> tuple[Tensor, DynamicCache]:
+    """Each prompt once through the model, `tokens` at a time: the logits behind it, (P, V), and the
+    cache of its keys and values. Without padding no mask is needed."""
+    padded, position = not bool(prompt_mask.all()), position_ids(prompt_mask)
+    logits, caches, together = [], [], max(1, tokens // prompt.shape[1])
+    for i in range(0, len(prompt), together):
+        rows, cache = slice(i, i + together), DynamicCache()
+        mask = prompt_mask[rows] if padded else None
+        logits.append(_next_logits(model, prompt[rows], mask, position[rows], cache))
+        caches.append(cache)
+    for layers in zip(*(cache.layers for cache in caches)) if len(caches) > 1 else ():
+        layers[0].keys = torch.cat([layer.keys for layer in layers])
+        layers[0].values = torch.cat([layer.values for layer in layers])
+    return torch.cat(logits), caches[0]
+
+
+def _decode(steps, model, prefilled, prompt_mask, eos, size, how):
     """The loop of `generate`; returns the tensors of the rollout by name."""
     (G, most, vocab_size), (temperature, uniform, measure_entropy) = size, how
-    repeat, draw_token, drop = steps
-    B, S, device = len(prompt) * G, prompt.shape[1], prompt.device
+    (repeat, draw_token, drop), (logits, cache) = steps, prefilled
+    B, S, device = len(prompt_mask) * G, prompt_mask.shape[1], prompt_mask.device
     kept = {name: torch.zeros(B, most, device=device) for name in Drawn._fields[1:]}
     tokens = torch.zeros(B, most, dtype=torch.long, device=device)
     mask, finished = tokens.bool(), torch.zeros(B, dtype=torch.bool, device=device)
 
-    # Prefill: each prompt once, then its state G times. Without padding no mask is needed.
-    padded, cache, position = not bool(prompt_mask.all()), DynamicCache(), position_ids(prompt_mask)
-    logits = _next_logits(model, prompt, prompt_mask if padded else None, position, cache)
     logits = logits.repeat_interleave(G, 0)
     repeat(cache, G, most - 1)
+    padded = not bool(prompt_mask.all())
     seen = torch.ones(B, S + most, dtype=torch.bool, device=device)
     seen[:, :S] = prompt_mask.repeat_interleave(G, 0)
     position = seen[:, :S].sum(1, keepdim=True)
@@ -226,6 +259,12 @@ def _decode(model, prompt, prompt_mask, eos, size, how, steps):
         logits = _next_logits(model, token[:, None], visible, position, cache)
         position = position + 1
     return {"tokens": tokens, "mask": mask, "finished": finished, **kept}
+
+
+def _decode_captured(draw_token, model, prefilled, prompt_mask, eos, size, how):
+    """The same tokens, by steps that a GPU replays."""
+    states = (*prefilled, prompt_mask, eos, size, how)
+    return captured.decode(model, _next_logits, *states, draw_token)
 
 
 def _next_logits(model, ids, mask, position, cache):

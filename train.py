@@ -110,7 +110,8 @@ class Batch:
 class Update(NamedTuple):
     """What one update did, over all processes. The defaults are those of a dead one."""
 
-    outcome: str = "dead"  # applied; skipped: NaN or infinity; dead: nothing to learn from
+    # applied; skipped: NaN or infinity; rescaled: float16 overflowed; dead: nothing to learn from
+    outcome: str = "dead"
     tokens: int = 0  # in the loss
     loss: float = 0.0
     grad_norm: float = 0.0  # before clipping
@@ -237,6 +238,8 @@ def sample_round(step: int, attempt: int, run: Run) -> Batch:
     # BuPO 3: scoring cannot see the full policy's entropy in phase 1, so the sampler measures it
     aligning = options.bupo_layer and options.bupo_arm == "align" and step <= options.bupo_steps
     how |= dict(measure_entropy=bool(aligning), vocab_size=run.vocab_size, plain=options.plain)
+    how |= dict(decode_rows=options.decode_rows, prefill_tokens=options.prefill_tokens)
+    how |= dict(capture=options.capture)
     rollout = run.together(generate, run.actor, prompts, G, cap, run.eos_ids, **how)
     texts = run.tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
     grades = [grade(problems[row // G], text) for row, text in enumerate(texts)]
@@ -313,14 +316,19 @@ def score(
     """Log-probability and entropy of every token, (B, T), in the passes of updates on `parts`."""
     logp, entropy = torch.zeros(2, *rollout.mask.shape, device=run.world.device)
     for rows in (rows for part in parts for rows, _ in run.passes(rollout, part)):
-        logp[rows], entropy[rows] = token_scores(model, rollout, rows, layer, run)
+        logp[rows], entropy[rows] = token_scores(model, rollout, rows, layer, run, True)
     shard.reshard(model)
     return logp, entropy
 
 
 def token_scores(
-    model: nn.Module, rollout: Rollout, rows: list[int], layer: int | None, run: Run
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module,
+    rollout: Rollout,
+    rows: list[int],
+    layer: int | None,
+    run: Run,
+    measure_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Log-probability and entropy of some answers at T_base, (rows, T), of layer l's policy or the
     model's own (None), 0 at padding: one function for old, new and reference."""
     options, mask = run.options, rollout.mask[rows]
@@ -328,11 +336,13 @@ def token_scores(
     with run.autocast():
         states = internals.answer_states(model, rollout, rows, layer, norm, options.plain)
         weight = internals.unembedding(model)[: run.vocab_size]  # padding ids: probability 0
+        how = dict(plain=options.plain, measure_entropy=measure_entropy)
         logp, entropy = losses.token_logprobs_and_entropy(
-            states, weight, rollout.tokens[rows][mask], options.temperature, plain=options.plain
+            states, weight, rollout.tokens[rows][mask], options.temperature, **how
         )
     blank = torch.zeros(mask.shape, device=mask.device)
-    return blank.masked_scatter(mask, logp), blank.masked_scatter(mask, entropy.detach())
+    logp = blank.masked_scatter(mask, logp)
+    return logp, blank.masked_scatter(mask, entropy.detach()) if measure_entropy else None
 
 
 # ----------------------------------------------------------------------------------- 4. statistics
@@ -404,13 +414,11 @@ def update(batch: Batch, rows: list[int], layer: int | None, run: Run) -> Update
         ratio_max = max(ratio_max, float(ratio.max()))
         ratio_off = max(ratio_off, float((ratio - 1).abs().max()))
     sums, (ratio_max, ratio_off) = run.total(sums), run.largest(ratio_max, ratio_off)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), options.grad_clip)
-    grad_norm = shard.whole(norm).item()
-    accepted = run.guard.accepts(sums["loss"], grad_norm)
-    if accepted:
+    grad_norm = run.clip_gradients()
+    outcome = run.guard.judge(sums["loss"], grad_norm, run.rescale())
+    if outcome == "applied":
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    outcome = "applied" if accepted else "skipped"
     return Update(outcome, tokens, sums.pop("loss"), grad_norm, ratio_max, ratio_off, **sums)
 
 
@@ -513,7 +521,7 @@ def guarded_step(step: int, run: Run) -> tuple[dict, str | None]:
     """One step with its evaluation: (metrics, None), or (what there is, why the step is bad)."""
     options = run.options
     try:
-        before = report.weight_sample(run.policy)
+        before = report.weight_sample(run.policy, run.masters)
         done = train_step(step, run)
         metrics = report.step_metrics(done, before, run)
         run.shown = close_up(done, run)

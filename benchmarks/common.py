@@ -9,6 +9,7 @@ import sys
 import time
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -53,6 +54,25 @@ def ratio(seconds, a, b):
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
+def peak_on_cpu(function, *holders):
+    """(what the function returns, largest number of bytes allocated while it ran): what the models
+    and optimisers in `holders` held before, and what PyTorch's profiler saw on top."""
+    held = {}
+    for holder in holders:
+        tensors = list(holder.parameters()) if isinstance(holder, torch.nn.Module) else []
+        for state in getattr(holder, "state", {}).values():
+            tensors += [x for x in state.values() if torch.is_tensor(x)]
+        held |= {x.data_ptr(): x.numel() * x.element_size() for x in tensors}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = function()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = sum(held.values())
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return result, most
+
+
 def median(values):
     return statistics.median(values)
 
@@ -64,6 +84,7 @@ __all__ = [
     "Qwen3Config",
     "in_turn",
     "median",
+    "peak_on_cpu",
     "qwen3",
     "ratio",
 ]

@@ -1,86 +1,101 @@
-"""On a CUDA GPU: speed and memory of real shapes with random weights (no download).
+"""Whole training steps of real shapes with random weights, as train.py takes them: no download.
 
-    python benchmarks/gpu.py [--shape 0.5b|1.5b|7b]
+    python benchmarks/gpu.py --shape 0.5b [--gradient-checkpointing] [--json FILE]
+    python benchmarks/gpu.py --shape 7b --split-master --gradient-checkpointing
+    python benchmarks/gpu.py --shape tiny --rehearse            the same code on a CPU
 
-update   a policy update of --prompts x --answers answers of --answer tokens: tokens a second and
-         the share of the card's bfloat16 peak (6 x parameters x tokens operations; recomputation
-         under gradient checkpointing does not count as useful work)
-decode   all of them at once: tokens a second of our decoder on the bfloat16 replica
-memory   the peak of a whole step against `--estimate`'s number
+Prompts are of unequal lengths, answers end at random, verdicts are coins; the optimiser, the passes
+and the decoder are the run's own. Options that this program does not know go to train.py's.
+Printed of the last step: tokens a second and their share of the card's bfloat16 peak (2 x, and for
+the update 6 x parameters x tokens operations; recomputation and padding do not count as useful),
+and the peak of memory against the estimate's number.
 """
 
 import argparse
+import json
 import pathlib
+import platform
+import random
 import tempfile
-import time
 
 import torch
-from common import AutoModelForCausalLM, Qwen2Config
+import transformers
+from common import AutoModelForCausalLM, Qwen2Config, peak_on_cpu
 
-import hapo
-import losses
 import train
+from program.command import run_main
+from program.errors import BadInput
 from run import options
 from run.guard import Guard
 from run.state import Run
-from sampling import generate
 from scale import memory, shard
+from tasks import Grade, Problem
 
-SHAPES = {
-    "0.5b": dict(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "1.5b": dict(
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "7b": dict(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    ),
+SHAPES = {  # hidden, feed-forward, layers, heads, key and value heads, tied embeddings
+    "tiny": (64, 192, 3, 4, 2, True),
+    "0.5b": (896, 4864, 24, 14, 2, True),
+    "1.5b": (1536, 8960, 28, 12, 2, True),
+    "7b": (3584, 18944, 28, 28, 4, False),
 }
 # dense bfloat16, from the data sheets
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-SIZES = {"prompts": 64, "answers": 8, "answer": 512, "prompt": 128, "micro-tokens": 32_768}
-TOKENS = 151_665  # ids from here on only pad Qwen2.5's vocabulary
+SIZES = {"prompts": 64, "answers": 8, "answer": 512, "prompt": 128, "steps": 2}
+
+
+class Words:
+    """As much of a tokenizer as a step asks for."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def batch_decode(self, answers, **how):
+        return [""] * len(answers)
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    return parser.parse_args()
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU")
+    parser.add_argument("--json", help="append the figures to this file")
+    return parser.parse_known_args()
 
 
-def train_options(a):
-    """The options of train.py for such a step."""
-    flags = (
+def config_of(shape):
+    hidden, inner, layers, heads, kv_heads, tied = SHAPES[shape]
+    return Qwen2Config(
+        vocab_size=1_000 if shape == "tiny" else 151_936,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def step_options(a, more):
+    """The options of train.py for such a step; what `more` says again counts."""
+    given = " ".join(more)
+    passes = [] if "--micro-" in given else ["--micro-tokens", "32768"]
+    sizes = (
         f"--prompts-per-step {a.prompts} --answers-per-prompt {a.answers} --updates-per-rollout 1 "
-        f"--max-new-tokens {a.answer} --micro-tokens {a.micro_tokens} --lr 1e-6"
+        f"--max-new-tokens {a.answer} --lr 1e-6 --device {'cpu' if a.rehearse else 'cuda'}"
     ).split()
-    if a.gradient_checkpointing:
-        flags.append("--gradient-checkpointing")
     with tempfile.TemporaryDirectory() as folder:
-        return options.parse(["--out", folder, *flags], "")
+        return options.parse(["--out", folder, *sizes, *passes, *more], "")
 
 
-def make_run(config, o, world):
-    """A run as train.py opens one, but with random weights and without data."""
+def make_run(a, config, o):
+    """A run as train.py opens one, but for random weights and questions."""
+    world = shard.World(o.device)
     torch.manual_seed(0)
     with world.device:
         policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -89,115 +104,107 @@ def make_run(config, o, world):
         older = policy.gradient_checkpointing_enable
         getattr(policy, "activation_checkpointing_enable", older)({"use_reentrant": False})
     policy.train()
+    draw, known = random.Random(0), config.vocab_size - 271  # the last ids only pad
+    lengths = [draw.randint(a.prompt // 2, a.prompt) for _ in range(4 * a.prompts)]
+    prompts = [[draw.randrange(known) for _ in range(n)] for n in lengths]
     run = Run(
         options=o,
         world=world,
         policy=policy,
-        actor=shard.make_actor(policy, world),
+        actor=shard.make_actor(policy, world, o),
         reference=None,
-        tokenizer=range(TOKENS),  # the run asks for its length only
-        eos_ids=[],
-        items=[],
+        tokenizer=Words(known),
+        eos_ids=list(range(0, known, a.answer)),  # an answer ends with a chance of 1 / its cap
+        items=[(Problem("", "1"), prompt) for prompt in prompts],
         held_out=[],
         out=pathlib.Path(o.out),
         guard=Guard(print),
     )
     run.optimizer = run.make_optimizer()
-    shard.refresh_actor(run.actor, policy)
     return run
 
 
-def seconds_of(function):
-    """(what the function returns, how long the device took for it)"""
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = function()
-    torch.cuda.synchronize()
-    return result, time.perf_counter() - started
+def measured_step(number, run):
+    """(train.Step, largest number of bytes in use), verdicts being coins."""
+    coin = random.Random(number)
+    train.grade = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
+    if run.world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return train.train_step(number, run), torch.cuda.max_memory_allocated()
+    return peak_on_cpu(lambda: train.train_step(number, run), run.policy, run.optimizer, run.actor)
 
 
-def decode(a, run):
-    """All answers at once; returns the rollout. The peak of memory counts from here on."""
-    prompts = [torch.randint(10, 150_000, (a.prompt,)).tolist() for _ in range(a.prompts)]
-    generate(run.actor, prompts[:2], 2, 4, vocab_size=run.vocab_size)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    rollout, seconds = seconds_of(
-        lambda: generate(run.actor, prompts, a.answers, a.answer, vocab_size=run.vocab_size)
-    )
+def figures(a, o, run, step, peak, card):
+    """What is printed and recorded."""
+    parameters = sum(p.numel() for p in run.policy.parameters())
+    rollout, seconds = step.batch.rollout, step.seconds
+    answers = int(rollout.mask.sum())
+    whole = answers + int(rollout.prompt_mask.sum()) * a.answers
+    most = next((v for k, v in PEAK.items() if k in card), None)
+    need = memory.estimate(run.policy.config, o, a.prompt, 1, not a.rehearse)
+
+    def share(operations, time):
+        return operations * parameters / time / most if most else None
+
+    return {
+        "shape": a.shape,
+        "parameters": parameters,
+        "rows": len(rollout.tokens),
+        "answer_tokens": answers,
+        "tokens": whole,
+        "seconds": {name: round(s, 3) for name, s in seconds.items()},
+        "decode_tokens_per_second": answers / seconds["generate"],
+        "score_share_of_peak": share(2 * whole, seconds["score"]),
+        "update_tokens_per_second": whole / seconds["update"],
+        "update_share_of_peak": share(6 * whole, seconds["update"]),
+        "updates": [u.outcome for u in step.updates],
+        "ratio_off": step.updates[0].ratio_off,
+        "peak_gib": peak / memory.GIB,
+        "estimated_gib": need.peak / memory.GIB,
+        "estimate_over_measured": need.peak / peak,
+    }
+
+
+def show(f, need):
+    def percent(x):
+        return "" if x is None else f" = {x:.0%} of the bfloat16 peak"
+
+    s = f["seconds"]
+    print(f"decode: {f['decode_tokens_per_second']:.0f} tokens/s at {f['rows']} rows")
+    print(f"score:  {s['score']:.2f} s{percent(f['score_share_of_peak'])}")
     print(
-        f"decode: {rollout.mask.sum().item() / seconds:.0f} tokens/s "
-        f"at {len(rollout.tokens)} rows ({seconds:.1f} s)"
+        f"update: {f['update_tokens_per_second']:.0f} tokens/s{percent(f['update_share_of_peak'])}"
     )
-    return rollout
-
-
-def scored_batch(a, run, rollout):
-    """The batch as an update needs it, with a coin for every answer's verdict."""
-    mask = rollout.mask
-    right = torch.rand(len(rollout.tokens), device=run.world.device) < 0.5
-    batch = train.Batch(
-        problems=[],
-        texts=[],
-        rollout=rollout,
-        strict=right,
-        lenient=right,
-        right=right,
-        rewards=right.float(),
-        loss_mask=mask,
-        in_loss=torch.ones_like(right),
-    )
-    parts = [list(range(len(right)))]  # one update
-    batch.old_logp, batch.trained_entropy = train.score(run.policy, rollout, parts, None, run)
-    batch.entropy = batch.trained_entropy
-    batch.advantages = losses.grpo_advantages(batch.rewards, a.answers)[:, None] * mask
-    batch.stats = train.statistics(batch.entropy, batch, run)
-    batch.h = hapo.modulation(batch.entropy, batch.stats, mask)
-    return batch
-
-
-def update(a, run, batch, parameters, card):
-    """Two updates, of which the second is measured."""
-    rows = list(range(len(batch.rewards)))
-    for _ in ("warm-up", "measured"):
-        _, seconds = seconds_of(lambda: train.update(batch, rows, None, run))
-    tokens = len(rows) * (a.prompt + a.answer)
-    useful = 6 * parameters * tokens / seconds
-    peak = next((v for k, v in PEAK.items() if k in card), None)
-    share = f" = {useful / peak:.0%} of the bfloat16 peak" if peak else ""
+    print(f"step:   {sum(s.values()):.2f} s = {s}; largest |ratio - 1| {f['ratio_off']:g}")
+    print(need)
     print(
-        f"update: {seconds:.2f} s for {tokens} tokens, {tokens / seconds:.0f} tokens/s, "
-        f"{useful / 1e12:.0f} TFLOP/s{share}"
-    )
-
-
-def compare_memory(a, config, o):
-    measured = torch.cuda.max_memory_allocated()
-    need = memory.estimate(config, o, a.prompt, 1, True)
-    print(memory.table(need, o, a.prompt))
-    print(
-        f"memory: {measured / memory.GIB:.2f} GiB measured, {need.peak / memory.GIB:.2f} estimated "
-        f"({need.peak / measured - 1:+.0%})"
+        f"memory: {f['peak_gib']:.3f} GiB measured, {f['estimated_gib']:.3f} estimated "
+        f"({f['estimate_over_measured'] - 1:+.0%})"
     )
 
 
 def main():
-    a = arguments()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/gpu.py needs a CUDA GPU; none is visible")
-    card, world, o = torch.cuda.get_device_name(), shard.World("cuda"), train_options(a)
-    lengths = dict(max_position_embeddings=4096, bos_token_id=None, eos_token_id=None)
-    config = Qwen2Config(vocab_size=151_936, **lengths, **SHAPES[a.shape])
-    run = make_run(config, o, world)
-    parameters = sum(p.numel() for p in run.policy.parameters())
+    a, more = arguments()
+    if not a.rehearse and not torch.cuda.is_available():
+        raise BadInput("needs a CUDA GPU and none is visible; --rehearse runs it on a CPU")
+    o, config = step_options(a, more), config_of(a.shape)
+    card = platform.processor() if a.rehearse else torch.cuda.get_device_name()
+    run = make_run(a, config, o)
     print(
-        f"{card}, {a.shape}: {parameters / 1e6:.0f} M parameters, "
-        f"{a.prompts} prompts x {a.answers} answers x {a.answer} tokens"
+        f"{card or 'CPU'}, {a.shape}: {a.prompts} prompts of up to {a.prompt} tokens x {a.answers} "
+        f"answers of up to {a.answer}; torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, {o.dtype}"
     )
-    batch = scored_batch(a, run, decode(a, run))
-    update(a, run, batch, parameters, card)
-    compare_memory(a, config, o)
+    for number in range(1, a.steps + 1):  # the first ones warm up
+        step, peak = measured_step(number, run)
+    f = figures(a, o, run, step, peak, card)
+    need = memory.estimate(config, o, a.prompt, 1, not a.rehearse)
+    show(f, memory.table(need, o, a.prompt))
+    if a.json:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        with open(a.json, "a") as file:
+            file.write(json.dumps({"card": card, "options": more, **versions, **f}) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

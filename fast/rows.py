@@ -1,9 +1,13 @@
 """Log-probability and entropy of rows of logits, in place and without cancellation.
 
-What losses.row_logprobs_and_entropy does in plain lines, for the scorer and the sampler alike.
+What losses.row_logprobs_and_entropy does in plain lines, for the scorer and the sampler alike. On
+CUDA the two functions that the scorer calls for every chunk of logits are compiled into single
+kernels where a compiler is there: they pass over the logits once instead of ten times.
 
 Shapes: N rows, V vocabulary.
 """
+
+import functools
 
 import torch
 
@@ -26,9 +30,9 @@ def likeliest(logits):
     return (first + logits.gather(1, inside).argmax(-1, keepdim=True)).clamp_max(size - 1)
 
 
-def scores(z, top, targets=None, work=None):
-    """(logp of the targets or None, entropy, log1p(s)), each (N,), of rows whose largest logit,
-    at id `top` (N, 1), is 0. z (N, V) becomes finite; `work` has its shape.
+def scores(z, top, targets=None, work=None, measure_entropy=True):
+    """(logp of the targets or None, entropy or None, log1p(s)), each (N,), of rows whose largest
+    logit, at id `top` (N, 1), is 0. z (N, V) becomes finite; `work` has its shape.
 
     s is the sum of e^z over all ids but the likeliest: log Z = log1p(s), and the entropy,
     log1p(s) + sum p (-z), is a sum of terms that are never negative.
@@ -38,7 +42,7 @@ def scores(z, top, targets=None, work=None):
     p_top = p.gather(-1, top).squeeze(-1)
     s = p.scatter_(-1, top, 0.0).sum(-1) / p_top
     log_z = torch.log1p(s)
-    entropy = log_z - p.mul_(z).sum(-1)
+    entropy = log_z - p.mul_(z).sum(-1) if measure_entropy else None
     logp = None if targets is None else z.gather(-1, targets[:, None]).squeeze(-1) - log_z
     return logp, entropy, log_z
 
@@ -49,3 +53,82 @@ def product(hidden, weight, dtype):
     if hidden.is_cuda and hidden.dtype != dtype:
         return torch.mm(hidden, weight.T, out_dtype=dtype)
     return (hidden @ weight.T).to(dtype)
+
+
+# -------------------------------------------------------------- of the scorer, one chunk at a time
+
+
+def row_scores(logits, targets, measure_entropy=True):
+    """(logp of the targets, entropy, log Z) of logits (N, V), which are used up; the entropy is NaN
+    where nobody reads it."""
+    if (fused := compiled(_row_scores, logits)) is not None:
+        return fused(logits, targets)
+    top = likeliest(logits)
+    largest = logits.gather(-1, top)
+    logp, entropy, log_z = scores(
+        logits.sub_(largest), top, targets, measure_entropy=measure_entropy
+    )
+    return logp, torch.nan if entropy is None else entropy, largest.squeeze(-1) + log_z
+
+
+def row_gradients(logits, targets, logsumexp, entropy, grad_logp, grad_entropy):
+    """Gradient of the logits (N, V), in their place; all others (N,), grad_entropy may be None.
+
+    d logp / d logits = onehot - p        d H / d logits = -p (log p + H)
+    """
+    if grad_entropy is None and (fused := compiled(_row_gradients, logits)) is not None:
+        return fused(logits, targets, logsumexp, grad_logp)
+    log_probs = logits.sub_(logsumexp[:, None])
+    if grad_entropy is not None:
+        scale = log_probs.clamp_min(torch.finfo(logits.dtype).min) + entropy[:, None]
+        scale.mul_(-grad_entropy[:, None]).sub_(grad_logp[:, None])
+        grad = log_probs.exp_().mul_(scale)
+    else:
+        grad = log_probs.exp_().mul_(-grad_logp[:, None])
+    return grad.scatter_add_(-1, targets[:, None], grad_logp[:, None])
+
+
+def _row_scores(logits, targets):
+    top = logits.argmax(-1, keepdim=True)
+    largest = logits.gather(-1, top)
+    z = (logits - largest).clamp_min(NEVER)
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    others = torch.where(ids == top, 0.0, z.exp())
+    s = others.sum(-1)
+    log_z = torch.log1p(s)
+    entropy = log_z - (others * z).sum(-1) / (1 + s)
+    logp = z.gather(-1, targets[:, None]).squeeze(-1) - log_z
+    return logp, entropy, largest.squeeze(-1) + log_z
+
+
+def _row_gradients(logits, targets, logsumexp, grad_logp):
+    p = (logits - logsumexp[:, None]).exp()
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return ((ids == targets[:, None]).to(p.dtype) - p) * grad_logp[:, None]
+
+
+COMPILED_ON = {"cuda"}
+
+
+def compiled(function, logits):
+    """The function, compiled; None where logits of this kind take the eager way."""
+    if logits.device.type not in COMPILED_ON or not _compiler_works(logits.device.type):
+        return None
+    return _compile(function)
+
+
+@functools.cache
+def _compile(function):
+    return torch.compile(function, dynamic=True)
+
+
+@functools.cache
+def _compiler_works(kind):
+    """Whether a compiler is there: both functions on two rows, once a process and device."""
+    logits, targets = torch.zeros(2, 8, device=kind), torch.zeros(2, dtype=torch.long, device=kind)
+    try:
+        _, _, logsumexp = _compile(_row_scores)(logits, targets)
+        _compile(_row_gradients)(logits, targets, logsumexp, logsumexp)
+    except Exception:  # noqa: BLE001 - no Triton, no C compiler, a version too old: eager is right
+        return False
+    return True

@@ -33,6 +33,13 @@ def check_device(name):
         )
 
 
+def default_dtype(device):
+    """What products run in where nobody says: bfloat16 where the card has it in hardware."""
+    if torch.device(device).type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+
+
 def load_config(name):
     """The configuration of a causal language model, or BadInput."""
     folder = pathlib.Path(name)

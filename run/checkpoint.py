@@ -103,9 +103,10 @@ def gather(run):
     every = {name for name, _ in run.policy.named_parameters(remove_duplicate=False)}
     tied = every - {name for name, _ in run.policy.named_parameters()}
     weights, moments = {}, {}
-    for name, p in run.policy.state_dict().items():
+    parameters = dict(run.policy.named_parameters())
+    for name, value in run.policy.state_dict().items():
         if name not in tied:
-            gathered = whole(p.detach())
+            gathered = run.whole(parameters[name]) if name in parameters else value
             if kept:
                 weights[name] = gathered.cpu()
     for name, p in run.policy.named_parameters():
@@ -166,7 +167,8 @@ def restore(run, folder):
     for name, p in run.policy.named_parameters():
         if name in moments:
             kept = moments[name].items()
-            run.optimizer.state[p] = {key: _placed_like(value, p) for key, value in kept}
+            beside = run.masters.rest[p] if run.masters else p
+            run.optimizer.state[p] = {key: _placed_like(value, beside) for key, value in kept}
     return state["step"]
 
 

@@ -19,13 +19,20 @@ class Guard:
     def __init__(self, say):
         self.say, self.bad_in_a_row, self.means = say, 0, {}
 
-    def accepts(self, loss, grad_norm):
+    def judge(self, loss, grad_norm, scale=1.0):
+        """What becomes of an update: applied, skipped, or, where float16 gradients overflowed under
+        a loss scale that can still fall (now it is `scale`), rescaled: that is no fault."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            return True
+            return "applied"
+        if math.isfinite(loss) and scale > 1:
+            self.say(
+                f"note: float16 gradients overflowed, no weight moved; loss scale now {scale:g}"
+            )
+            return "rescaled"
         self.say(
             f"warning: update skipped, loss {loss}, gradient norm {grad_norm}; no weight moved"
         )
-        return False
+        return "skipped"
 
     def bad_step(self, reason):
         self.bad_in_a_row += 1

@@ -38,11 +38,12 @@ def open_run(options, world):
 
     policy, tokenizer = open_policy(options, source, world)
     items, held_out = load_data(options, tokenizer, config, say)
+    first_weights = None if found else sum_of_weights(policy)
     run = Run(
         options=options,
         world=world,
         policy=policy,
-        actor=shard.make_actor(policy, world),
+        actor=shard.make_actor(policy, world, options),
         reference=open_reference(options, world) if options.needs_reference else None,
         tokenizer=tokenizer,
         eos_ids=eos_ids_of(policy, tokenizer),
@@ -62,7 +63,7 @@ def open_run(options, world):
         asked, step = run.origin["questions"], checkpoint.restore(run, found)
         check_origin(run, asked, world)
     else:
-        run.origin["weights"], step = sum_of_weights(policy), None
+        run.origin["weights"], step = first_weights, None
     describe(run, config, say)
     run.together(prepare_folder, run, -1 if step is None else step)
     return run, step
@@ -71,7 +72,7 @@ def open_run(options, world):
 def open_policy(options, source, world):
     """(model, tokenizer), ready to be trained."""
     if world.sharded:
-        policy = shard.shard_model(source, world, options.offload)
+        policy = shard.shard_model(source, world, options.offload, options.dtype)
         tokenizer = load_tokenizer(source)
     else:
         policy, tokenizer = load_model(source, world.device)
@@ -90,9 +91,11 @@ def open_policy(options, source, world):
 def open_reference(options, world):
     """The initial model, never trained."""
     if world.sharded:
-        reference = shard.shard_model(options.model, world, options.offload)
+        reference = shard.shard_model(options.model, world, options.offload, options.dtype)
     else:
         reference, _ = load_model(options.model, world.device)
+        if options.masters_apart:
+            reference.to(torch.bfloat16)  # as the policy's own weights are
     return reference.requires_grad_(False)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ import torch
 from losses import GROUP_RULES
 from program.command import OneLineParser
 from program.errors import BadInput
-from program.models import check_device
+from program.models import check_device, default_dtype
+from sampling import PREFILL_TOKENS
 from tasks import BUILT_IN, FILE_CAP, FILE_INSTRUCTION, default_cap, default_instruction
 
 COMPARISONS = ["none", "forking", "archer", "entropy-advantage", "edge"]
@@ -43,7 +45,14 @@ class Options:
     seed: int = opt(0, "every random draw follows from it (the split of the questions is fixed)")
     steps: int = opt(100, "rollout batches")
     device: str = opt("", "cpu or cuda; default cuda where there is one")
+    dtype: str = opt(
+        "",
+        "of the products; default bfloat16 on a GPU that has it, float16 on an older one, float32 "
+        "on a CPU. Weights and moments are float32 in any case",
+        ["bfloat16", "float16", "float32"],
+    )
     plain: bool = opt(False, "the readable version of everything in fast/ (for small models)")
+    capture: bool = opt(True, "on CUDA, replay decoding steps as graphs")
 
     # the batch
     prompts_per_step: int = opt(32, "P, prompts a step")
@@ -51,6 +60,10 @@ class Options:
     updates_per_rollout: int = opt(4, "optimiser steps on one batch of answers")
     micro_batch: int = opt(0, "sequences in one pass; 0: all at once (never changes the result)")
     micro_tokens: int = opt(0, "instead of --micro-batch: tokens in one pass, padding included")
+    decode_rows: int = opt(0, "answers drawn at the same time, whole groups; 0: all of a step")
+    prefill_tokens: int = opt(
+        PREFILL_TOKENS, "prompt tokens read at the same time, padding included"
+    )
     max_new_tokens: int = opt(None, f"length cap of an answer; default {CAPS}, {FILE_CAP} files")
     temperature: float = opt(1.0, "T_base")
     dynamic_sampling: bool = opt(False, "replace groups whose rewards are all equal (DAPO)")
@@ -101,7 +114,14 @@ class Options:
     warmup_steps: int = opt(10, "linear warm-up")
     grad_clip: float = opt(1.0, "largest gradient norm")
     gradient_checkpointing: bool = opt(False, "less memory, a third more time")
-    offload: bool = opt(False, "with torchrun: weights, gradients and moments in main memory")
+    offload: bool = opt(
+        False,
+        "float32 weights and moments in main memory (with torchrun bfloat16 weights and "
+        "gradients, too)",
+    )
+    split_master: bool = opt(
+        False, "on one GPU: bfloat16 weights, the other 16 bits of the float32 ones beside them"
+    )
     estimate: bool = opt(False, "print the memory the run would need and stop; loads no weights")
 
     # looking at it
@@ -123,6 +143,11 @@ class Options:
     def needs_reference(self):
         """Whether anything asks for the initial model's log-probabilities."""
         return self.kl > 0
+
+    @property
+    def masters_apart(self):
+        """Whether the model's weights are bfloat16 and their float32 masters elsewhere."""
+        return self.split_master or (self.offload and "WORLD_SIZE" not in os.environ)
 
 
 def parse(argv, description):
@@ -174,7 +199,17 @@ def flag_of(name):
 
 MAY_CHANGE = {  # on resume: these change no result
     *("steps", "device", "plain", "micro_batch", "micro_tokens", "gradient_checkpointing"),
-    *("offload", "eval_every", "save_every", "keep", "max_bad_steps", "diagnose_every"),
+    *(
+        "offload",
+        "capture",
+        "decode_rows",
+        "prefill_tokens",
+        "eval_every",
+        "save_every",
+        "keep",
+        "max_bad_steps",
+        "diagnose_every",
+    ),
     *("resume", "overwrite", "out", "model"),
 }
 
@@ -212,20 +247,23 @@ def complete(options):
         options = dataclasses.replace(options, instruction=default_instruction(options.data))
     missing = {k: v for k, v in defaults.items() if getattr(options, k) in (None, "")}
     options = dataclasses.replace(options, **missing)
+    check_device(options.device)
+    if not options.dtype:
+        dtype = "bfloat16" if options.masters_apart else default_dtype(options.device)
+        options = dataclasses.replace(options, dtype=dtype)
     check_ranges(options)
     for wrong, name, why in (*impossible(options), *without_effect(options)):
         if wrong:
             raise BadInput(f"{flag_of(name)} {getattr(options, name)}: {why}")
-    check_device(options.device)
     return options
 
 
 AT_LEAST = dict.fromkeys(
-    "micro_batch micro_tokens warmup_steps diagnose_every overlong_buffer seed".split(),
+    "micro_batch micro_tokens decode_rows warmup_steps diagnose_every overlong_buffer seed".split(),
     0,
 ) | dict.fromkeys(
     "steps prompts_per_step updates_per_rollout max_new_tokens max_rounds eval_prompts eval_every "
-    "save_every keep max_bad_steps bupo_steps".split(),
+    "save_every keep max_bad_steps bupo_steps prefill_tokens".split(),
     1,
 )
 WITHIN = dict(
@@ -270,6 +308,8 @@ def impossible(options):
         "micro_batch",
         f"must divide the {o.answers_per_update} answers of an update ({P} x {G} / {updates})",
     )
+    few_rows = o.decode_rows and o.decode_rows < G
+    yield few_rows, "decode_rows", f"the {G} answers to a prompt are drawn together: at least {G}"
     both = o.micro_batch and o.micro_tokens
     yield both, "micro_tokens", "give --micro-batch or --micro-tokens, not both"
     yield o.dual_clip and not o.dual_clip > 1, "dual_clip", "must be larger than 1, or 0 for none"
@@ -287,6 +327,7 @@ def impossible(options):
         "it would undo --adaptive-temperature and mistake an internal policy for the sampler's; "
         "add --no-adaptive-temperature, leave --bupo-layer out",
     )
+    yield from impossible_precision(o)
     alone = o.eval_data and not o.data
     yield alone, "eval_data", "goes with --data; built-in tasks hold out problems of their own"
     wrong = layer and not o.bupo_layer.isdecimal()
@@ -300,6 +341,27 @@ def impossible(options):
         o.diagnose_every and not o.bupo_layer,
         "diagnose_every",
         "needs --bupo-layer, the layer to compare the others with",
+    )
+
+
+def impossible_precision(o):
+    """As `impossible`, of the dtypes and of where weights are kept."""
+    shared, half = "WORLD_SIZE" in os.environ, o.dtype == "float16"
+    yield (
+        half and (shared or o.masters_apart),
+        "dtype",
+        "its loss scaling is for one process with float32 weights; take bfloat16, or one GPU "
+        "without --offload and --split-master",
+    )
+    yield (
+        o.split_master and (shared or o.offload),
+        "split_master",
+        "is for one process with everything on the card; leave out torchrun and --offload",
+    )
+    yield (
+        o.masters_apart and o.dtype != "bfloat16",
+        "dtype",
+        "--offload and --split-master keep the model's weights in bfloat16; leave --dtype out",
     )
 
 

@@ -14,10 +14,14 @@ from scale import shard
 
 
 @torch.no_grad()
-def weight_sample(policy):
+def weight_sample(policy, masters=None):
     """About a thousand entries of every weight, to see what share of them a step really changes."""
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in policy.parameters()]
-    return torch.cat([p.flatten()[:: max(1, p.numel() // 1000)].cpu() for p in local])
+    parts = []
+    for p in policy.parameters():
+        local, every = p.to_local() if hasattr(p, "to_local") else p, max(1, p.numel() // 1000)
+        some = masters.some(p, every) if masters else local.flatten()[::every]
+        parts.append(some.cpu())
+    return torch.cat(parts)
 
 
 def tally(batch):
@@ -96,9 +100,10 @@ def update_metrics(updates):
     """What the updates of a step did; those that were skipped count nowhere but in their number,
     unless all were."""
     count, first = len(updates), updates[0]
-    skipped = sum(u.outcome == "skipped" for u in updates)
-    applied = sum(u.outcome == "applied" for u in updates)
-    updates = [u for u in updates if u.outcome != "skipped"] or updates
+    outcomes = [u.outcome for u in updates]
+    skipped, rescaled = outcomes.count("skipped"), outcomes.count("rescaled")
+    applied = outcomes.count("applied")
+    updates = [u for u in updates if u.outcome in ("applied", "dead")] or updates
     tokens = max(1, sum(u.tokens for u in updates))
     return {
         "loss": sum(u.loss for u in updates) / len(updates),
@@ -112,7 +117,8 @@ def update_metrics(updates):
         "ratio_off_before_update": first.ratio_off,
         "updates": applied,
         "skipped_updates": skipped,
-        "dead_updates": count - applied - skipped,
+        "dead_updates": count - applied - skipped - rescaled,
+        **({"rescaled_updates": rescaled} if rescaled else {}),
     }
 
 
@@ -135,7 +141,7 @@ def signal_metrics(batch, layer, run):
 
 
 def share_changed(run, weights_before):
-    changed = weight_sample(run.policy) != weights_before
+    changed = weight_sample(run.policy, run.masters) != weights_before
     return (run.world.sum(changed.double().sum()) / run.world.sum(len(changed))).item()
 
 
@@ -199,6 +205,7 @@ def evaluate_over(run, problems, temperature, seed, name, samples=1):
         rows_at_once=max(1, options.answers_per_step // world.size),
         progress=name if world.main else None,
         plain=options.plain,
+        capture=options.capture,
         numbers=world.mine(range(count)),
     )
     by_question = {}  # a question that was asked twice is one question with two answers

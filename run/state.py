@@ -19,6 +19,8 @@ import hapo
 from program.errors import BadInput, NonFinite
 from run.guard import Guard
 from run.options import Options
+from scale import shard
+from scale.master import MasterAdamW, Masters
 from scale.shard import World
 
 
@@ -47,6 +49,14 @@ class Run:
     shown: dict = None  # train.close_up of the last step
     lock: object = None  # the open file that keeps other runs out of the folder
     origin: dict = dataclasses.field(default_factory=dict)  # sums of first weights and questions
+    masters: Masters = None  # float32 weights, where the policy's own are bfloat16
+    scaler: torch.amp.GradScaler = None  # float16's: keeps small gradients from vanishing
+
+    def __post_init__(self):
+        if self.options.masters_apart:
+            self.masters = Masters(self.policy, self.options.offload)
+        half = self.options.dtype == "float16"
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
 
     def say(self, text):
         if self.world.main:
@@ -82,16 +92,42 @@ class Run:
         """The forward passes over some rows, as (rows, weight). Weight 0 marks a pass that only
         keeps other processes company: a sharded model needs all of them."""
         sizes = (self.options.micro_batch, self.options.micro_tokens)
-        return self.world.even(micro_batches(rollout, rows, *sizes))
+        parts = self.world.even(micro_batches(rollout, rows, *sizes))
+        for i, part in enumerate(parts):
+            if self.options.offload:  # gradients go down to main memory once, behind the last
+                shard.exchange_gradients(self.policy, i + 1 == len(parts))
+            yield part
 
     def autocast(self):
-        """bfloat16 products on a GPU, float32 on a CPU."""
-        kind = self.world.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+        """Products in --dtype, everything else in float32."""
+        dtype = getattr(torch, self.options.dtype)
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
     def backward(self, loss):
         """Sharded gradients are averaged over processes; times their number, the mean is a sum."""
-        (loss * self.world.size).backward()
+        self.scaler.scale(loss * self.world.size).backward()
+
+    def clip_gradients(self):
+        """Scale the gradient to a norm of at most --grad-clip; returns its norm before."""
+        if self.masters:
+            return self.masters.clip(self.options.grad_clip).item()
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.options.grad_clip)
+        return shard.whole(norm).item()
+
+    def rescale(self):
+        """Under float16: lower the loss scale if this update's gradients overflowed, raise it after
+        many that did not. Returns the scale."""
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        return self.scaler.get_scale()
+
+    def whole(self, parameter):
+        """A parameter's float32 weights as one tensor; every process must call it."""
+        if self.masters:
+            return self.masters.whole(parameter)
+        return shard.whole(parameter.detach())
 
     def check_finite(self, values, what):
         """NonFinite, in every process, if one of them holds a NaN or an infinity."""
@@ -116,8 +152,10 @@ class Run:
             groups = bupo.layerwise_groups(self.policy, self.layer, options.lr)
         for group in groups:
             group["peak_lr"] = group["lr"]
-        decay = options.weight_decay
-        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=decay, fused=True)
+        how = dict(lr=options.lr, weight_decay=options.weight_decay)
+        if self.masters:
+            return MasterAdamW(groups, self.masters, **how)
+        return torch.optim.AdamW(groups, fused=True, **how)
 
     def state(self):
         """What a checkpoint keeps beside weights and moments, as JSON."""
@@ -128,6 +166,7 @@ class Run:
             "guard": self.guard.state(),
             "diagnosed": self.diagnosed and [x.tolist() for x in self.diagnosed],
             "origin": self.origin,
+            "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, state):
@@ -140,6 +179,8 @@ class Run:
         self.diagnosed = diagnosed and tuple(tensors(diagnosed))
         self.guard.restore(state["guard"])
         self.origin = state["origin"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
 
 
 class Stopwatch:
@@ -149,6 +190,8 @@ class Stopwatch:
         self.seconds, self._since = {}, time.perf_counter()
 
     def lap(self, name):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what was launched has run
         now = time.perf_counter()
         self.seconds[name], self._since = now - self._since, now
 

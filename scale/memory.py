@@ -21,7 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fast.lines import cheapest_share
-from fast.logprobs import LOGIT_CHUNK_BYTES
+from fast.captured import KEYS_STEP
+from fast.logprobs import chunk_of
 from internals import decoder_body
 from program.errors import BadInput
 
@@ -56,46 +57,55 @@ def parameter_count(config):
 
 
 def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True):
-    """Peak memory of one process for the Options; prompts of `prompt_tokens` tokens."""
+    """Peak memory of one process for the Options; prompts of `prompt_tokens` tokens. On a GPU
+    products are in 16 bits, whatever --dtype would be on this machine."""
     parameters, layer_parameters = parameter_count(config)
-    compute, sharded = 2 if cuda else 4, world_size > 1 or options.offload
-    hidden, vocab = config.hidden_size, config.vocab_size
+    compute = 2 if cuda or options.dtype != "float32" else 4
+    sharded, apart = world_size > 1, options.masters_apart
+    vocab, hidden = config.vocab_size, config.hidden_size
     embedding = vocab * hidden * (1 if config.tie_word_embeddings else 2)
-    held = parameters / (world_size if sharded else 1)
-    weights = gradients = 0 if options.offload else int(4 * held)
-    moments = 0 if options.offload else int(8 * held)
-    reference = weights if options.needs_reference else 0
-    replica = 2 * parameters if cuda else (4 * parameters if sharded else 0)
+    held = parameters / world_size
+    weights, gradients, moments = int(4 * held), int(4 * held), int(8 * held)
+    if options.offload:  # masters and moments are in main memory
+        weights, moments = (2 * parameters, 0) if apart else (0, 0)
+        gradients = 4 * parameters
+    reference = (2 if apart else 4) * int(held) if options.needs_reference else 0
+    copies = compute == 2 and not apart
+    replica = compute * parameters if copies or sharded else 0
 
-    activations = _activations(config, options, prompt_tokens, world_size, compute)
-    if sharded:  # the root and two layers are gathered at a time
+    activations, once_more = _activations(config, options, prompt_tokens, world_size, compute)
+    if sharded or (options.offload and not apart):  # the root and two layers are gathered at a time
         activations += int(compute * (embedding + 2 * layer_parameters))
-    elif cuda:  # autocast's cast copies live until the pass ends
+    elif copies:  # autocast's cast copies live until the pass ends
         activations += compute * parameters
-
+    elif apart:  # a layer's gradients in 16 bits, until they are added to the sums
+        activations += compute * (embedding + layer_parameters)
     answer_tokens = rows_in_a_pass(options, prompt_tokens, world_size) * options.max_new_tokens
-    chunk = min(max(1, LOGIT_CHUNK_BYTES // (4 * vocab)), answer_tokens)
-    # logits, their gradient, its copy; the unembedding's own gradient
-    logits = int(chunk * vocab * 4 * 3 + 4 * vocab * hidden)
-    answers = options.answers_per_step // world_size
-    sequence = prompt_tokens + options.max_new_tokens
-    keys = 2 * config.num_hidden_layers * _heads(config)[1] * _heads(config)[2]
-    kv_cache = int(answers * sequence * keys * compute)
-    sampling = int(answers * vocab * (4 * 3 + compute))
+    chunk = min(chunk_of(vocab, "cuda" if cuda else "cpu"), answer_tokens)
+    # logits and their softmax, or gradient; the unembedding's own gradient, and of all its ids
+    logits = int(chunk * vocab * 8 + 2 * 4 * vocab * hidden)
+    # a checkpointed layer is computed once more when the chunks are done
+    activations += max(0, once_more - chunk * vocab * 8)
+    kv_cache, sampling = _sampling(config, options, prompt_tokens, world_size, compute, cuda)
     peak = weights + moments + reference + replica
     peak += max(gradients + activations + logits, kv_cache + sampling)
-    parts = (
-        weights,
-        gradients,
-        moments,
-        reference,
-        replica,
-        activations,
-        logits,
-        kv_cache,
-        sampling,
-    )
-    return Estimate(parameters, *parts, int(peak))
+    parts = (weights, gradients, moments, reference, replica, activations, logits)
+    return Estimate(parameters, *parts, kv_cache, sampling, int(peak))
+
+
+def _sampling(config, options, prompt_tokens, world_size, compute, cuda):
+    """(keys and values of the answers in flight, what a decoding step or prefill works on)"""
+    G, sequence = options.answers_per_prompt, prompt_tokens + options.max_new_tokens
+    answers = options.answers_per_step // world_size
+    if options.decode_rows:
+        answers = min(answers, options.decode_rows // G * G)
+    if cuda and options.capture:
+        sequence = math.ceil(sequence / KEYS_STEP) * KEYS_STEP
+    keys = 2 * config.num_hidden_layers * _heads(config)[1] * _heads(config)[2] * compute
+    drawing = answers * config.vocab_size * 4 * 4  # logits, the next ones, the draw's two buffers
+    read = min(options.prefill_tokens, answers // G * prompt_tokens)
+    reading = read * compute * (3 * config.intermediate_size + 4 * config.hidden_size)
+    return int(answers * sequence * keys), int(max(drawing, reading))
 
 
 def _heads(config):
@@ -115,7 +125,8 @@ def rows_in_a_pass(options, prompt_tokens, world_size):
 
 
 def _activations(config, options, prompt_tokens, world_size, compute):
-    """What a pass keeps for its backward pass, without gathered or cast weights."""
+    """What a pass keeps for its backward pass, without gathered or cast weights; and what of a
+    checkpointed layer is there once more while its own backward pass runs."""
     hidden, layers, longest = config.hidden_size, config.num_hidden_layers, options.max_new_tokens
     rows, sequence = rows_in_a_pass(options, prompt_tokens, world_size), prompt_tokens + longest
     if options.micro_tokens:
@@ -128,14 +139,17 @@ def _activations(config, options, prompt_tokens, world_size, compute):
         per_line = 1 if options.plain else cheapest_share(group, prompt_tokens, longest, hidden)
         lines, width = math.ceil(rows / per_line), prompt_tokens + per_line * longest
         tokens, mask = lines * width, compute * lines * width**2 if per_line > 1 else 0
-    # one layer, in numbers a token: two norms' inputs and outputs (float32 under autocast: the
-    # residual stream), q k v and attention's output, three of the feed-forward's inner size
+    # one layer, in numbers a token: q k v, attention's output and its copy; what the feed-forward
+    # block's gate, its activation, the other half and their product leave; two norms' inputs and
+    # outputs, and the inputs of the seven matrices, which autocast casts for each (the residual
+    # stream stays float32)
     heads, kv_heads, head_dim = _heads(config)
-    inner = 3 * config.intermediate_size + 2 * heads * head_dim + 2 * kv_heads * head_dim
-    layer_bytes = tokens * (compute * inner + (4 + compute) * 4 * hidden) + mask
+    inner = 4 * config.intermediate_size + 2 * heads * head_dim + 2 * kv_heads * head_dim
+    outer = 28 if compute == 4 else (20 if options.masters_apart else 26)  # bytes
+    layer_bytes = tokens * (compute * inner + outer * hidden) + mask
     if options.gradient_checkpointing:
-        return tokens * 4 * hidden * layers + 2 * layer_bytes
-    return layers * layer_bytes
+        return tokens * 4 * hidden * layers, layer_bytes
+    return layers * layer_bytes, 0
 
 
 def check_fit(need, config, options, prompt_tokens, device):

@@ -145,7 +145,7 @@ def open_world(device):
     return Processes(device) if "WORLD_SIZE" in os.environ else World(device)
 
 
-def shard_model(name, world, offload=False):
+def shard_model(name, world, offload=False, dtype="float32"):
     """Load a model so that no rank but 0 ever holds it whole, and rank 0 in main memory only;
     returns it sharded.
 
@@ -154,11 +154,14 @@ def shard_model(name, world, offload=False):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
 
+    if offload and world.device.type == "cuda":
+        # pinned memory would be rounded up to a power of two
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_round_threshold_mb:1")
     config = load_config(name)
     source = dict(load_model(name)[0].named_parameters()) if world.main else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    body, settings = decoder_body(model), _sharding(world, offload)
+    body, settings = decoder_body(model), _sharding(world, offload, dtype)
     rotary = type(body.rotary_emb)  # its buffers are computed, not stored: build them for real
     body.rotary_emb = rotary(config=config)
     for layer in body.layers:
@@ -182,11 +185,11 @@ def shard_model(name, world, offload=False):
     return model
 
 
-def _sharding(world, offload):
+def _sharding(world, offload, dtype):
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
     cuda = world.device.type == "cuda"
-    low = torch.bfloat16 if cuda else None
+    low = None if dtype == "float32" else getattr(torch, dtype)
     return dict(
         mesh=world.mesh,
         mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
@@ -199,6 +202,13 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def exchange_gradients(model, now):
+    """Whether the next backward pass splits the gradients over the processes or keeps them whole,
+    summed in float32, for a later one to do it: once an update instead of once a pass."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP's addition to a module
+        model.set_requires_gradient_sync(now)
+
+
 def reshard(model):
     """Free what a forward pass without a backward left gathered: it would be stale in a step."""
     for module in model.modules():
@@ -206,12 +216,12 @@ def reshard(model):
             module.reshard()
 
 
-def make_actor(policy, world):
-    """The model that answers are drawn from: the policy itself, or a replica in the compute dtype
-    where it is sharded or on CUDA."""
-    if not world.sharded and world.device.type != "cuda":
+def make_actor(policy, world, options):
+    """The model that answers are drawn from: a replica in the compute dtype; the policy itself
+    where it is that already."""
+    dtype = getattr(torch, options.dtype)
+    if options.masters_apart or (not world.sharded and dtype == torch.float32):
         return policy
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     with torch.device("meta"):
         actor = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config), dtype=dtype)
     actor.to_empty(device=world.device)
@@ -237,11 +247,6 @@ def refresh_actor(actor, policy):
 
 def check_world(options, world):
     """The numbers that must fit the number of processes."""
-    if options.offload and not world.sharded:
-        raise BadInput(
-            "--offload: keeping weights in main memory is FSDP's work; start with "
-            "torchrun --nproc-per-node N train.py ... (N = 1 is fine)"
-        )
     if options.prompts_per_step % (world.size * options.updates_per_rollout):
         few = " (more ranks than prompts)" if options.prompts_per_step < world.size else ""
         raise BadInput(

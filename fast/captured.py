@@ -1,0 +1,250 @@
+"""Decoding steps that a GPU replays: one fixed sequence of kernels on buffers that never move.
+
+An eager step of a small model is some thousand kernel launches, and Python issues them more slowly
+than the card runs them. Here a step is recorded once as a CUDA graph and then replayed by a single
+launch. For that nothing in it may depend on data or on a number that Python knows: the place where
+keys and values are written, the mask and the positions are tensors that the step itself moves on.
+Drawing stays outside the graph, some thirty launches, and asks the card nothing: whether rows have
+ended is read once in CHECK steps. Until then they go on, and what they draw is dropped; then live
+rows move to the front and a graph of fewer rows takes over.
+
+`decode` draws the tokens of sampling's own loop. On a CPU the same steps run uncaptured.
+
+Shapes: B rows of the rollout, n of them in the current step, S prompt positions, L key positions
+that the current step sees, T answer positions, V vocabulary.
+"""
+
+import contextlib
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from fast.decoding import Drawn
+from program.errors import NonFinite
+
+BUCKETS = (512, 384, 256, 192, 128, 96, 64, 32)  # rows of later graphs; the first has all
+KEYS_STEP = 256  # L is a multiple of it
+CHECK = 16  # steps between two looks at which rows have ended
+
+
+def why_not(model):
+    """Why the steps of this model run one kernel at a time, in one line; None: they are captured."""
+    if next(model.parameters()).device.type != "cuda":
+        return "graphs are CUDA's"
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return f"its rope scaling ({rope['rope_type']}) depends on the length of the text"
+    if config._attn_implementation != "sdpa":
+        return f"its attention is {config._attn_implementation}; only sdpa takes any mask"
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        return f"it has layers of another kind ({', '.join(sorted(others))})"
+    return None
+
+
+def decode(model, next_logits, logits, cache, prompt_mask, eos, size, how, draw):
+    """As sampling._decode behind the prompts: logits (P, V) and cache are what prefill has left,
+    next_logits(model, ids, mask, position, cache) -> (n, V) is the model's step."""
+    (G, most, vocab_size), (temperature, uniform, measure_entropy) = size, how
+    steps = _Steps(model, next_logits, logits, cache, prompt_mask, G, most)
+    answers = _Answers(steps, most)
+    with packed_attention(model):
+        for t in range(most):
+            logits = steps.logits[:, :vocab_size].float()
+            drawn = draw(logits, temperature, uniform[t][steps.row], measure_entropy)
+            answers.add(t, drawn, eos)
+            if (t + 1) % CHECK == 0 or t + 1 == most:
+                live = answers.look()
+                if t + 1 == most or not live:
+                    break
+                steps.drop_all_but(live)
+            steps.advance(t)
+    return answers.tensors()
+
+
+class _Steps:
+    """The rows in flight, and the model's step on them. The first n rows of every buffer count."""
+
+    def __init__(self, model, next_logits, logits, cache, prompt_mask, G, most):
+        self.model, self.next_logits = model, next_logits
+        device, self.S = logits.device, prompt_mask.shape[1]
+        total = -(-(self.S + most) // KEYS_STEP) * KEYS_STEP
+        self.logits = logits.repeat_interleave(G, 0)
+        self.place = torch.full((1,), self.S, device=device)  # where the next token's keys go
+        self.columns = torch.arange(total, device=device)
+        self.cache = DynamicCache()
+        while cache.layers:  # one at a time: the prompts' own keys and values are let go of
+            layer = cache.layers.pop(0)
+            static = _StaticLayer(layer.keys, layer.values, G, total, self.place)
+            self.cache.layers.append(static)
+        seen = torch.zeros(len(self.logits), total, dtype=torch.bool, device=device)
+        seen[:, : self.S] = prompt_mask.repeat_interleave(G, 0)
+        self.n, self.seen, self.token = len(seen), seen, torch.zeros_like(seen[:, :1], dtype=int)
+        self.position = seen.sum(1, keepdim=True)
+        self.row = torch.arange(self.n, device=device)  # which row of the rollout each one is
+        self.alive = torch.ones(self.n, dtype=torch.bool, device=device)
+        self.length = torch.zeros_like(self.row)
+        self.captures, self.shape, self.graph = logits.is_cuda, None, None
+        self.pool = torch.cuda.graph_pool_handle() if self.captures else None
+
+    def drop_all_but(self, live):
+        """Rows in `live` move into the first rows, where those that ended give them their place, if
+        a smaller graph holds them all."""
+        n = min((b for b in BUCKETS if b >= len(live)), default=self.n)
+        if n >= self.n:
+            return
+        device, front = self.row.device, set(live)
+        movers = [slot for slot in live if slot >= n]
+        holes = [slot for slot in range(n) if slot not in front][: len(movers)]
+        holes, movers = torch.tensor([holes, movers], device=device)
+        for layer in self.cache.layers:
+            layer.move(holes, movers)
+        for name in ("seen", "token", "position", "row", "alive", "length"):
+            value = getattr(self, name)
+            setattr(self, name, value.index_copy_(0, holes, value[movers])[:n])
+        self.n = n
+
+    def advance(self, t):
+        """Feed answer token t: self.logits, (n, V), are those of the next one."""
+        last = (self.S + t) // CHECK * CHECK + 2 * CHECK  # written before L is looked at again
+        L = min(-(-last // KEYS_STEP) * KEYS_STEP, len(self.columns))
+        if (self.n, L) != self.shape:  # the first step of a shape runs as it is, and so warms up
+            self.shape, self.graph = (self.n, L), None
+            for layer in self.cache.layers:
+                layer.show(self.n, L)
+            self.logits = self._step()
+        elif not self.captures:
+            self.logits = self._step()
+        elif self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=self.pool):
+                self.logits = self._step()
+            self.graph.replay()  # capturing has run nothing
+        else:
+            self.graph.replay()
+
+    def _step(self):
+        L = self.shape[1]
+        self.seen.masked_fill_(self.columns == self.place, True)
+        mask = self._mask(self.seen[:, :L], self.columns[:L])
+        logits = self.next_logits(self.model, self.token, mask, self.position, self.cache)
+        self.position.add_(1)
+        self.place.add_(1)
+        return logits
+
+    def _mask(self, seen, columns):
+        """What is added to the attention's logits, (n, 1, 1, L): of every layer, or by kind."""
+        config = self.model.config
+        window = getattr(config, "sliding_window", None)
+        full = self._additive(seen)
+        if not window:
+            return full
+        sliding = self._additive(seen & (columns > self.place - window))
+        if "sliding_attention" not in (getattr(config, "layer_types", None) or []):
+            return sliding if getattr(config, "layer_types", None) is None else full
+        return {"full_attention": full, "sliding_attention": sliding}
+
+    def _additive(self, visible):
+        like = dict(dtype=self.cache.layers[0].keys.dtype, device=visible.device)
+        return torch.zeros(visible.shape, **like).masked_fill(~visible, -torch.inf)[:, None, None]
+
+
+class _StaticLayer(DynamicLayer):
+    """One layer's keys and values, (B, heads, S + T or more, size), written at `place`, a tensor.
+    A step sees the first n rows and the first L positions."""
+
+    def __init__(self, keys, values, repeats, total, place):
+        super().__init__()
+        self.is_initialized, self.place = True, place
+        self.buffers = [self._buffer(x, repeats, total) for x in (keys, values)]
+
+    @staticmethod
+    def _buffer(x, repeats, total):
+        rows, heads, filled, size = x.shape
+        # zeros: a hidden position counts 0 times what stands there, and 0 x NaN is NaN
+        buffer = x.new_zeros(rows * repeats, heads, total, size)
+        buffer[:, :, :filled] = x.repeat_interleave(repeats, 0)
+        return buffer
+
+    def show(self, rows, length):
+        self.keys, self.values = (b[:rows, :, :length] for b in self.buffers)
+
+    def move(self, holes, movers):
+        for buffer in self.buffers:
+            buffer.index_copy_(0, holes, buffer[movers])
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys.index_copy_(2, self.place, keys)
+        self.values.index_copy_(2, self.place, values)
+        return self.keys, self.values
+
+
+class _Answers:
+    """What was drawn. Written to tables of the rollout's rows only when somebody looks."""
+
+    def __init__(self, steps, most):
+        self.steps, self.recent, self.t = steps, [], 0
+        table = torch.zeros(steps.n, most, device=steps.row.device)
+        self.tables = {name: table.clone() for name in Drawn._fields[1:]}
+        self.tables["token"] = table.long()
+        self.lengths = torch.zeros_like(steps.row)
+        self.finished = torch.zeros_like(steps.alive)
+        self.bad = torch.full((1,), -1, device=steps.row.device)  # where the first NaN was drawn
+
+    def add(self, t, drawn, eos):
+        steps = self.steps
+        broken = (steps.alive & ~drawn.logp.isfinite()).any() & (self.bad < 0)
+        self.bad = torch.where(broken, t, self.bad)
+        self.recent.append(drawn)
+        steps.token.copy_(drawn.token[:, None])
+        steps.length.add_(steps.alive)
+        steps.alive.logical_and_(~torch.isin(drawn.token, eos))
+
+    def look(self):
+        """The slots of the rows that live on. The one place where Python waits for the card."""
+        steps = self.steps
+        *alive, bad = torch.cat([steps.alive.long(), self.bad]).tolist()
+        if bad >= 0:
+            raise NonFinite(f"the model's logits are NaN or infinite at answer position {bad}")
+        until = self.t + len(self.recent)
+        for name, table in self.tables.items():
+            drawn = torch.stack([getattr(x, name) for x in self.recent], 1)
+            table[steps.row, self.t : until] = drawn.to(table.dtype)
+        self.lengths[steps.row], self.finished[steps.row] = steps.length, ~steps.alive
+        self.recent, self.t = [], until
+        return [slot for slot, lives in enumerate(alive) if lives]
+
+    def tensors(self):
+        """By name, as sampling.Rollout has them; 0 behind the end."""
+        width = self.tables["token"].shape[1]
+        mask = torch.arange(width, device=self.lengths.device) < self.lengths[:, None]
+        kept = {name: torch.where(mask, x, 0) for name, x in self.tables.items()}
+        tokens = kept.pop("token")
+        return {"tokens": tokens, "mask": mask, "finished": self.finished, **kept}
+
+
+# ------------------------------------------------------------------------- attention of one query
+
+
+@contextlib.contextmanager
+def packed_attention(model):
+    """While open, the model's attention treats the query heads that share keys as so many queries
+    of one head: no copy of the keys for each, also in versions of transformers that make one."""
+    before = model.config._attn_implementation
+    AttentionInterface.register("packed_sdpa", _packed_sdpa)
+    model.config._attn_implementation = "packed_sdpa"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def _packed_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """query (n, heads, 1, size), key and value (n, kv_heads, L, size), mask (n, 1, 1, L)."""
+    n, heads, _, size = query.shape
+    packed = query.reshape(n, key.shape[1], -1, size)
+    out = scaled_dot_product_attention(packed, key, value, attention_mask, scale=scaling)
+    return out.reshape(n, 1, heads, size), None
