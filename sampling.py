@@ -178,25 +178,20 @@ def generate(
     decode_rows      answers drawn together, whole groups; 0: all. What is left waits its turn
     prefill_tokens   prompt tokens that run through the model together, padding included
     """
-    G, some = answers_per_prompt, max(1, decode_rows // answers_per_prompt) if decode_rows else 0
+    G, together = answers_per_prompt, len(prompts)
+    if decode_rows:
+        together = max(1, decode_rows // G)
     if uniform is None:
         uniform = torch.rand(max_new_tokens, len(prompts) * G, generator=generator)
-    rows = (some or len(prompts)) * G
-    products = contextlib.nullcontext() if plain else cpu.few_rows(model, rows)
-    if plain or not capture or captured.why_not(model):
-        steps = (repeat_cache, draw, drop_finished)
-        if not plain:
-            steps = (decoding.repeat_cache, decoding.Draw(), decoding.drop_finished)
-        loop = functools.partial(_decode, steps)
-    else:
-        loop = functools.partial(_decode_captured, decoding.Draw())
-    device, parts = model.get_input_embeddings().weight.device, []
+    products = contextlib.nullcontext() if plain else cpu.few_rows(model, together * G)
+    loop, parts = _loop_for(model, plain, capture), []
+    device = model.get_input_embeddings().weight.device
     eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
     size = (G, max_new_tokens, vocab_size)
     with rollout_mode(model), products:
-        for i in range(0, len(prompts), some or len(prompts)):
-            prompt, prompt_mask = pad_prompts(prompts[i : i + (some or len(prompts))], device)
-            draws = uniform[:, i * G : i * G + len(prompt) * G].to(device)
+        for i in range(0, len(prompts), together):
+            prompt, prompt_mask = pad_prompts(prompts[i : i + together], device)
+            draws = uniform[:, i * G : (i + together) * G].to(device)
             how = (temperature, draws, measure_entropy)
             prefilled = prefill(model, prompt, prompt_mask, prefill_tokens)
             kept = loop(model, prefilled, prompt_mask, eos, size, how)
@@ -204,6 +199,16 @@ def generate(
             kept = {name: x[:, :width] if x.dim() == 2 else x for name, x in kept.items()}
             parts.append(Rollout(prompt=prompt, prompt_mask=prompt_mask, **kept))
     return parts[0] if len(parts) == 1 else Rollout.join(parts)
+
+
+def _loop_for(model, plain, capture):
+    """The plain loop, the same without copies, or its steps captured."""
+    if plain:
+        return functools.partial(_decode, (repeat_cache, draw, drop_finished))
+    if capture and captured.why_not(model) is None:
+        return functools.partial(_decode_captured, decoding.Draw())
+    steps = (decoding.repeat_cache, decoding.Draw(), decoding.drop_finished)
+    return functools.partial(_decode, steps)
 
 
 def prefill(

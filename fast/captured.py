@@ -30,7 +30,7 @@ CHECK = 16  # steps between two looks at which rows have ended
 
 
 def why_not(model):
-    """Why the steps of this model run one kernel at a time, in one line; None: they are captured."""
+    """Why this model's steps run one kernel at a time, in one line; None: they are captured."""
     if next(model.parameters()).device.type != "cuda":
         return "graphs are CUDA's"
     config = model.config
@@ -99,7 +99,7 @@ class _Steps:
         device, front = self.row.device, set(live)
         movers = [slot for slot in live if slot >= n]
         holes = [slot for slot in range(n) if slot not in front][: len(movers)]
-        holes, movers = torch.tensor([holes, movers], device=device)
+        holes, movers = torch.tensor([holes, movers], dtype=torch.long, device=device)
         for layer in self.cache.layers:
             layer.move(holes, movers)
         for name in ("seen", "token", "position", "row", "alive", "length"):

@@ -11,6 +11,7 @@ import shutil
 import torch
 
 import internals
+from fast import captured
 from program.errors import BadInput
 from program.models import load_config, load_model, load_tokenizer
 from run import checkpoint
@@ -255,10 +256,14 @@ def describe(run, config, say):
         f"{options.answers_per_update} answers, in passes of {one_pass}; "
         f"{run.world.size} process(es)"
     )
+    kept = "in main memory" if options.offload else ""
+    kept = "as bfloat16 and their other 16 bits" if options.split_master else kept
     say(
-        f"weights and moments {str(next(run.policy.parameters()).dtype)[6:]}, compute "
-        f"{'bfloat16 autocast' if cuda else 'float32'} on {run.world.device}; peak memory about "
-        f"{peak:.2f} GiB a process (--estimate: its parts on a GPU)"
+        f"weights and moments float32{kept and ', ' + kept}; products {options.dtype} on "
+        f"{run.world.device}; peak memory about {peak:.2f} GiB a process (--estimate: its parts on "
+        "a GPU)"
     )
+    if cuda and options.capture and not options.plain and (reason := captured.why_not(run.actor)):
+        say(f"note: decoding steps are not captured, one kernel is launched at a time: {reason}")
     _, ids = run.items[0]
     say(f"the first prompt ({len(ids)} tokens):\n{run.tokenizer.decode(ids)}\n")

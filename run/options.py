@@ -43,7 +43,7 @@ class Options:
     resume: bool = opt(False, "continue the run in --out where its newest whole checkpoint stands")
     overwrite: bool = opt(False, "delete the run that --out already holds")
     seed: int = opt(0, "every random draw follows from it (the split of the questions is fixed)")
-    steps: int = opt(100, "rollout batches")
+    steps: int = opt(75, "rollout batches")
     device: str = opt("", "cpu or cuda; default cuda where there is one")
     dtype: str = opt(
         "",
@@ -109,7 +109,7 @@ class Options:
     diagnose_every: int = opt(0, "log similarity, KL and entropy of the layers; 0: never")
 
     # the optimiser
-    lr: float = opt(1e-4, "AdamW; 1e-6 is the papers' for 1.5B to 14B")
+    lr: float = opt(2e-4, "AdamW; 1e-6 is the papers' for 1.5B to 14B")
     weight_decay: float = opt(0.1, "AdamW")
     warmup_steps: int = opt(10, "linear warm-up")
     grad_clip: float = opt(1.0, "largest gradient norm")
@@ -308,8 +308,6 @@ def impossible(options):
         "micro_batch",
         f"must divide the {o.answers_per_update} answers of an update ({P} x {G} / {updates})",
     )
-    few_rows = o.decode_rows and o.decode_rows < G
-    yield few_rows, "decode_rows", f"the {G} answers to a prompt are drawn together: at least {G}"
     both = o.micro_batch and o.micro_tokens
     yield both, "micro_tokens", "give --micro-batch or --micro-tokens, not both"
     yield o.dual_clip and not o.dual_clip > 1, "dual_clip", "must be larger than 1, or 0 for none"
@@ -320,13 +318,7 @@ def impossible(options):
         "advantage",
         "HAPO's B is a group rule of its own; add --no-token-group-average or another --algo",
     )
-    tempered = o.algo == "hapo" and o.adaptive_temperature
-    yield (
-        o.sampler_correction and (tempered or o.bupo_layer),
-        "sampler_correction",
-        "it would undo --adaptive-temperature and mistake an internal policy for the sampler's; "
-        "add --no-adaptive-temperature, leave --bupo-layer out",
-    )
+    yield from impossible_sampler(o)
     yield from impossible_precision(o)
     alone = o.eval_data and not o.data
     yield alone, "eval_data", "goes with --data; built-in tasks hold out problems of their own"
@@ -341,6 +333,20 @@ def impossible(options):
         o.diagnose_every and not o.bupo_layer,
         "diagnose_every",
         "needs --bupo-layer, the layer to compare the others with",
+    )
+
+
+def impossible_sampler(o):
+    """As `impossible`, of how answers are drawn."""
+    G = o.answers_per_prompt
+    few_rows = o.decode_rows and o.decode_rows < G
+    yield few_rows, "decode_rows", f"the {G} answers to a prompt are drawn together: at least {G}"
+    tempered = o.algo == "hapo" and o.adaptive_temperature
+    yield (
+        o.sampler_correction and (tempered or o.bupo_layer),
+        "sampler_correction",
+        "it would undo --adaptive-temperature and mistake an internal policy for the sampler's; "
+        "add --no-adaptive-temperature, leave --bupo-layer out",
     )
 
 

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from fast.lines import cheapest_share
 from fast.captured import KEYS_STEP
+from fast.lines import cheapest_share
 from fast.logprobs import chunk_of
 from internals import decoder_body
 from program.errors import BadInput
@@ -145,7 +145,7 @@ def _activations(config, options, prompt_tokens, world_size, compute):
     # stream stays float32)
     heads, kv_heads, head_dim = _heads(config)
     inner = 4 * config.intermediate_size + 2 * heads * head_dim + 2 * kv_heads * head_dim
-    outer = 28 if compute == 4 else (20 if options.masters_apart else 26)  # bytes
+    outer = 28 if compute == 4 else (16 if options.masters_apart else 26)  # bytes
     layer_bytes = tokens * (compute * inner + outer * hidden) + mask
     if options.gradient_checkpointing:
         return tokens * 4 * hidden * layers, layer_bytes

@@ -1,11 +1,13 @@
 """The memory estimate: numbers worked by hand on a small shape, and which option it blames."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
-from conftest import TINY, random_model
+from conftest import ROOT, TINY, random_model
 
-from fast.logprobs import LOGIT_CHUNK_BYTES
+import train
+from fast.logprobs import LOGIT_CHUNK_BYTES, chunk_of
 from program.errors import BadInput
 from program.models import load_config
 from run import opening, options
@@ -34,19 +36,27 @@ def test_parts_by_hand():
     assert e.moments == 8 * parameters and e.replica == 2 * parameters
     held = needs("--kl", "0.1")
     assert e.reference == 0 and held.reference == 4 * parameters == held.peak - e.peak
-    # KV cache: 8 answers x 16 tokens x 3 layers x (keys and values) x 2 heads x head size x 2 bytes
-    assert e.kv_cache == 8 * 16 * 3 * 2 * 2 * model.config.head_dim * 2
-    # the logits chunk is never larger than an update's answers, 4 x 10; three float32 copies and
-    # the unembedding's gradient
-    assert e.logits == 40 * 50 * 4 * 3 + 4 * 50 * 32
+    # KV cache: 8 answers x 16 tokens x 3 layers x (keys, values) x 2 heads x head size x 2 bytes;
+    # captured steps see whole blocks of 256 positions
+    position = 8 * 3 * 2 * 2 * model.config.head_dim * 2
+    assert e.kv_cache == 256 * position
+    assert needs("--no-capture").kv_cache == 16 * position
+    # a layer's work on the 4 prompts of 6 tokens, more than logits of 8 rows and three like them
+    assert e.sampling == 24 * 2 * (3 * 64 + 4 * 32) > 8 * 50 * 4 * 4
+    assert needs("--prefill-tokens", "6").sampling == 8 * 50 * 4 * 4
+    few = needs("--no-capture", "--decode-rows", "5")  # two whole groups
+    assert few.kv_cache == 16 * position // 2 and few.sampling == e.sampling // 2
+    # the logits chunk is never larger than an update's answers, 4 x 10: logits and their gradient;
+    # the unembedding's own gradient, twice
+    assert e.logits == 40 * 50 * 8 + 2 * 4 * 50 * 32
     # 4 answers of 10 tokens, two to a line with their prompt of 6, and the lines' masks;
     # bfloat16 weights
     size = model.config.head_dim
-    a_token = 2 * (3 * 64 + 2 * 4 * size + 2 * 2 * size) + (4 + 2) * 4 * 32
+    a_token = 2 * (4 * 64 + 2 * 4 * size + 2 * 2 * size) + 26 * 32
     assert e.activations == 3 * (2 * 26 * a_token + 2 * 26 * 26 * 2) + 2 * parameters
-    # with checkpointing: one hidden state a layer, two layers' insides
+    # with checkpointing: one hidden state a layer; one layer's insides, behind the chunks
     less = needs("--gradient-checkpointing")
-    insides = 2 * (52 * a_token + 2 * 26 * 26 * 2)
+    insides = 52 * a_token + 2 * 26 * 26 * 2 - 40 * 50 * 8
     assert less.activations == 52 * 4 * 32 * 3 + insides + 2 * parameters
     # answers of 100 tokens stand alone: 4 lines of 106
     alone = needs("--max-new-tokens", "100")
@@ -58,6 +68,17 @@ def test_parts_by_hand():
         assert some.activations == 3 * tokens * a_token + 2 * parameters
     updating, sampling = e.gradients + e.activations + e.logits, e.kv_cache + e.sampling
     assert e.peak == e.weights + e.moments + e.replica + max(updating, sampling)
+
+
+def test_masters_apart_by_hand():
+    """16 bytes a parameter on the card, or 6 with the rest in main memory; no replica."""
+    model = random_model(layers=3, vocab=50, hidden=32)
+    parameters = sum(p.numel() for p in model.parameters())
+    split = memory.estimate(model.config, some_options("--split-master"))
+    assert split.weights == split.gradients == 4 * parameters and split.moments == 8 * parameters
+    beside = memory.estimate(model.config, some_options("--offload"))
+    assert beside.weights == 2 * parameters and beside.gradients == 4 * parameters
+    assert beside.moments == split.replica == beside.replica == 0
 
 
 def test_what_makes_it_smaller():
@@ -73,13 +94,44 @@ def test_what_makes_it_smaller():
 def test_a_chunk_of_logits_has_a_fixed_size():
     config = load_config(TINY)
     config.vocab_size = 151_936
-    e = memory.estimate(config, some_options("--max-new-tokens", "512"), prompt_tokens=512)
-    assert e.logits < 3 * LOGIT_CHUNK_BYTES + 4 * 151_936 * config.hidden_size + 1
+    o = some_options("--max-new-tokens", "512")
+    for device, chunk in LOGIT_CHUNK_BYTES.items():
+        e = memory.estimate(config, o, prompt_tokens=512, cuda=device == "cuda")
+        rows = min(chunk // (4 * 151_936), 4 * 512)
+        assert min(chunk_of(151_936, device), 4 * 512) == rows
+        assert e.logits == rows * 151_936 * 8 + 2 * 4 * 151_936 * config.hidden_size
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--micro-batch 8",
+        "--micro-batch 16 --gradient-checkpointing",
+        "--micro-batch 4 --dtype bfloat16",
+        "--micro-batch 8 --split-master",
+    ],
+)
+def test_the_estimate_is_what_the_allocator_sees(more, monkeypatch):
+    """One whole step of a small shape, as benchmarks/gpu.py takes it, on a CPU: within 15 %."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    monkeypatch.setattr(train, "grade", train.grade)  # put back what the benchmark replaces
+    a = SimpleNamespace(prompts=8, answers=2, answer=32, prompt=32, rehearse=True)
+    monkeypatch.setitem(gpu.SHAPES, "small", (64, 320, 4, 4, 2, True))
+    config, o = gpu.config_of("small"), gpu.step_options(a, more.split())
+    config.vocab_size = 2_000
+    run = gpu.make_run(a, config, o)
+    run.eos_ids = []  # answers of full length, which the estimate is of
+    run.items = [(problem, [1] * (a.prompt - len(ids)) + ids) for problem, ids in run.items]
+    gpu.measured_step(1, run)
+    step, peak = gpu.measured_step(2, run)
+    assert step.updates[0].outcome == "applied"
+    need = memory.estimate(config, o, a.prompt, 1, cuda=False)
+    assert need.peak == pytest.approx(peak, rel=0.15)
 
 
 def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypatch):
-    from types import SimpleNamespace
-
     import torch
 
     small = lambda device: SimpleNamespace(total_memory=10**6)

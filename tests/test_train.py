@@ -249,7 +249,7 @@ def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
     answers = [[Answer("", Grade(g, g), 3, True)] for g in (True, True, False, False)]
     monkeypatch.setattr(report, "sample_answers", lambda *args, **kwargs: answers)
     fake = SimpleNamespace(
-        options=SimpleNamespace(max_new_tokens=4, answers_per_step=8, plain=False),
+        options=SimpleNamespace(max_new_tokens=4, answers_per_step=8, plain=False, capture=True),
         together=lambda function, *args, **kwargs: function(*args, **kwargs),
         world=World("cpu"),
         actor=None,
@@ -548,9 +548,12 @@ def test_guard_alarms():
         guard.good_step({"step": step, **usual})
     guard.good_step({"step": 29, **usual, "response_length": 200})
     assert len(said) == 1 and "answer length 200 at step 29, 10.0 times" in said[0]
-    assert not guard.accepts(float("inf"), 1.0)
-    assert not guard.accepts(0.0, float("nan"))
-    assert guard.accepts(0.0, 0.0)
+    assert guard.judge(float("inf"), 1.0) == guard.judge(0.0, float("nan")) == "skipped"
+    assert guard.judge(0.0, 0.0) == "applied"
+    # float16: an overflow under a loss scale that can still fall is no fault; a NaN loss is
+    assert guard.judge(0.0, float("inf"), scale=1024.0) == "rescaled"
+    assert guard.judge(float("nan"), float("nan"), scale=1024.0) == "skipped"
+    assert guard.judge(0.0, float("inf"), scale=1.0) == "skipped"
 
 
 # -------------------------------------------------------------------------------------- bad options
@@ -594,7 +597,10 @@ def test_guard_alarms():
         (["--bupo-norm"], "--bupo-norm True: does nothing without --bupo-layer"),
         (["--bupo-arm", "freeze"], "--bupo-arm freeze: does nothing without --bupo-layer"),
         (["--max-new-tokens", "100000"], "--max-new-tokens 100000: no prompt fits"),
-        (["--offload"], "--offload: .* torchrun"),
+        (["--offload", "--split-master"], "--split-master True: is for one process"),
+        (["--split-master", "--dtype", "float32"], "--dtype float32: --offload and --split-master"),
+        (["--offload", "--dtype", "float16"], "--dtype float16: its loss scaling"),
+        (["--decode-rows", "3"], "--decode-rows 3: the 4 answers to a prompt"),
         (["--diagnose-every", "1"], "--diagnose-every 1: needs --bupo-layer"),
         (["--device", "gpu"], "--device gpu: must be cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device cuda:99: no such CUDA device"),
