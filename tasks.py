@@ -340,16 +340,24 @@ def instruct(problems: list[Problem], instruction: str) -> list[Problem]:
 def render_prompt(question: str, tokenizer: object) -> tuple[str, list[int]]:
     """(text, token ids) of one question: through the tokenizer's chat template if it has one."""
     if getattr(tokenizer, "chat_template", None):
-        # enable_thinking is Qwen3's switch; templates that do not know it ignore it
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
+        text = tokenizer.apply_chat_template([{"role": "user", "content": question}], **TEMPLATE)
         return text, tokenizer(text, add_special_tokens=False).input_ids
     text = f"Question: {question}\nAnswer:"
     return text, tokenizer(text).input_ids
+
+
+def render_prompts(questions: list[str], tokenizer: object) -> list[list[int]]:
+    """The token ids of many questions, as render_prompt's: together they take a quarter of the
+    time."""
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer([f"Question: {question}\nAnswer:" for question in questions]).input_ids
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    texts = tokenizer.apply_chat_template(chats, **TEMPLATE)
+    return tokenizer(texts, add_special_tokens=False).input_ids
+
+
+# enable_thinking is Qwen3's switch; templates that do not know it ignore it
+TEMPLATE = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 def fit_context(
@@ -365,8 +373,13 @@ def fit_context(
     """
     context = getattr(config, "max_position_embeddings", None) or math.inf
     room = context - max_new_tokens
-    bar = tqdm(problems, desc="rendering prompts", leave=False, disable=len(problems) < 2000)
-    items = [(p, render_prompt(p.question, tokenizer)[1]) for p in bar]
+    items, together = [], 500
+    bar = tqdm(total=len(problems), desc="rendering prompts", leave=False, delay=1)
+    for i in range(0, len(problems), together):
+        some = problems[i : i + together]
+        items += zip(some, render_prompts([p.question for p in some], tokenizer))
+        bar.update(len(some))
+    bar.close()
     fitting = [item for item in items if 0 < len(item[1]) <= room]
     if not fitting:
         raise BadInput(

@@ -8,6 +8,8 @@ from conftest import random_model
 from safetensors.torch import load_file
 
 import train
+from evaluate import Answer
+from run import report
 from scale.master import CHUNK, MasterAdamW, Masters, join, split
 
 
@@ -66,24 +68,32 @@ def test_gradients_are_summed_in_float32():
     assert layer.weight.grad is None
 
 
+@pytest.fixture
+def coins(monkeypatch):
+    """Every second answer is right, and nothing is evaluated, most of a short run's time."""
+    coin = iter(range(10**6))
+    verdict = lambda right: train.Grade(right, right)
+    mixed = [[Answer("", verdict(right), 7, True) for right in (True, False)]] * 2
+    monkeypatch.setattr(train, "grade", lambda *a: verdict(next(coin) % 2 == 0))
+    monkeypatch.setattr(report, "evaluate_over", lambda *args: mixed)
+
+
 def options(folder, tiny_folder, *more):
     sizes = (
-        "--prompts-per-step 4 --answers-per-prompt 4 --updates-per-rollout 2 --max-new-tokens 8 "
-        "--eval-prompts 2 --warmup-steps 1 --device cpu --lr 1e-3 --micro-batch 4 --keep 9"
+        "--prompts-per-step 2 --answers-per-prompt 4 --updates-per-rollout 2 --max-new-tokens 5 "
+        "--difficulty 2 --warmup-steps 1 --device cpu --lr 1e-3 --micro-batch 2 --keep 9"
     ).split()
     return [*sizes, "--model", str(tiny_folder), "--out", str(folder), *more]
 
 
 @pytest.mark.parametrize("where", ["--split-master", "--offload"])
-def test_a_run_and_its_resume(where, tmp_path, tiny_folder, monkeypatch):
-    """2 steps and 2 more after a resume are 4, bit for bit; the saved weights are float32; before
-    the first update the ratios are exactly 1, and the sampler is the policy."""
-    coin = iter(range(10**6))
-    monkeypatch.setattr(train, "grade", lambda *a: train.Grade(*[next(coin) % 2 == 0] * 2))
+def test_a_run_and_its_resume(where, tmp_path, tiny_folder, coins):
+    """One step and one more after a resume are two, bit for bit; the saved weights are float32;
+    before the first update the ratios are exactly 1."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.main(options(whole, tiny_folder, where, "--steps", "4"))
-    train.main(options(parts, tiny_folder, where, "--steps", "2"))
-    train.main(["--resume", "--out", str(parts), "--steps", "4"])
+    train.main(options(whole, tiny_folder, where, "--steps", "2"))
+    train.main(options(parts, tiny_folder, where, "--steps", "1"))
+    train.main(["--resume", "--out", str(parts), "--steps", "2"])
     a, b = (load_file(f / "final" / "model.safetensors") for f in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert {x.dtype for x in a.values()} == {torch.float32}
@@ -94,10 +104,8 @@ def test_a_run_and_its_resume(where, tmp_path, tiny_folder, monkeypatch):
         assert row["weights_changed"] > 0.9
 
 
-def test_float16_scales_its_loss(tmp_path, tiny_folder, monkeypatch):
+def test_float16_scales_its_loss(tmp_path, tiny_folder, coins):
     """Its first scale, 65536, is right or it is lowered without a fault; weights move."""
-    coin = iter(range(10**6))
-    monkeypatch.setattr(train, "grade", lambda *a: train.Grade(*[next(coin) % 2 == 0] * 2))
     train.main(options(tmp_path / "run", tiny_folder, "--dtype", "float16", "--steps", "2"))
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")][1:]
     assert all(row["skipped_updates"] == 0 and row["weights_changed"] > 0.5 for row in rows)
@@ -106,11 +114,9 @@ def test_float16_scales_its_loss(tmp_path, tiny_folder, monkeypatch):
     assert state["scale"] <= 65536 and state["_growth_tracker"] >= 0
 
 
-def test_an_overflow_is_no_fault(opened, monkeypatch):
+def test_an_overflow_is_no_fault(opened, coins):
     """A loss scale of 2^40 overflows: no weight moves, the scale falls, the step is not bad."""
     run = opened("--dtype", "float16")
-    coin = iter(range(10**6))
-    monkeypatch.setattr(train, "grade", lambda *a: train.Grade(*[next(coin) % 2 == 0] * 2))
     run.scaler._init_scale = 2.0**40
     before = [p.detach().clone() for p in run.policy.parameters()]
     metrics, bad = train.guarded_step(1, run)

@@ -8,13 +8,23 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
+from conftest import TINY
+from transformers import AutoTokenizer
 
 import tasks
 from grading.countdown import evaluate_expression, random_expression
 from grading.latex import LATEX
 from grading.numbers import last_number, parse_number
 from program.errors import BadInput
-from tasks import Grade, Problem, grade, load_problems, read_problems, render_prompt
+from tasks import (
+    Grade,
+    Problem,
+    grade,
+    load_problems,
+    read_problems,
+    render_prompt,
+    render_prompts,
+)
 
 EIGHT = Problem("q", "8")
 GAME = Problem("q", "16", "countdown", (3, 5, 2))
@@ -417,3 +427,12 @@ def test_chat_template_where_there_is_one():
     text, ids = render_prompt("Why?", tokenizer)
     # the template brings its own special tokens
     assert text == "<user>Why?<assistant>" and len(ids) == len(text)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_many_prompts_are_rendered_as_each_is_alone(chat):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = tokenizer.chat_template if chat else None
+    questions = ["What is 1 + 2?", "a\n<|im_end|>", "x" * 50]
+    alone = [render_prompt(question, tokenizer)[1] for question in questions]
+    assert render_prompts(questions, tokenizer) == alone and len(alone[0]) != len(alone[2])
