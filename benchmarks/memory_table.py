@@ -37,7 +37,8 @@ def seconds(parameters, size, name):
 
 
 def main():
-    print(f"| shape | processes | {' | '.join(p.replace('_', ' ') for p in PARTS)} | decode + rest |")
+    names = " | ".join(part.replace("_", " ") for part in PARTS)
+    print(f"| shape | processes | {names} | decode + rest |")
     print(f"|{'---|' * (len(PARTS) + 3)}")
     for name in [s for s in SHAPES if s in RATES]:
         for way, size, more in WAYS:

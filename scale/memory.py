@@ -52,6 +52,7 @@ def parameter_count(config):
     """Parameters of a model, tied ones once, and of one layer; built without memory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()  # transformers 5.0 leaves that out on the meta device
     layer = decoder_body(model).layers[0]
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in layer.parameters())
 

@@ -161,6 +161,7 @@ def shard_model(name, world, offload=False, dtype="float32"):
     source = dict(load_model(name)[0].named_parameters()) if world.main else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()  # transformers 5.0 leaves that out on the meta device
     body, settings = decoder_body(model), _sharding(world, offload, dtype)
     rotary = type(body.rotary_emb)  # its buffers are computed, not stored: build them for real
     body.rotary_emb = rotary(config=config)
