@@ -211,15 +211,18 @@ def what_to_change(e, options):
     """The option that lowers the largest part of an estimate that does not fit."""
     states = e.weights + e.gradients + e.moments
     if e.kv_cache + e.sampling > e.gradients + e.activations + e.logits:
+        rows = options.decode_rows or options.answers_per_step
+        fewer = max(options.answers_per_prompt, rows // 2)
         return (
-            f"less than --prompts-per-step {options.prompts_per_step} or --max-new-tokens "
-            f"{options.max_new_tokens} (the KV cache of all answers)"
+            f"--decode-rows {fewer} (fewer answers drawn at a time), or less than --max-new-tokens "
+            f"{options.max_new_tokens}"
         )
     if e.activations > states / 2:
         rows = options.micro_batch or options.answers_per_update
         smaller = f"--micro-batch {max(1, rows // 2)}"
         return smaller if options.gradient_checkpointing else "--gradient-checkpointing"
+    apart = "" if options.masters_apart else "--split-master (a fifth less), --offload, or "
     return (
-        "more processes (torchrun --nproc-per-node N) or --offload: weights, gradients and moments "
+        f"{apart}more processes (torchrun --nproc-per-node N): weights, gradients and moments "
         f"alone are {math.ceil(states / GIB)} GiB"
     )

@@ -1,6 +1,7 @@
 """The memory estimate: numbers worked by hand on a small shape, and which option it blames."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -136,9 +137,38 @@ def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypat
 
     small = lambda device: SimpleNamespace(total_memory=10**6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", small)
-    o = some_options("--max-new-tokens", "400")
     world = SimpleNamespace(device=torch.device("cuda"), size=1)
-    fake = SimpleNamespace(options=o, items=[(None, [1, 2, 3])], world=world)
-    message = "this run needs 0.. GiB and the device has 0.0; try --gradient-checkpointing"
-    with pytest.raises(BadInput, match=message):
-        opening.describe(fake, load_config(TINY), print)
+    more = ["--max-new-tokens", "400"]
+    for given, advice in [
+        (more, "--gradient-checkpointing"),
+        (["--prompts-per-step", "64", "--micro-batch", "2"], "--decode-rows 64 .fewer answers"),
+        (["--max-new-tokens", "1", "--no-capture"], "--split-master .a fifth less., --offload, or"),
+        (["--max-new-tokens", "1", "--no-capture", "--offload"], "more processes .torchrun"),
+    ]:
+        fake = SimpleNamespace(options=some_options(*given), items=[(None, [1, 2])], world=world)
+        message = f"this run needs 0.. GiB and the device has 0.0; try {advice}"
+        with pytest.raises(BadInput, match=message):
+            opening.describe(fake, load_config(TINY), print)
+
+
+def test_the_benchmark_rehearses_and_records(tmp_path, monkeypatch, capsys):
+    """benchmarks/gpu.py as a user calls it, on a CPU; without a GPU and without --rehearse one
+    line."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    monkeypatch.setattr(train, "grade", train.grade)
+    sizes = "--shape tiny --prompts 2 --answers 2 --answer 8 --prompt 12 --micro-batch 2".split()
+    record = tmp_path / "gpu.json"
+    command = ["gpu.py", *sizes, "--rehearse", "--json", str(record), "--gradient-checkpointing"]
+    monkeypatch.setattr("sys.argv", command)
+    gpu.main()
+    row = json.loads(record.read_text())
+    assert row["options"] == ["--micro-batch", "2", "--gradient-checkpointing"]
+    assert row["rows"] == 4 and row["ratio_off"] == 0 and 0 < row["peak_gib"] < 0.1
+    assert row["tokens"] > row["answer_tokens"] > 3 and row["updates"][0] in ("applied", "dead")
+    assert "memory:" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["gpu.py", *sizes])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(BadInput, match="needs a CUDA GPU"):
+        gpu.main()
