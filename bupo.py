@@ -49,6 +49,14 @@ def lower_layers(model: nn.Module, layer: int) -> list[nn.Parameter]:
     return [p for part in decoder_body(model).layers[:layer] for p in part.parameters()]
 
 
+def all_but_layer(model: nn.Module, layer: int) -> list[nn.Parameter]:
+    """Everything outside layer `layer`: what the arm "one-layer" keeps still in the first phase,
+    while the full policy trains."""
+    check_layer(model, layer)
+    own = {id(p) for p in decoder_body(model).layers[layer - 1].parameters()}
+    return [p for p in model.parameters() if id(p) not in own]
+
+
 def layerwise_groups(model: nn.Module, layer: int, lr: float, scale: float = 0.1) -> list[dict]:
     """Optimiser groups of the arm "layer-lr": layers above `layer` learn at `scale` times lr."""
     upper = [p for part in decoder_body(model).layers[layer:] for p in part.parameters()]

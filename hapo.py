@@ -94,6 +94,7 @@ def adaptive_temperature(
 
         bounded (published runs)   T = base (1 + tau h)
         zscore  (as printed)       T = max(base (1 + tau z), base / 10),   z = (x - pivot) / sigma
+        two     (a simple rival)   T = base (1 + tau) above the pivot, base (1 - tau) below
 
     entropy any shape; stats are the previous batch's, None for the first, which is sampled at base.
     """
@@ -104,7 +105,9 @@ def adaptive_temperature(
     if form == "zscore":
         z = (log_entropy(entropy) - stats.pivot) / stats.sigma
         return base * (1 + tau * z).clamp_min(0.1)
-    raise ValueError(f"form must be 'bounded' or 'zscore', not {form!r}")
+    if form == "two":
+        return base * (1 + tau * (log_entropy(entropy) - stats.pivot).sign())
+    raise ValueError(f"form must be 'bounded', 'zscore' or 'two', not {form!r}")
 
 
 def token_group_advantages(

@@ -245,7 +245,8 @@ def sample_round(step: int, attempt: int, run: Run) -> Batch:
     grades = [grade(problems[row // G], text) for row, text in enumerate(texts)]
     verdicts = (torch.tensor(column, device=run.world.device) for column in zip(*grades))
     verdicts = dict(zip(Grade._fields, verdicts))
-    verdicts["right"] = verdicts[options.reward]
+    chance = options.reward == "random"  # a control: nothing can be learned from it
+    verdicts["right"] = run.coins(step, attempt) if chance else verdicts[options.reward]
     rewards = verdicts["right"].float()
     if options.overlong_buffer:
         rewards += losses.overlong_penalty(rollout.lengths, cap, options.overlong_buffer)
@@ -389,6 +390,9 @@ def prepare_updates(step: int, layer: int | None, run: Run) -> None:
         internals.decoder_body(run.policy).norm.requires_grad_(layer is None)
     if run.layer is not None and options.bupo_arm == "freeze":  # BuPO 6: a comparison arm
         for p in bupo.lower_layers(run.policy, run.layer):
+            p.requires_grad_(step > options.bupo_steps)
+    if run.layer is not None and options.bupo_arm == "one-layer":  # BuPO 6: another
+        for p in bupo.all_but_layer(run.policy, run.layer):
             p.requires_grad_(step > options.bupo_steps)
 
 

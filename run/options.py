@@ -17,6 +17,7 @@ from sampling import PREFILL_TOKENS
 from tasks import BUILT_IN, FILE_CAP, FILE_INSTRUCTION, default_cap, default_instruction
 
 COMPARISONS = ["none", "forking", "archer", "entropy-advantage", "edge"]
+FORMS = ["bounded", "zscore", "two"]
 TASKS = "; ".join(f"{name}: {task.help}" for name, task in sorted(BUILT_IN.items()))
 CAPS = ", ".join(f"{task.cap} {name}" for name, task in sorted(BUILT_IN.items()))
 
@@ -38,7 +39,11 @@ class Options:
     instruction: str = opt(
         None, f"line behind every question, '' for none; default '{FILE_INSTRUCTION}' for files"
     )
-    reward: str = opt("lenient", "which verdict is the reward", ["strict", "lenient"])
+    reward: str = opt(
+        "lenient",
+        "which verdict is the reward; random: a coin, a control that nothing can be learned from",
+        ["strict", "lenient", "random"],
+    )
     out: str = opt("", "output folder; default runs/ALGO-TASK")
     resume: bool = opt(False, "continue the run in --out where its newest whole checkpoint stands")
     overwrite: bool = opt(False, "delete the run that --out already holds")
@@ -85,7 +90,7 @@ class Options:
     advantage: str = opt("grpo", "group rule where HAPO's B is off", sorted(GROUP_RULES))
     rho: float = opt(0.8, "rho, quantile of the entropy pivot")
     tau: float = opt(None, "tau of the adaptive temperature; default 0.05 bounded, 0.1 zscore")
-    temperature_form: str = opt("bounded", "form of Eq. 8", ["bounded", "zscore"])
+    temperature_form: str = opt("bounded", "form of Eq. 8, or a simple rival", FORMS)
     clip_low: float = opt(0.2, "eps_low")
     clip_high: float = opt(None, "eps_high; default 0.2 grpo, 0.28 dapo and hapo")
     dual_clip: float = opt(0.0, "c > 1: a token with A < 0 costs at most -c A; 0: off (papers: 10)")
@@ -102,9 +107,9 @@ class Options:
     bupo_norm: bool = opt(False, "final norm on the internal policy too")
     bupo_arm: str = opt(
         "align",
-        "align: BuPO; comparison arms: freeze layers 1 ... l in the first phase, or layer-lr: "
-        "upper layers learn at 0.1 x lr",
-        ["align", "freeze", "layer-lr"],
+        "align: BuPO; comparison arms: freeze layers 1 ... l in the first phase, or train but "
+        "one-layer, l; or layer-lr: upper layers learn at 0.1 x lr",
+        ["align", "freeze", "one-layer", "layer-lr"],
     )
     diagnose_every: int = opt(0, "log similarity, KL and entropy of the layers; 0: never")
 
@@ -138,6 +143,11 @@ class Options:
     @property
     def answers_per_update(self):
         return self.answers_per_step // self.updates_per_rollout
+
+    @property
+    def verdict(self):
+        """What is measured on held-out questions: the verdict that is paid, if one is."""
+        return "lenient" if self.reward == "random" else self.reward
 
     @property
     def needs_reference(self):
@@ -382,7 +392,7 @@ def without_effect(options):
     own_bounds = o.comparison == "archer" and (o.clip_low != 0.2 or o.clip_high not in (0.2, 0.28))
     yield own_bounds, "comparison", "has bounds of its own; leave --clip-low and --clip-high out"
     yield (
-        o.released and o.temperature_form == "zscore",
+        o.released and o.temperature_form != "bounded",
         "temperature_form",
         "the released code has the bounded form alone; leave --released out",
     )

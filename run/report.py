@@ -178,11 +178,11 @@ def held_out(run, step):
     each = run.held_out[: options.eval_prompts]
     greedy = summarise(evaluate_over(run, each, 0.0, 0, f"{name}, greedy"))
     return {
-        "eval_accuracy": getattr(sampled, options.reward),
-        "eval_greedy": getattr(greedy, options.reward),
+        "eval_accuracy": getattr(sampled, options.verdict),
+        "eval_greedy": getattr(greedy, options.verdict),
         "eval_strict": sampled.strict,
         "eval_lenient": sampled.lenient,
-        "eval_error": getattr(sampled, options.reward + "_error"),
+        "eval_error": getattr(sampled, options.verdict + "_error"),
         "eval_finished": sampled.finished,
         "eval_length": sampled.length,
     }
@@ -248,7 +248,7 @@ def first_look(run):
     probe, G = [run.items[i][0] for i in some], options.answers_per_prompt
     how = (options.temperature, seed, f"pass rate of {len(probe)} prompts", G)
     groups = evaluate_over(run, probe, *how)
-    right = [[getattr(answer.grade, options.reward) for answer in group] for group in groups]
+    right = [[getattr(answer.grade, options.verdict) for answer in group] for group in groups]
     rate = sum(map(sum, right)) / sum(map(len, right))
     live = sum(any(group) and not all(group) for group in right) / len(right)
     metrics |= {"pass_rate": rate, "expected_live_groups": live}

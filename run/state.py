@@ -84,6 +84,13 @@ class Run:
         draws = torch.rand(shape, generator=generator)
         return draws[:, self.world.rank :: self.world.size].flatten(1)
 
+    def coins(self, step, attempt):
+        """A round's verdicts by chance, (B,) bool, the same over any number of processes."""
+        o, generator = self.options, torch.Generator()
+        generator.manual_seed(seed_of(o.seed, step, attempt, "coin"))
+        coins = torch.rand(o.prompts_per_step, o.answers_per_prompt, generator=generator) < 0.5
+        return coins[self.world.rank :: self.world.size].flatten().to(self.world.device)
+
     def together(self, function, *args, **kwargs):
         """function(...); an error of ours in one process is raised in all, so that none waits."""
         return self.world.together((NonFinite, BadInput), function, *args, **kwargs)

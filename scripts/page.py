@@ -58,7 +58,8 @@ def read_run(folder):
         )
         answer = {name: short(row[name]) for name in TOKENS if name in row}
         answer |= {name: row[name] for name in ("tokens", "reward", "finished")}
-        answer["right"] = row[options["reward"]]  # the verdict that is paid
+        chance = options["reward"] == "random"
+        answer["right"] = row["reward"] > 0 if chance else row[options["reward"]]  # what is paid
         group["answers"].append(answer)
     curves = {key: [[r["step"], short(r.get(key))] for r in metrics] for key in CURVES}
     curves["dead"] = [[r["step"], r["dead_groups"] / r["groups"]] for r in metrics if "groups" in r]

@@ -323,6 +323,11 @@ def test_bupo_auto_and_arms(tiny_folder, tmp_path, capsys):
         assert torch.equal(first[name], start[name]) == frozen, name
     lowest = lambda tensors: {k: v for k, v in tensors.items() if ".layers.0." in k}
     assert not same(lowest(first), lowest(weights(tmp_path / "freeze")))
+    run(tmp_path / "one", "--algo", "grpo", *layer, "one-layer")
+    first = load_file(tmp_path / "one" / "checkpoint-1" / "model.safetensors")
+    for name in first:
+        assert torch.equal(first[name], start[name]) == (".layers.1." not in name), name
+    assert not same(lowest(first), lowest(weights(tmp_path / "one")))
     _, rows = run(tmp_path / "lr", *layer, "layer-lr")
     assert rows[1]["phase"] == "full"
 
@@ -690,3 +695,15 @@ def test_estimate_needs_no_weights(capsys, tmp_path):
     shutil.copy(TINY / "config.json", tmp_path)
     train.main(["--model", str(tmp_path), "--estimate"])
     assert "peak" in capsys.readouterr().out
+
+
+def test_a_random_reward_is_a_coin_that_no_answer_changes(tmp_path, real_verdicts):
+    """Half of the answers are paid, by seed and step alone; held-out accuracy is of verdicts."""
+    _, rows = run(tmp_path / "a", "--reward", "random", "--prompts-per-step", "40")
+    rewards = [row["reward"] for row in rows[1:]]
+    assert all(abs(reward - 0.5) < 0.16 for reward in rewards) and len(set(rewards)) == 2
+    assert rows[0]["eval_accuracy"] == rows[0]["eval_lenient"]
+    _, again = run(tmp_path / "b", "--reward", "random", "--prompts-per-step", "40", "--lr", "0")
+    assert [row["reward"] for row in again[1:]] == rewards
+    _, other = run(tmp_path / "c", "--reward", "random", "--seed", "9", "--prompts-per-step", "40")
+    assert [row["reward"] for row in other[1:]] != rewards
