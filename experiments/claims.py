@@ -1,0 +1,223 @@
+"""The papers' claims, tested again on the shipped model: python experiments/claims.py
+
+Runs what is missing, two at a time with one thread each, and then makes docs/evidence.md and its
+plots from experiments/claims_runs/. Which arms, claims and seeds there are stands in claims.json;
+learning rates and level in claims_pilot.json, which `--pilot` makes on other seeds.
+
+    --list           what is there and what is missing
+    --dry-run        the same with the time it would take
+    --only CLAIM     what that claim needs
+    --mixed          also use results of another commit or of other options; the page says so
+
+A run leaves one small file; one that is killed leaves nothing and is run again. On the same machine
+a file that is deleted and made again is the same, bit for bit: how long runs took stands apart.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from program.command import run_main  # noqa: E402
+from program.errors import BadInput  # noqa: E402
+
+HERE = pathlib.Path(__file__).resolve().parent
+PLAN, PILOT, RUNS = HERE / "claims.json", HERE / "claims_pilot.json", HERE / "claims_runs"
+TIMES = RUNS / "times.json"
+# what a run's numbers come from: a commit that touches nothing of it is the same commit here
+SOURCES = (
+    "train.py losses.py hapo.py bupo.py sampling.py internals.py tasks.py evaluate.py "
+    "fast grading program run scale assets/tiny-qwen3"
+).split()
+CURVES = ("eval_accuracy", "eval_greedy", "eval_length", "reward", "entropy", "response_length")
+
+
+def commit():
+    """The last commit that touched the sources; BadInput where they are not committed."""
+    git = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True).stdout
+    if git("status", "--porcelain", "--", *SOURCES).strip():
+        raise BadInput("the sources have changes that are not committed; a result names its commit")
+    return git("log", "-1", "--format=%H", "--", *SOURCES).strip() or "unknown"
+
+
+def options_of(plan, arm, difficulty, rates):
+    """train.py's options of an arm, without seed and folder."""
+    a = plan["arms"][arm]
+    return (
+        f"{plan['common']['options']} --steps {plan['common']['steps']} --difficulty {difficulty} "
+        f"--algo {a['base']} --lr {rates['grpo' if a['base'] == 'grpo' else 'dapo']} {a['options']}"
+    ).strip()
+
+
+def wanted(plan, only=None):
+    """[(arm, seed)] of all claims, or of one."""
+    groups = plan["claims"] + plan["rivals"] + plan["controls"]
+    if only is not None:
+        groups = [g for g in groups if str(g["id"]) == only]
+        if not groups:
+            raise BadInput(f"--only {only}: no claim of that number or name in {PLAN}")
+    arms = dict.fromkeys(a for g in groups for pair in g["compare"] for a in pair if a != "start")
+    seeds = plan["common"]["seeds"]
+    return [(arm, s + plan["arms"][arm].get("seed_offset", 0)) for s in seeds for arm in arms]
+
+
+def run_one(name, options, seed, folder, made_of):
+    """Train in a process of its own; write folder/NAME.json. Returns its seconds."""
+    out, path = ROOT / "runs" / "claims" / name, folder / f"{name}.json"
+    command = [sys.executable, "train.py", *shlex.split(options), "--seed", str(seed)]
+    command += ["--out", str(out), "--overwrite"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    started = time.time()
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise BadInput(f"run {name} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    result = {"options": options, "commit": made_of, "seed": seed, **curves(lines)}
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(result) + "\n")
+    os.replace(aside, path)
+    shutil.rmtree(out)
+    return time.time() - started
+
+
+def curves(lines):
+    """What is kept of metrics.jsonl."""
+    kept = {}
+    for key in CURVES:
+        kept[key] = [[m["step"], round(m[key], 6)] for m in lines if key in m]
+    kept["pass_at_8"] = [  # of the groups that were trained on
+        [m["step"], round(1 - m["all_wrong"] / m["groups"], 6)] for m in lines if "groups" in m
+    ]
+    seen = [m for m in lines if "diagnose_cosine" in m]
+    kept["similarity"] = [[m["step"], round(m["diagnose_cosine"][-1], 6)] for m in seen]
+    steps = [m for m in lines if "seconds_update" in m]
+    kept["updates"] = sum(m["updates"] for m in steps)
+    kept["tokens"] = int(sum(m["response_length"] * 8 * m["groups"] for m in steps))
+    return kept
+
+
+def load(path, options, made_of, mixed):
+    """A result, or None where there is none; BadInput if it is of other options or commit."""
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    for what, value in (("options", options), ("commit", made_of)):
+        if result[what] != value and not mixed:
+            raise BadInput(
+                f"{path.relative_to(ROOT)}: made with other {what} ({result[what]}) than now "
+                f"({value}); delete it, or use it with --mixed"
+            )
+    return result
+
+
+def run_missing(jobs, folder, made_of):
+    """Run [(name, options, seed)], two at a time, and note how long each took."""
+    folder.mkdir(exist_ok=True)
+    times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        waiting = {pool.submit(run_one, *job, folder, made_of): job[0] for job in jobs}
+        for n, future in enumerate(concurrent.futures.as_completed(waiting), 1):
+            name = waiting[future]
+            seconds = future.result()
+            times.setdefault(name, round(seconds, 1))  # a run that is made again keeps its first
+            RUNS.mkdir(exist_ok=True)
+            TIMES.write_text(json.dumps(times, indent=0, sort_keys=True) + "\n")
+            print(f"{n}/{len(jobs)}  {name}  {seconds:.0f} s", flush=True)
+
+
+# ------------------------------------------------------------------------------------------- pilot
+
+
+def pilot(plan):
+    """Level and learning rates, chosen on seeds of their own; writes claims_pilot.json."""
+    p, made_of, jobs = plan["pilot"], commit(), {}
+    for level in p["difficulties"]:
+        for base in p["baselines"]:
+            for rate in p["learning_rates"]:
+                options = options_of(plan, base, level, dict.fromkeys(p["baselines"], rate))
+                for seed in p["seeds"]:
+                    jobs[level, base, rate, seed] = (f"{base}-{level}-{rate}-{seed}", options, seed)
+    folder = RUNS / "pilot"
+    folder.parent.mkdir(exist_ok=True)
+    path = lambda job: folder / f"{job[0]}.json"
+    run_missing([job for job in jobs.values() if not path(job).exists()], folder, made_of)
+    found = {key: json.loads(path(job).read_text()) for key, job in jobs.items()}
+    table, choices = {}, {}
+    for level in p["difficulties"]:
+        for base in p["baselines"]:
+            for rate in p["learning_rates"]:
+                runs = [found[level, base, rate, seed] for seed in p["seeds"]]
+                table[f"{level} {base} {rate}"] = [mean_of(runs, final), mean_of(runs, half_way)]
+            best = max(p["learning_rates"], key=lambda r: table[f"{level} {base} {r}"][0])
+            choices[f"{level} {base}"] = best
+    level = next((d for d in p["difficulties"] if fits(d, table, choices, p)), None)
+    rates = {base: choices[f"{level} {base}"] for base in p["baselines"]} if level else None
+    chosen = {"difficulty": level, "rates": rates, "commit": made_of, "final, half-way": table}
+    PILOT.write_text(json.dumps(chosen, indent=1) + "\n")
+    print(json.dumps(chosen, indent=1))
+    if level is None:
+        raise BadInput(f"no level of {p['difficulties']} leaves room for a comparison; see {PILOT}")
+
+
+def fits(level, table, choices, p):
+    """Whether the best baseline ends between 60 and 95 %, and GRPO has room half-way."""
+    ends = {base: table[f"{level} {base} {choices[f'{level} {base}']}"] for base in p["baselines"]}
+    return 0.6 <= max(end for end, _ in ends.values()) <= 0.95 and ends["grpo"][1] <= 0.95
+
+
+def mean_of(runs, measure):
+    return round(sum(map(measure, runs)) / len(runs), 4)
+
+
+def final(run):
+    """Held-out accuracy, mean of the evaluations in the last third."""
+    last = run["eval_accuracy"][-1][0]
+    values = [value for step, value in run["eval_accuracy"] if step > 2 * last / 3]
+    return sum(values) / len(values)
+
+
+def half_way(run):
+    last = run["eval_accuracy"][-1][0]
+    return next(value for step, value in run["eval_accuracy"] if step >= last / 2)
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for flag in ("--list", "--dry-run", "--mixed", "--pilot"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--only")
+    a, plan = parser.parse_args(), json.loads(PLAN.read_text())
+    if a.pilot:
+        return pilot(plan)
+    if not PILOT.exists():
+        raise BadInput(f"{PILOT.name} is missing: python experiments/claims.py --pilot comes first")
+    chosen, made_of, jobs = json.loads(PILOT.read_text()), commit(), []
+    for arm, seed in wanted(plan, a.only):
+        options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
+        name = f"{arm}-{seed}"
+        there = load(RUNS / f"{name}.json", options, made_of, a.mixed) is not None
+        if a.list:
+            print(f"{'there  ' if there else 'missing'}  {name}")
+        if not there:
+            jobs.append((name, options, seed))
+    if a.list or a.dry_run:
+        times = sorted(json.loads(TIMES.read_text()).values()) if TIMES.exists() else [140]
+        hours = len(jobs) * times[len(times) // 2] / 2 / 3600
+        print(f"{len(jobs)} runs missing, about {hours:.1f} hours, two at a time")
+        return
+    run_missing(jobs, RUNS, made_of)
+
+
+if __name__ == "__main__":
+    run_main(main)
