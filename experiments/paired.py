@@ -13,7 +13,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 
 
 class Effect(NamedTuple):
-    """Mean paired difference, its 95 % interval, and the chance of so large a one by signs alone."""
+    """Mean paired difference, its 95 % interval, the chance of so large a one by signs alone."""
 
     mean: float
     low: float
