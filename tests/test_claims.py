@@ -1,0 +1,138 @@
+"""The statistics of experiments/claims.py, by hand; and that it runs what is missing, no more."""
+
+import json
+
+import pytest
+from conftest import ROOT
+
+from program.errors import BadInput
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import claims
+    import paired
+
+    return claims, paired
+
+
+def test_an_effect_by_hand(tools):
+    # mean 2.5, deviation sqrt(5 / 3) = 1.2910, t of 3 degrees 3.182: half width 2.0540;
+    # of 16 sign patterns only + + + + and - - - - reach a sum of 10
+    _, paired = tools
+    e = paired.effect([1.0, 2.0, 3.0, 4.0])
+    assert e == pytest.approx((2.5, 0.4460, 4.5540, 2 / 16), abs=1e-4)
+
+
+def test_sign_flips_by_hand(tools):
+    _, paired = tools
+    assert paired.sign_flip([1, 1, -1]) == 1  # sums of 1 and of 3: none is smaller than 1
+    assert paired.sign_flip([3, 1]) == 0.5  # 4 and -4 of 4, 2, -2, -4
+    assert paired.sign_flip([0.1] * 10) == 2 / 1024
+    assert paired.sign_flip([0.1] * 8) == 2 / 256
+
+
+def test_holm_by_hand(tools):
+    # .01 x 3, .03 x 2, and .04 x 1 = .04 raised to the .06 before it
+    _, paired = tools
+    assert paired.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert paired.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_probability_of_improvement_by_hand(tools):
+    _, paired = tools
+    # 1 = 1 counts half, 1 < 3, 2 > 1, 2 < 3
+    assert paired.probability_of_improvement([1, 2], [1, 3]) == 1.5 / 4
+
+
+def test_verdicts_by_hand(tools):
+    _, paired = tools
+    effect = lambda mean, half: paired.Effect(mean, mean - half, mean + half, 0.0)
+    assert paired.verdict(effect(0.05, 0.01), 0.01, 0.01) == "holds"
+    assert paired.verdict(effect(0.05, 0.06), 0.20, 0.01) == "not decided"
+    assert paired.verdict(effect(0.005, 0.001), 0.01, 0.01) == "contradicted"  # too small to matter
+    assert paired.verdict(effect(-0.05, 0.02), 0.01, 0.01) == "contradicted"
+    assert paired.verdict(effect(-0.05, 0.08), 0.30, 0.01) == "not decided"
+
+
+@pytest.fixture
+def laid_out(tools, monkeypatch, tmp_path):
+    """A folder for results, a pilot's choice, and a training that only writes its lines."""
+    claims, _ = tools
+    runs, pilot, trained = tmp_path / "claims_runs", tmp_path / "claims_pilot.json", []
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(claims, "RUNS", runs)
+    monkeypatch.setattr(claims, "TIMES", runs / "times.json")
+    monkeypatch.setattr(claims, "PILOT", pilot)
+    monkeypatch.setattr(claims, "commit", lambda: "c0ffee")
+    pilot.write_text(json.dumps({"difficulty": 3, "rates": {"grpo": 1e-4, "dapo": 2e-4}}))
+
+    def training(command, **how):
+        trained.append(command)
+        out = tmp_path / command[command.index("--out") + 1]
+        out.mkdir(parents=True)
+        seed = int(command[command.index("--seed") + 1])
+        step = {"all_wrong": 1, "groups": 4, "updates": 2, "response_length": 9.0}
+        rows = [{"step": 0, "eval_accuracy": 0.2}, {"step": 6, "eval_accuracy": seed / 1000}]
+        rows[1] |= step | {"seconds_update": 1.0}
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return type("Done", (), {"returncode": 0, "stderr": ""})()
+
+    monkeypatch.setattr(claims.subprocess, "run", training)
+
+    def run(*flags):
+        monkeypatch.setattr("sys.argv", ["claims.py", *flags])
+        claims.main()
+
+    return run, runs, trained
+
+
+def test_only_what_is_missing_runs_and_comes_out_the_same(laid_out, capsys):
+    run, runs, trained = laid_out
+    run("--only", "1")
+    names = {f"{arm}-{seed}.json" for arm in ("hapo", "dapo") for seed in range(101, 111)}
+    assert {p.name for p in runs.iterdir()} == names | {"times.json"} and len(trained) == 20
+    before = {p.name: p.read_bytes() for p in runs.iterdir()}
+    rates = {c[c.index("--lr") + 1] for c in trained}
+    assert rates == {"0.0002"} and all("--difficulty" in c for c in trained)
+    for name in sorted(names)[:10]:
+        (runs / name).unlink()
+    run("--only", "1")
+    assert len(trained) == 30
+    assert {p.name: p.read_bytes() for p in runs.iterdir()} == before
+    run("--only", "8", "--dry-run")
+    assert len(trained) == 30 and "20 runs missing" in capsys.readouterr().out
+
+
+def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
+    run, runs, _ = laid_out
+    run("--only", "1")
+    monkeypatch.setattr(tools[0], "commit", lambda: "decaf")
+    with pytest.raises(BadInput, match=r"hapo-101.json: made with other commit \(c0ffee\)"):
+        run("--only", "1")
+    run("--only", "1", "--mixed", "--list")
+    with pytest.raises(BadInput, match="--only 99: no claim"):
+        run("--only", "99")
+
+
+def test_a_run_s_measures(tools):
+    claims, _ = tools
+    run = {"eval_accuracy": [[0, 0.1], [12, 0.2], [24, 0.4], [36, 0.6], [48, 0.8]]}
+    assert claims.final(run) == pytest.approx(0.7)  # steps 36 and 48, later than 32
+    assert claims.half_way(run) == 0.4
+
+
+def test_every_claim_names_arms_that_exist(tools):
+    claims, _ = tools
+    plan = json.loads(claims.PLAN.read_text())
+    assert [c["id"] for c in plan["claims"]] == list(range(1, 15))
+    assert len(plan["common"]["seeds"]) == 10
+    assert not set(plan["common"]["seeds"]) & set(plan["pilot"]["seeds"])
+    from run import options
+
+    for arm, seed in claims.wanted(plan):
+        assert arm in plan["arms"] and seed > 100
+    for arm in plan["arms"]:
+        flags = claims.options_of(plan, arm, 3, {"grpo": 1e-4, "dapo": 1e-4}).split()
+        assert options.parse([*flags, "--out", "/nonexistent/run"], "").steps == 48
