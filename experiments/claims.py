@@ -26,6 +26,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import claims_page  # noqa: E402
+
 from program.command import run_main  # noqa: E402
 from program.errors import BadInput  # noqa: E402
 
@@ -127,7 +129,7 @@ def run_missing(jobs, folder, made_of):
         for n, future in enumerate(concurrent.futures.as_completed(waiting), 1):
             name = waiting[future]
             seconds = future.result()
-            times.setdefault(name, round(seconds, 1))  # a run that is made again keeps its first
+            times.setdefault(name, round(seconds, 3))  # a run that is made again keeps its first
             RUNS.mkdir(exist_ok=True)
             TIMES.write_text(json.dumps(times, indent=0, sort_keys=True) + "\n")
             print(f"{n}/{len(jobs)}  {name}  {seconds:.0f} s", flush=True)
@@ -217,6 +219,13 @@ def main():
         print(f"{len(jobs)} runs missing, about {hours:.1f} hours, two at a time")
         return
     run_missing(jobs, RUNS, made_of)
+    found, times = {}, json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    for arm, seed in wanted(plan):
+        path = RUNS / f"{arm}-{seed}.json"
+        if path.exists():
+            options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
+            found[arm, seed] = load(path, options, made_of, a.mixed)
+    print(f"the page: {claims_page.write(plan, chosen, found, times, a.mixed)}")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,9 @@ def laid_out(tools, monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "TIMES", runs / "times.json")
     monkeypatch.setattr(claims, "PILOT", pilot)
     monkeypatch.setattr(claims, "commit", lambda: "c0ffee")
+    page = tmp_path / "evidence.md"
+    monkeypatch.setattr(claims.claims_page, "PAGE", page)
+    monkeypatch.setattr(claims.claims_page, "PLOTS", tmp_path / "plots")
     pilot.write_text(json.dumps({"difficulty": 3, "rates": {"grpo": 1e-4, "dapo": 2e-4}}))
 
     def training(command, **how):
@@ -74,7 +77,10 @@ def laid_out(tools, monkeypatch, tmp_path):
         out.mkdir(parents=True)
         seed = int(command[command.index("--seed") + 1])
         step = {"all_wrong": 1, "groups": 4, "updates": 2, "response_length": 9.0}
-        rows = [{"step": 0, "eval_accuracy": 0.2}, {"step": 6, "eval_accuracy": seed / 1000}]
+        better = "--no-" not in " ".join(command) and "hapo" in command
+        right = seed / 1000 + 0.3 * better
+        rows = [{"step": 0, "eval_accuracy": 0.1, "eval_greedy": 0.1}]
+        rows.append({"step": 6, "eval_accuracy": right, "eval_greedy": 0.9, "entropy": 0.1})
         rows[1] |= step | {"seconds_update": 1.0}
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return type("Done", (), {"returncode": 0, "stderr": ""})()
@@ -101,6 +107,11 @@ def test_only_what_is_missing_runs_and_comes_out_the_same(laid_out, capsys):
     run("--only", "1")
     assert len(trained) == 30
     assert {p.name: p.read_bytes() for p in runs.iterdir()} == before
+    # hapo is 0.3 better in all ten seeds: p = 2 / 1024, and the smallest effect is 0.01
+    page = (runs.parent / "evidence.md").read_text()
+    claim = next(line for line in page.splitlines() if line.startswith("| 1. HAPO beats DAPO"))
+    assert "**holds**" in claim and "+0.300 [+0.300, +0.300]" in claim and claim.endswith("| 10 |")
+    assert "| 8. BuPO beats GRPO | no runs yet" in page and "**Mixed**" not in page
     run("--only", "8", "--dry-run")
     assert len(trained) == 30 and "20 runs missing" in capsys.readouterr().out
 
@@ -111,7 +122,8 @@ def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
     monkeypatch.setattr(tools[0], "commit", lambda: "decaf")
     with pytest.raises(BadInput, match=r"hapo-101.json: made with other commit \(c0ffee\)"):
         run("--only", "1")
-    run("--only", "1", "--mixed", "--list")
+    run("--only", "1", "--mixed")
+    assert "**Mixed**" in (runs.parent / "evidence.md").read_text()
     with pytest.raises(BadInput, match="--only 99: no claim"):
         run("--only", "99")
 
