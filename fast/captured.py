@@ -87,7 +87,7 @@ class _Steps:
         self.row = torch.arange(self.n, device=device)  # which row of the rollout each one is
         self.alive = torch.ones(self.n, dtype=torch.bool, device=device)
         self.length = torch.zeros_like(self.row)
-        self.captures, self.shape, self.graph = logits.is_cuda, None, None
+        self.captures, self.shape, self.graph, self.last = logits.is_cuda, None, None, None
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def drop_all_but(self, live):
@@ -112,7 +112,8 @@ class _Steps:
         last = (self.S + t) // CHECK * CHECK + 2 * CHECK  # written before L is looked at again
         L = min(-(-last // KEYS_STEP) * KEYS_STEP, len(self.columns))
         if (self.n, L) != self.shape:  # the first step of a shape runs as it is, and so warms up
-            self.shape, self.graph = (self.n, L), None
+            # the last graph lives until the next is there: a pool that none uses is closed
+            self.shape, self.last, self.graph = (self.n, L), self.graph or self.last, None
             for layer in self.cache.layers:
                 layer.show(self.n, L)
             self.logits = self._step()
@@ -122,6 +123,7 @@ class _Steps:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, pool=self.pool):
                 self.logits = self._step()
+            self.last = None
             self.graph.replay()  # capturing has run nothing
         else:
             self.graph.replay()

@@ -2,6 +2,7 @@
 wrong with them."""
 
 import json
+import os
 import pathlib
 
 import torch
@@ -16,6 +17,8 @@ transformers.utils.logging.disable_progress_bar()
 # torch 2.11 a masked backward of it can return NaN (pytorch issue 196678); flash attention and
 # the memory-efficient kernel stay
 torch.backends.cuda.enable_cudnn_sdp(False)
+# pinned memory, which --offload lives in, would be rounded up to a power of two
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_round_threshold_mb:1")
 
 
 def check_device(name):

@@ -51,6 +51,10 @@ class Masters:
             else:
                 p.data, self.rest[p] = split(whole)
             p.register_post_accumulate_grad_hook(self._collect)
+        if in_main_memory:  # what goes to and from the card stands in pinned memory on its way
+            size = min(CHUNK, max(p.numel() for p in self.rest))
+            pinned = dict(pin_memory=next(model.parameters()).is_cuda)
+            self.down, self.up = torch.empty(size, **pinned), torch.empty(size, dtype=LOW, **pinned)
 
     def _collect(self, p):
         """Behind a backward pass: add its gradient to the sum of this update's passes."""
@@ -98,15 +102,18 @@ class MasterAdamW(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(rest, dtype=torch.float32)
             state["step"] = torch.zeros((), device=rest.device)
-        gradient = self.masters.gradients[p].to(rest.device).view(-1)
-        flat = [x.view(-1) for x in (p.data, rest, state["exp_avg"], state["exp_avg_sq"])]
+        parts = (self.masters.gradients[p], p.data, rest, state["exp_avg"], state["exp_avg_sq"])
+        flat = [x.view(-1) for x in parts]
         for i in range(0, p.numel(), CHUNK):
-            high, low, first, second = (x[i : i + CHUNK] for x in flat)
-            weights = low if self.masters.in_main_memory else join(high, low)
-            adamw(weights, gradient[i : i + CHUNK], first, second, state["step"], group)
+            gradient, high, low, *moments = (x[i : i + CHUNK] for x in flat)
             if self.masters.in_main_memory:
-                high.copy_(weights)
+                n = len(high)
+                self.masters.down[:n].copy_(gradient)
+                adamw(low, self.masters.down[:n], *moments, state["step"], group)
+                high.copy_(self.masters.up[:n].copy_(low))
             else:
+                weights = join(high, low)
+                adamw(weights, gradient, *moments, state["step"], group)
                 new_high, new_low = split(weights)
                 high.copy_(new_high), low.copy_(new_low)
         state["step"] += 1

@@ -154,9 +154,6 @@ def shard_model(name, world, offload=False, dtype="float32"):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
 
-    if offload and world.device.type == "cuda":
-        # pinned memory would be rounded up to a power of two
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_round_threshold_mb:1")
     config = load_config(name)
     source = dict(load_model(name)[0].named_parameters()) if world.main else {}
     with torch.device("meta"):
