@@ -35,8 +35,11 @@ def why_not(model):
         return "graphs are CUDA's"
     config = model.config
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        return f"its rope scaling ({rope['rope_type']}) depends on the length of the text"
+    for kind in [rope, *(v for v in rope.values() if isinstance(v, dict))]:  # or by kind of layer
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            return f"its rope scaling ({kind['rope_type']}) depends on the length of the text"
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        return "which experts a token takes may be asked of the card"
     if config._attn_implementation != "sdpa":
         return f"its attention is {config._attn_implementation}; only sdpa takes any mask"
     kinds = set(getattr(config, "layer_types", None) or [])
@@ -87,8 +90,7 @@ class _Steps:
         self.row = torch.arange(self.n, device=device)  # which row of the rollout each one is
         self.alive = torch.ones(self.n, dtype=torch.bool, device=device)
         self.length = torch.zeros_like(self.row)
-        self.captures, self.shape, self.graph, self.last = logits.is_cuda, None, None, None
-        self.pool = torch.cuda.graph_pool_handle() if self.captures else None
+        self.captures, self.shape, self.graph = logits.is_cuda, None, None
 
     def drop_all_but(self, live):
         """Rows in `live` move into the first rows, where those that ended give them their place, if
@@ -112,8 +114,7 @@ class _Steps:
         last = (self.S + t) // CHECK * CHECK + 2 * CHECK  # written before L is looked at again
         L = min(-(-last // KEYS_STEP) * KEYS_STEP, len(self.columns))
         if (self.n, L) != self.shape:  # the first step of a shape runs as it is, and so warms up
-            # the last graph lives until the next is there: a pool that none uses is closed
-            self.shape, self.last, self.graph = (self.n, L), self.graph or self.last, None
+            self.shape, self.graph = (self.n, L), None
             for layer in self.cache.layers:
                 layer.show(self.n, L)
             self.logits = self._step()
@@ -121,9 +122,9 @@ class _Steps:
             self.logits = self._step()
         elif self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.pool):
+            # a pool of its own: one that is shared must never be without a graph
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.logits = self._step()
-            self.last = None
             self.graph.replay()  # capturing has run nothing
         else:
             self.graph.replay()

@@ -81,6 +81,7 @@ class _ChunkedLogProb(torch.autograd.Function):
             grad = None if grad_entropy is None else grad_entropy[rows]
             seen = (targets[rows], logsumexp[rows], entropy[rows], grad_logp[rows], grad)
             grad_logits = exact.row_gradients(logits, *seen)
+            del logits  # compiled, it is not in place
             if ctx.temperature != 1.0:
                 grad_logits.div_(ctx.temperature)
             grad_logits = grad_logits.to(hidden.dtype)

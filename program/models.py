@@ -2,7 +2,6 @@
 wrong with them."""
 
 import json
-import os
 import pathlib
 
 import torch
@@ -17,8 +16,6 @@ transformers.utils.logging.disable_progress_bar()
 # torch 2.11 a masked backward of it can return NaN (pytorch issue 196678); flash attention and
 # the memory-efficient kernel stay
 torch.backends.cuda.enable_cudnn_sdp(False)
-# pinned memory, which --offload lives in, would be rounded up to a power of two
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_round_threshold_mb:1")
 
 
 def check_device(name):
@@ -34,6 +31,8 @@ def check_device(name):
             f"--device {name}: no such CUDA device is visible ({torch.cuda.device_count()} are); "
             "use --device cpu"
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # where graphs are captured, too
 
 
 def default_dtype(device):

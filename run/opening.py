@@ -65,6 +65,9 @@ def open_run(options, world):
         check_origin(run, asked, world)
     else:
         run.origin["weights"], step = first_weights, None
+    if options.masters_apart and run.reference is not None:
+        for p in run.reference.parameters():  # as the policy's own; rotary buffers stay float32
+            p.data = p.data.to(torch.bfloat16)
     describe(run, config, say)
     run.together(prepare_folder, run, -1 if step is None else step)
     return run, step
@@ -95,8 +98,6 @@ def open_reference(options, world):
         reference = shard.shard_model(options.model, world, options.offload, options.dtype)
     else:
         reference, _ = load_model(options.model, world.device)
-        if options.masters_apart:
-            reference.to(torch.bfloat16)  # as the policy's own weights are
     return reference.requires_grad_(False)
 
 

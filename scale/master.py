@@ -45,8 +45,7 @@ class Masters:
         for p in model.parameters():  # a tied one once
             whole = p.detach()
             if in_main_memory:
-                kept = torch.empty_like(whole, device="cpu", pin_memory=whole.is_cuda)
-                self.rest[p] = kept.copy_(whole)
+                self.rest[p] = whole.to("cpu", copy=True)
                 p.data = whole.to(LOW)
             else:
                 p.data, self.rest[p] = split(whole)

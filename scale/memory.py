@@ -84,7 +84,7 @@ def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True):
     answer_tokens = rows_in_a_pass(options, prompt_tokens, world_size) * options.max_new_tokens
     chunk = min(chunk_of(vocab, "cuda" if cuda else "cpu"), answer_tokens)
     # logits and their softmax, or gradient; the unembedding's own gradient, and of all its ids
-    logits = int(chunk * vocab * 8 + 2 * 4 * vocab * hidden)
+    logits = int(chunk * vocab * 8 + (1 if apart else 2) * 4 * vocab * hidden)
     # a checkpointed layer is computed once more when the chunks are done
     activations += max(0, once_more - chunk * vocab * 8)
     kv_cache, sampling = _sampling(config, options, prompt_tokens, world_size, compute, cuda)

@@ -187,6 +187,11 @@ def _sharding(world, offload, dtype):
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
     cuda = world.device.type == "cuda"
+    settings = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if offload and cuda and settings:
+        # pinned memory would be rounded up to a power of two; older versions do not know the word
+        with contextlib.suppress(ValueError):
+            settings("pinned_max_round_threshold_mb:1")
     low = None if dtype == "float32" else getattr(torch, dtype)
     return dict(
         mesh=world.mesh,

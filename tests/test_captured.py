@@ -179,6 +179,12 @@ def test_what_cannot_be_captured_says_why(monkeypatch):
     model.config.layer_types = ["full_attention", "linear_attention"]
     assert "linear_attention" in captured.why_not(model)
     model.config.layer_types = None
+    nested = {"full_attention": {"rope_type": "longrope"}, "sliding_attention": {}}
+    model.config.rope_parameters = nested
+    assert "rope scaling (longrope)" in captured.why_not(model)
+    model.config.rope_parameters = {"rope_type": "default"}
+    model.config.num_local_experts = 8
+    assert "experts" in captured.why_not(model)
 
 
 def test_the_attention_is_put_back():

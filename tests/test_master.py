@@ -9,8 +9,12 @@ from safetensors.torch import load_file
 
 import train
 from evaluate import Answer
+from program.models import load_model
 from run import report
+from run.opening import open_run
+from run.options import parse
 from scale.master import CHUNK, MasterAdamW, Masters, join, split
+from scale.shard import World
 
 
 def test_split_by_hand():
@@ -123,3 +127,17 @@ def test_an_overflow_is_no_fault(opened, coins):
     assert bad is None and metrics["rescaled_updates"] == 1 and metrics["skipped_updates"] == 0
     assert run.scaler.get_scale() == 2.0**39
     assert all(torch.equal(p, q) for p, q in zip(run.policy.parameters(), before))
+
+
+@pytest.mark.parametrize("where", ["--split-master", "--offload"])
+def test_the_reference_is_the_policy_it_was(where, tmp_path, tiny_folder, coins):
+    """Both are the float32 model rounded once, rotary tables in float32: before the first update
+    the KL is 0; and a resume knows the initial model again."""
+    more = [where, "--kl", "0.1", "--updates-per-rollout", "1", "--algo", "grpo"]
+    train.main(options(tmp_path / "run", tiny_folder, *more, "--steps", "1"))
+    run, step = open_run(parse(["--resume", "--out", str(tmp_path / "run")], ""), World("cpu"))
+    assert step == 1 and run.reference is not None
+    initial, _ = load_model(tiny_folder)
+    for p, q in zip(run.reference.parameters(), initial.parameters()):
+        assert torch.equal(p, q.to(torch.bfloat16))
+    assert {b.dtype for b in run.reference.buffers()} == {torch.float32}
