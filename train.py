@@ -58,7 +58,8 @@ class Batch:
     rewards: Tensor  # (B,) what it is paid: the verdict, less any length penalty
     # what follows is there once the step has got to it
     drawn: "Batch" = None  # where dynamic sampling has replaced groups: all that were drawn
-    # three masks: rollout.mask, all tokens; in_loss, answers; loss_mask, tokens of those answers
+    # masks: rollout.mask, all tokens; in_loss, answers; loss_mask, tokens of those answers; and
+    # in `advantages` those of live groups alone
     loss_mask: Tensor = None  # (B, T) bool, tokens in the loss
     in_loss: Tensor = None  # (B,) bool, false in groups that stayed dead under dynamic sampling
     entropy: Tensor = None  # (B, T) of the full policy before the first update
@@ -154,13 +155,14 @@ def train_step(step: int, run: Run) -> Step:
     # known mismatch: the answers come from a slightly different distribution, uncorrected.
     # Each update takes an equal part of the batch, whole groups, and is scored in the passes that
     # it will make: the first ratios are exactly 1. Prompts came in random order: no shuffling.
-    parts = torch.arange(len(batch.texts)).view(options.updates_per_rollout, -1).tolist()
-    batch.old_logp, batch.trained_entropy = score(run.policy, batch.rollout, parts, layer, run)
+    of_updates = torch.arange(len(batch.texts)).view(options.updates_per_rollout, -1).tolist()
+    old = score(run.policy, batch.rollout, of_updates, layer, run)
+    batch.old_logp, batch.trained_entropy = old  # at T_base; rollout.entropy is that of raw logits
     # BuPO 1: no layer above l runs in phase 1; the full policy's entropy is what the sampler saw
     batch.entropy = batch.trained_entropy if layer is None else batch.rollout.entropy
     if run.reference is not None and layer is None:  # BuPO 2: no reference in phase 1
-        batch.ref_logp, _ = score(run.reference, batch.rollout, parts, None, run)
-    scored = (batch.old_logp + batch.entropy)[batch.rollout.mask]
+        batch.ref_logp, _ = score(run.reference, batch.rollout, of_updates, None, run)
+    scored = (batch.old_logp + batch.entropy)[batch.rollout.mask]  # NaN if one of them is
     run.check_finite(scored, "a log-probability or entropy of the old policy")
 
     # 4. Where does HAPO stand? One h in [-1, 1] a token, from the statistics of all entropies.
@@ -179,7 +181,7 @@ def train_step(step: int, run: Run) -> Step:
     # 6. Update the policy on each part of the batch in turn.
     prepare_updates(step, layer, run)
     updates = []
-    for rows in parts:
+    for rows in of_updates:
         updates.append(update(batch, rows, layer, run))
     clock.lap("update")
     return Step(step, layer, batch, updates, clock.seconds)
@@ -236,6 +238,7 @@ def sample_round(step: int, attempt: int, run: Run) -> Batch:
     problems, prompts = (list(x) for x in zip(*run.draw_items()))
     how = dict(temperature=temperature_rule(run), uniform=run.uniform(step, attempt))
     # BuPO 3: scoring cannot see the full policy's entropy in phase 1, so the sampler measures it
+    # (by the options alone: in the first step the layer is not chosen yet)
     aligning = options.bupo_layer and options.bupo_arm == "align" and step <= options.bupo_steps
     how |= dict(measure_entropy=bool(aligning), vocab_size=run.vocab_size, plain=options.plain)
     how |= dict(decode_rows=options.decode_rows, prefill_tokens=options.prefill_tokens)
@@ -312,12 +315,14 @@ def choose_layer(batch: Batch, run: Run) -> int:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, rollout: Rollout, parts: list[list[int]], layer: int | None, run: Run
+    model: nn.Module, rollout: Rollout, of_updates: list[list[int]], layer: int | None, run: Run
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every token, (B, T), in the passes of updates on `parts`."""
+    """Log-probability and entropy of every token, (B, T), in the passes that each update, on its
+    rows, will make."""
     logp, entropy = torch.zeros(2, *rollout.mask.shape, device=run.world.device)
-    for rows in (rows for part in parts for rows, _ in run.passes(rollout, part)):
-        logp[rows], entropy[rows] = token_scores(model, rollout, rows, layer, run, True)
+    for rows in of_updates:
+        for part, _ in run.passes(rollout, rows):
+            logp[part], entropy[part] = token_scores(model, rollout, part, layer, run, True)
     shard.reshard(model)
     return logp, entropy
 

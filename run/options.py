@@ -89,7 +89,7 @@ class Options:
     released: bool = opt(False, "as HAPO's released code where it departs from the paper's text")
     advantage: str = opt("grpo", "group rule where HAPO's B is off", sorted(GROUP_RULES))
     rho: float = opt(0.8, "rho, quantile of the entropy pivot")
-    tau: float = opt(None, "tau of the adaptive temperature; default 0.05 bounded, 0.1 zscore")
+    tau: float = opt(None, "tau of the adaptive temperature; default 0.05, zscore 0.1")
     temperature_form: str = opt("bounded", "form of Eq. 8, or a simple rival", FORMS)
     clip_low: float = opt(0.2, "eps_low")
     clip_high: float = opt(None, "eps_high; default 0.2 grpo, 0.28 dapo and hapo")
