@@ -161,7 +161,7 @@ def train_step(step: int, run: Run) -> Step:
     # BuPO 1: no layer above l runs in phase 1; the full policy's entropy is what the sampler saw
     batch.entropy = batch.trained_entropy if layer is None else batch.rollout.entropy
     if run.reference is not None and layer is None:  # BuPO 2: no reference in phase 1
-        batch.ref_logp, _ = score(run.reference, batch.rollout, of_updates, None, run)
+        batch.ref_logp, _ = score(run.reference, batch.rollout, of_updates, None, run, False)
     scored = (batch.old_logp + batch.entropy)[batch.rollout.mask]  # NaN if one of them is
     run.check_finite(scored, "a log-probability or entropy of the old policy")
 
@@ -315,14 +315,20 @@ def choose_layer(batch: Batch, run: Run) -> int:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, rollout: Rollout, of_updates: list[list[int]], layer: int | None, run: Run
+    model: nn.Module,
+    rollout: Rollout,
+    of_updates: list[list[int]],
+    layer: int | None,
+    run: Run,
+    measure_entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every token, (B, T), in the passes that each update, on its
-    rows, will make."""
+    rows, will make. Without measure_entropy the second is 0."""
     logp, entropy = torch.zeros(2, *rollout.mask.shape, device=run.world.device)
     for rows in of_updates:
         for part, _ in run.passes(rollout, rows):
-            logp[part], entropy[part] = token_scores(model, rollout, part, layer, run, True)
+            scored = token_scores(model, rollout, part, layer, run, measure_entropy)
+            logp[part], entropy[part] = scored[0], scored[1] if measure_entropy else 0.0
     shard.reshard(model)
     return logp, entropy
 

@@ -250,3 +250,16 @@ def test_a_run_holds_the_lock_of_its_folder(opened):
     run = opened()
     with pytest.raises(BadInput, match=f"process {os.getpid()} is writing to this folder"):
         open_run(dataclasses.replace(run.options, resume=True), World("cpu"))
+
+
+def test_the_reference_is_scored_without_an_entropy(opened, monkeypatch):
+    """Nobody reads it; the policy's own is measured once, and not again in the update."""
+    run, asked, real = opened("--kl", "0.1"), [], train.token_scores
+
+    def spy(model, rollout, rows, layer, run, measure_entropy=False):
+        asked.append((model is run.reference, measure_entropy))
+        return real(model, rollout, rows, layer, run, measure_entropy)
+
+    monkeypatch.setattr(train, "token_scores", spy)
+    train.train_step(1, run)
+    assert asked == [(False, True), (True, False), (False, False)]
