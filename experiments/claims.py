@@ -61,7 +61,7 @@ def options_of(plan, arm, difficulty, rates):
 
 def wanted(plan, only=None):
     """[(arm, seed)] of all claims, or of one."""
-    groups = plan["claims"] + plan["rivals"] + plan["controls"]
+    groups = plan["claims"] + plan["rivals"] + plan["controls"] + plan["added"]
     if only is not None:
         groups = [g for g in groups if str(g["id"]) == only]
         if not groups:

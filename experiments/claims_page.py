@@ -1,20 +1,23 @@
-"""docs/evidence.md and its plots, from the runs of experiments/claims.py that are there.
+"""docs/evidence.md, from the runs of experiments/claims.py that are there.
 
-Called by claims.py; runs nothing. In a plot every run is a dot; a line joins two arms of a seed.
+Called by claims.py; runs nothing. What the numbers surprised us with stands in claims_notes.md,
+written by hand after the runs; the plots are made in claims_plots.py.
 """
 
 import pathlib
-import re
 
 import paired
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE, PLOTS = ROOT / "docs" / "evidence.md", ROOT / "assets" / "evidence"
+NOTES = pathlib.Path(__file__).resolve().parent / "claims_notes.md"
+ENOUGH = 0.5  # the held-out accuracy of "steps to 0.5"
 
 HEAD = """# What holds: the papers' claims, tested again on a toy
 
-Made by `python experiments/claims.py` from the files in `experiments/claims_runs/`; nothing here
-is written by hand.
+Made by `python experiments/claims.py` from the files in `experiments/claims_runs/`. What is tested
+stands in `experiments/claims.json`, written before the runs but for what is marked as added later;
+only the section "What surprised" is written by hand.
 
 **What toy results are worth.** A model of 0.7 million parameters that learns to add says nothing
 about 7 billion that learn mathematics. What a verdict here can show is whether an effect is so
@@ -25,10 +28,22 @@ A clear "no" or "cannot be told here" is a result.
 
 *Holds*: the mean paired difference is at least the smallest effect of interest, and its exact
 sign-flip p, corrected by Holm over all comparisons of a table, is below 0.05. *Contradicted*: the
-whole 95 % interval lies below that effect. *Not decided*: neither; the interval's upper end is the
-largest effect that is still possible.
+whole 95 % interval (of this one comparison, uncorrected) lies below that effect, so whatever is
+there is too small to matter; *the reverse* where it lies below 0. *Not decided*: neither; the
+interval's upper end is the largest effect that is still possible. A claim of several comparisons
+holds if all do, and is contradicted if one is. *Final* is {final}.
+*Improves* is the chance that a run of the first arm beats a run of the second.
 {mixed}
 """
+
+
+def steps_to(curve, value):
+    """The step at which a curve [(step, value)] first reaches a value, between its points on a
+    straight line; None if it never does."""
+    for (step0, y0), (step1, y1) in zip(curve, curve[1:]):
+        if y0 < value <= y1:
+            return step0 + (step1 - step0) * (value - y0) / (y1 - y0)
+    return None
 
 
 def measures(run):
@@ -40,6 +55,7 @@ def measures(run):
         return sum(values) / len(values)
 
     similar = [value for _, value in run["similarity"]]
+    at = dict(run["similarity"])
     return {
         "final": late("eval_accuracy"),
         "greedy": late("eval_greedy"),
@@ -49,6 +65,11 @@ def measures(run):
         "length": late("response_length"),
         "pass_at_8": late("pass_at_8"),
         "similarity": similar[-1] - similar[0] if len(similar) > 1 else None,
+        "similarity, step 1 to 6": at[6] - at[1] if 1 in at else None,
+        "similarity, step 1 to 24": at[24] - at[1] if 1 in at else None,
+        "steps to 0.5": steps_to(run["eval_accuracy"], ENOUGH),
+        "tokens": run["tokens"] / 1000,
+        "updates": run["updates"],
     }
 
 
@@ -80,19 +101,17 @@ def comparison(plan, found, times, claim, pair):
     return [sign * (a[i] - b[i]) for i in both], [(a[i], b[i]) for i in both]
 
 
-def judge(claim, effect, p):
+def judge(claim, pair, effect, p):
+    """The verdict of one comparison, and whether all of its interval is the other way round."""
     if "at_most" in claim:
-        most = claim["at_most"]
-        return (
-            "holds"
-            if effect.high < most
-            else "contradicted"
-            if effect.low > most
-            else "not decided"
-        )
+        if effect.high < claim["at_most"]:
+            return "holds", False
+        return ("contradicted" if effect.low > claim["at_most"] else "not decided"), False
+    if pair[1] == "start":
+        return ("something learned" if effect.high > 0 and p < 0.05 else "nothing learned"), False
     if "smallest" not in claim:
-        return "a difference" if p < 0.05 else "no difference"
-    return paired.verdict(effect, p, claim["smallest"])
+        return ("a difference" if p < 0.05 else "no difference"), False
+    return paired.verdict(effect, p, claim["smallest"]), effect.high < 0
 
 
 def whole(verdicts):
@@ -104,7 +123,7 @@ def whole(verdicts):
 
 
 def table(plan, found, times, claims):
-    """Lines of a table, and [(claim, pair, values)] for the plots."""
+    """Lines of a table, and [(claim, pair, effect, seeds, values)] for the plots."""
     rows = []
     for claim in claims:
         for pair in claim["compare"]:
@@ -119,66 +138,55 @@ def table(plan, found, times, claims):
         if not own:
             lines.append(f"| {claim['id']}. {claim['claim']} | no runs yet | | | | | |")
             continue
-        verdicts = [judge(claim, row[2], p) for row, p in own]
+        outcomes = [judge(claim, row[1], row[2], p) for row, p in own]
+        verdict, reverse = whole([v for v, _ in outcomes]), all(r for _, r in outcomes)
+        named = f"| {claim['id']}. {claim['claim']} | {said(f'**{verdict}**', reverse)}"
         for n, ((_, pair, e, seeds, values), p) in enumerate(own):
             better = paired.probability_of_improvement(*zip(*values))
-            name = f"{claim['id']}. {claim['claim']} | **{whole(verdicts)}**" if n == 0 else "|"
-            part = "" if len(own) == 1 else f" ({verdicts[n]})"
+            part = "" if len(own) == 1 else f" ({said(*outcomes[n])})"
             lines.append(
-                f"| {name} | {' − '.join(pair)}, {claim['metric']}{part} | {e.mean:+.3f} "
-                f"[{e.low:+.3f}, {e.high:+.3f}] | {p:.3f} | {better:.2f} | {seeds} |"
+                f"{named if n == 0 else '| |'} | {' − '.join(pair)}, {claim['metric']}{part} | "
+                f"{e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}] | {p:.3f} | {better:.2f} | {seeds} |"
             )
     return lines, rows
 
 
-def plot(claim, rows):
-    """Every run a dot, the two arms of a seed joined; returns the picture's name."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    own = [row for row in rows if row[0] is claim]
-    figure, axes = plt.subplots(1, len(own), figsize=(3 * len(own), 3), squeeze=False)
-    for axis, (_, pair, _, _, values) in zip(axes[0], own):
-        for b, a in ((theirs, ours) for ours, theirs in values):
-            axis.plot([0, 1], [b, a], "o-", color="tab:blue", alpha=0.5, markersize=4)
-        axis.set_xticks([0, 1], [pair[1] if pair[0] != pair[1] else "first", pair[0]])
-        axis.set_xlim(-0.3, 1.3)
-    axes[0][0].set_ylabel(claim["metric"])
-    figure.suptitle(f"{claim['id']}. {claim['claim']}", fontsize=9)
-    figure.tight_layout()
-    PLOTS.mkdir(parents=True, exist_ok=True)
-    path = PLOTS / f"claim_{re.sub('[^a-z0-9]+', '_', str(claim['id']).lower())}.png"
-    figure.savefig(path, dpi=90, metadata={"Software": None})
-    plt.close(figure)
-    return path.name
+def said(verdict, reverse):
+    return f"{verdict}: the reverse" if reverse else verdict
 
 
 def write(plan, pilot, found, times, mixed):
     """Make the page; `found` maps (arm, seed) to a run. Returns its path."""
     rates = ", ".join(f"{base} {rate:g}" for base, rate in pilot["rates"].items())
+    hours = sum(times.get(f"{arm}-{seed}", 0) for arm, seed in found) / 2 / 3600
     what = (
         f"Level {pilot['difficulty']} of the task addition, {plan['common']['steps']} steps of 128 "
-        f"answers, learning rates chosen on other seeds: {rates}. {len(found)} runs."
+        f"answers, learning rates chosen on other seeds: {rates}. {len(found)} runs, two at a "
+        f"time on two cores: {hours:.1f} hours."
     )
     note = "\n**Mixed**: some results are of another commit or of other options.\n" if mixed else ""
-    parts, pictures = [HEAD.format(what=what, mixed=note)], []
+    parts = [HEAD.format(what=what, mixed=note, final=plan["common"]["final"])]
+    rows = []
     for title, claims in (
         ("Fourteen claims", plan["claims"]),
         ("Simple rivals", plan["rivals"]),
         ("Controls", plan["controls"]),
+        (f"Added later\n\n{plan['why_added'].capitalize()}.", plan["added"]),
     ):
-        lines, rows = table(plan, found, times, claims)
+        lines, own = table(plan, found, times, claims)
         parts.append("\n".join([f"## {title}\n", *lines, ""]))
-        pictures += [(claim, rows) for claim in claims if any(row[0] is claim for row in rows)]
+        rows += own
     parts.append("\n".join(arms_table(plan, found, times)))
+    if NOTES.exists():
+        parts.append(NOTES.read_text(encoding="utf-8"))
     try:
-        names = [plot(*picture) for picture in pictures]
+        import claims_plots
+
+        names = claims_plots.draw(PLOTS, found, rows)
     except ImportError:
         print("no plots without matplotlib: pip install matplotlib")
     else:
-        parts.append("## Every run a dot\n")
+        parts.append("## Every run a dot\n\nA line joins the two arms of a seed.\n")
         parts += [f"![{name}](../assets/evidence/{name})" for name in names]
     PAGE.write_text("\n".join(parts) + "\n", encoding="utf-8")
     return PAGE
@@ -186,11 +194,23 @@ def write(plan, pilot, found, times, mixed):
 
 def arms_table(plan, found, times):
     """Means of every arm, to see where the level saturates."""
-    keys = ("start", "half-way", "final", "greedy", "pass_at_8", "entropy", "length")
-    lines = ["## All arms\n", f"| arm | {' | '.join(keys)} | seeds |", "|---|" + "---|" * 8]
+    keys = "start half-way final greedy pass_at_8 entropy length tokens updates".split()
+    heads = [{"tokens": "1000 tokens"}.get(key, key) for key in keys]
+    lines = [f"## All arms\n\n| arm | {' | '.join(heads)} | steps to {ENOUGH} | seeds |"]
+    lines.append("|---" * (len(keys) + 3) + "|")
     for arm in plan["arms"]:
+        if "--steps" in plan["arms"][arm]["options"]:
+            continue  # a shorter run
         columns = [list(values_of(plan, found, times, arm, key).values()) for key in keys]
+        reached = list(values_of(plan, found, times, arm, "steps to 0.5").values())
         if columns[0]:
-            means = " | ".join(f"{sum(values) / len(values):.3f}" for values in columns)
-            lines.append(f"| {arm} | {means} | {len(columns[0])} |")
+            digits = {"tokens": ".0f", "updates": ".0f", "length": ".1f"}
+            means = " | ".join(
+                f"{sum(values) / len(values):{digits.get(key, '.3f')}}"
+                for key, values in zip(keys, columns)
+            )
+            there = [step for step in reached if step is not None]
+            mean = f"{sum(there) / len(there):.1f}" if len(there) == len(reached) else ""
+            often = mean or f"{len(there)} of {len(reached)} runs"
+            lines.append(f"| {arm} | {means} | {often} | {len(columns[0])} |")
     return [*lines, ""]

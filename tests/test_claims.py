@@ -56,6 +56,30 @@ def test_verdicts_by_hand(tools):
     assert paired.verdict(effect(-0.05, 0.08), 0.30, 0.01) == "not decided"
 
 
+def test_verdicts_of_a_table_by_hand(tools):
+    from claims_page import judge, said, steps_to, whole
+
+    _, paired = tools
+    effect = lambda mean, half: paired.Effect(mean, mean - half, mean + half, 0.0)
+    claim, pair = {"smallest": 0.01}, ["hapo", "dapo"]
+    assert judge(claim, pair, effect(-0.05, 0.02), 0.01) == ("contradicted", True)
+    assert judge(claim, pair, effect(-0.01, 0.015), 0.5) == ("contradicted", False)
+    assert judge({"at_most": 0.03}, pair, effect(0.01, 0.01), 1.0) == ("holds", False)
+    assert judge({"at_most": 0.03}, pair, effect(0.01, 0.03), 1.0) == ("not decided", False)
+    assert judge({"at_most": 0.03}, pair, effect(0.06, 0.02), 1.0) == ("contradicted", False)
+    assert judge({}, pair, effect(0.1, 0.01), 0.002) == ("a difference", False)
+    assert judge({}, pair, effect(0.1, 0.2), 0.4) == ("no difference", False)
+    chance = ["random", "start"]  # a policy that a random reward ruins has learned nothing
+    assert judge({}, chance, effect(-0.2, 0.01), 0.002) == ("nothing learned", False)
+    assert judge({}, chance, effect(0.2, 0.01), 0.002) == ("something learned", False)
+    assert whole(["holds", "not decided", "contradicted"]) == "contradicted"
+    assert whole(["holds", "not decided"]) == "not decided" and whole(["holds"] * 2) == "holds"
+    assert said("contradicted", True) == "contradicted: the reverse"
+    # from 0.2 at step 12 to 0.6 at step 24: 0.5 after three quarters of the way
+    assert steps_to([[0, 0.1], [12, 0.2], [24, 0.6], [36, 0.9]], 0.5) == pytest.approx(21)
+    assert steps_to([[0, 0.1], [12, 0.2]], 0.5) is None
+
+
 @pytest.fixture
 def laid_out(tools, monkeypatch, tmp_path):
     """A folder for results, a pilot's choice, and a training that only writes its lines."""
@@ -147,4 +171,5 @@ def test_every_claim_names_arms_that_exist(tools):
         assert arm in plan["arms"] and seed > 100
     for arm in plan["arms"]:
         flags = claims.options_of(plan, arm, 3, {"grpo": 1e-4, "dapo": 1e-4}).split()
-        assert options.parse([*flags, "--out", "/nonexistent/run"], "").steps == 48
+        steps = options.parse([*flags, "--out", "/nonexistent/run"], "").steps
+        assert steps == (25 if arm == "bupo-watched" else 48)

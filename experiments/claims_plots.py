@@ -1,0 +1,94 @@
+"""The pictures of docs/evidence.md; matplotlib is imported here and nowhere else on the way.
+
+Every run is a dot or a line of its own, never a mean alone.
+"""
+
+import re
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+CURVES = ("grpo", "dapo", "hapo", "bupo", "bupo-4x", "random")
+
+
+def draw(folder, found, rows):
+    """All pictures into `folder`; `rows` as claims_page.table returns them. Returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    claims = list({id(row[0]): row[0] for row in rows}.values())
+    names = [
+        save(effects(rows), folder / "effects.png"),
+        save(curves(found), folder / "curves.png"),
+    ]
+    for claim in claims:
+        name = re.sub("[^a-z0-9]+", "_", str(claim["id"]).lower())
+        own = [row for row in rows if row[0] is claim]
+        names.append(save(dots(claim, own), folder / f"claim_{name}.png"))
+    return names
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+    return path.name
+
+
+def dots(claim, rows):
+    """One panel a comparison: the two arms of every seed, joined."""
+    size = (3 * len(rows), 3)
+    figure, axes = plt.subplots(1, len(rows), figsize=size, squeeze=False, sharey=True)
+    for axis, (_, pair, _, _, values) in zip(axes[0], rows):
+        for ours, theirs in values:
+            axis.plot([0, 1], [theirs, ours], "o-", color="tab:blue", alpha=0.5, markersize=4)
+        axis.set_xticks([0, 1], [pair[1] if pair[0] != pair[1] else "first", pair[0]])
+        axis.set_xlim(-0.3, 1.3)
+    axes[0][0].set_ylabel(claim["metric"])
+    figure.suptitle(f"{claim['id']}. {claim['claim']}", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def effects(rows):
+    """Every comparison of final accuracy in one picture: differences, mean and 95 % interval."""
+    shown = [row for row in rows if row[0]["metric"] == "final" and "smallest" in row[0]]
+    figure, axis = plt.subplots(figsize=(8, 1 + 0.27 * len(shown)))
+    labels = []
+    for y, (claim, pair, e, _, values) in enumerate(shown):
+        points = [100 * claim["direction"] * (ours - theirs) for ours, theirs in values]
+        axis.plot(points, [y] * len(points), "o", color="tab:blue", alpha=0.35, markersize=4)
+        axis.plot([100 * e.low, 100 * e.high], [y, y], color="black", linewidth=2)
+        axis.plot(100 * e.mean, y, "|", color="black", markersize=10, markeredgewidth=2)
+        axis.plot(2 * [100 * claim["smallest"]], [y - 0.4, y + 0.4], color="tab:red", linewidth=1)
+        labels.append(f"{claim['id']}. {' over '.join(pair)}")
+    axis.axvline(0, color="gray", linewidth=0.8)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel(
+        "points of held-out accuracy that the first arm ends above the second\n(a dot a seed; "
+        "black: mean and 95 % interval; red: the smallest effect of interest)",
+        fontsize=8,
+    )
+    figure.tight_layout()
+    return figure
+
+
+def curves(found):
+    """Held-out accuracy over the steps, a line a run."""
+    arms = [arm for arm in CURVES if any(a == arm for a, _ in found)] or sorted(
+        {a for a, _ in found}
+    )
+    figure, axes = plt.subplots(
+        1, len(arms), figsize=(2 * len(arms), 2.6), sharey=True, squeeze=False
+    )
+    for axis, arm in zip(axes[0], arms):
+        for (name, _), run in sorted(found.items()):
+            if name == arm:
+                axis.plot(*zip(*run["eval_accuracy"]), color="tab:blue", alpha=0.5, linewidth=1)
+                axis.plot(*zip(*run["eval_greedy"]), color="tab:orange", alpha=0.5, linewidth=1)
+        axis.set_title(arm, fontsize=9)
+        axis.set_ylim(0, 1)
+        axis.set_xlabel("step", fontsize=8)
+    axes[0][0].set_ylabel("held-out: sampled blue, greedy orange", fontsize=8)
+    figure.tight_layout()
+    return figure
