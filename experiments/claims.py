@@ -18,6 +18,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -82,6 +83,9 @@ def run_one(name, options, seed, folder, made_of):
     if done.returncode:
         raise BadInput(f"run {name} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    asked = int(re.findall(r"--steps (\d+)", options)[-1])  # the last one is the one that counts
+    if lines[-1]["step"] != asked:  # a run that is told to stop ends with 0 all the same
+        raise BadInput(f"run {name} was stopped at step {lines[-1]['step']} of {asked}")
     result = {"options": options, "commit": made_of, "seed": seed, **curves(lines)}
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(result) + "\n")
@@ -123,16 +127,25 @@ def load(path, options, made_of, mixed):
 def run_missing(jobs, folder, made_of):
     """Run [(name, options, seed)], two at a time, and note how long each took."""
     folder.mkdir(exist_ok=True)
-    times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         waiting = {pool.submit(run_one, *job, folder, made_of): job[0] for job in jobs}
-        for n, future in enumerate(concurrent.futures.as_completed(waiting), 1):
-            name = waiting[future]
-            seconds = future.result()
-            times.setdefault(name, round(seconds, 3))  # a run that is made again keeps its first
-            RUNS.mkdir(exist_ok=True)
-            TIMES.write_text(json.dumps(times, indent=0, sort_keys=True) + "\n")
-            print(f"{n}/{len(jobs)}  {name}  {seconds:.0f} s", flush=True)
+        try:
+            for n, future in enumerate(concurrent.futures.as_completed(waiting), 1):
+                note_time(waiting[future], future.result())
+                print(f"{n}/{len(jobs)}  {waiting[future]}  {future.result():.0f} s", flush=True)
+        finally:  # after a failure or Ctrl-C nothing new starts; what is in flight may still end
+            pool.shutdown(cancel_futures=True)
+            for future, name in waiting.items():
+                if not future.cancelled() and not future.exception():
+                    note_time(name, future.result())
+
+
+def note_time(name, seconds):
+    """Into times.json; a run that is made again keeps its first time."""
+    RUNS.mkdir(exist_ok=True)
+    times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    times.setdefault(name, round(seconds, 3))
+    TIMES.write_text(json.dumps(times, indent=0, sort_keys=True) + "\n")
 
 
 # ------------------------------------------------------------------------------------------- pilot

@@ -27,12 +27,15 @@ A clear "no" or "cannot be told here" is a result.
 {what}
 
 *Holds*: the mean paired difference is at least the smallest effect of interest, and its exact
-sign-flip p, corrected by Holm over all comparisons of a table, is below 0.05. *Contradicted*: the
-whole 95 % interval (of this one comparison, uncorrected) lies below that effect, so whatever is
-there is too small to matter; *the reverse* where it lies below 0. *Not decided*: neither; the
-interval's upper end is the largest effect that is still possible. A claim of several comparisons
-holds if all do, and is contradicted if one is. *Final* is {final}.
+sign-flip p, corrected by Holm over the claims of a table, is below 0.05. *Contradicted*: the whole
+95 % interval (of this one comparison, uncorrected) lies below that effect, so whatever is there is
+too small to matter; *the reverse* where it lies below 0 and the corrected p is below 0.05. *Not
+decided*: neither; the interval's upper end is the largest effect that is still possible. A claim of
+several comparisons holds if all do, is contradicted if one is, and has the largest of their p; in
+brackets each on its own, uncorrected. Controls are not corrected: that makes them stricter.
+*Final* is {final}.
 *Improves* is the chance that a run of the first arm beats a run of the second.
+{changes}
 {mixed}
 """
 
@@ -54,8 +57,6 @@ def measures(run):
         values = [value for step, value in run[key] if step > 2 * last / 3]
         return sum(values) / len(values)
 
-    similar = [value for _, value in run["similarity"]]
-    at = dict(run["similarity"])
     return {
         "final": late("eval_accuracy"),
         "greedy": late("eval_greedy"),
@@ -64,13 +65,22 @@ def measures(run):
         "entropy": late("entropy"),
         "length": late("response_length"),
         "pass_at_8": late("pass_at_8"),
-        "similarity": similar[-1] - similar[0] if len(similar) > 1 else None,
-        "similarity, step 1 to 6": at[6] - at[1] if 1 in at else None,
-        "similarity, step 1 to 24": at[24] - at[1] if 1 in at else None,
+        "eval_length": late("eval_length"),
         "steps to 0.5": steps_to(run["eval_accuracy"], ENOUGH),
         "tokens": run["tokens"] / 1000,
         "updates": run["updates"],
     }
+
+
+def similarity(run, metric):
+    """(before, after): cos(H^l, H^L) at the two steps of "similarity, step A to B", or at the first
+    and the last measurement; None where they were not measured."""
+    at = dict(run["similarity"])
+    named = metric.partition(", step ")[2]
+    ends = (
+        [int(n) for n in named.split(" to ")] if named else [min(at, default=0), max(at, default=0)]
+    )
+    return tuple(at[step] for step in ends) if at else None
 
 
 def values_of(plan, found, times, arm, metric):
@@ -80,7 +90,10 @@ def values_of(plan, found, times, arm, metric):
         run = found.get((arm, seed + offset))
         if run is not None:
             seconds = times.get(f"{arm}-{seed + offset}")
-            values[i] = seconds if metric == "seconds" else measures(run)[metric]
+            if metric.startswith("similarity"):
+                values[i] = similarity(run, metric)
+            else:
+                values[i] = seconds if metric == "seconds" else measures(run)[metric]
     return values
 
 
@@ -90,10 +103,13 @@ def comparison(plan, found, times, claim, pair):
     a = values_of(plan, found, times, ours, metric)
     if theirs == "start":
         b = values_of(plan, found, times, ours, "start")
-    elif ours == theirs:  # of the same runs, from the first measurement to the last
-        b = dict.fromkeys(a, 0.0)
     else:
         b = values_of(plan, found, times, theirs, metric)
+    if metric.startswith("similarity"):
+        if ours == theirs:  # from the first measurement to the last
+            a, b = ({i: ends[which] for i, ends in a.items() if ends} for which in (1, 0))
+        else:  # whose grew by more
+            a, b = ({i: v[1] - v[0] for i, v in values.items() if v} for values in (a, b))
     both = sorted(i for i in a.keys() & b.keys() if a[i] is not None and b[i] is not None)
     if metric == "seconds":  # a ratio less 1
         return [a[i] / b[i] - 1 for i in both], [(a[i], b[i]) for i in both]
@@ -102,16 +118,22 @@ def comparison(plan, found, times, claim, pair):
 
 
 def judge(claim, pair, effect, p):
-    """The verdict of one comparison, and whether all of its interval is the other way round."""
+    """The verdict of one comparison, and whether it is clearly the other way round."""
     if "at_most" in claim:
         if effect.high < claim["at_most"]:
             return "holds", False
         return ("contradicted" if effect.low > claim["at_most"] else "not decided"), False
-    if pair[1] == "start":
-        return ("something learned" if effect.high > 0 and p < 0.05 else "nothing learned"), False
+    if "no_worse_by" in claim:
+        if effect.low > -claim["no_worse_by"]:
+            return "holds", False
+        return ("contradicted" if effect.high < -claim["no_worse_by"] else "not decided"), False
+    if "smallest" not in claim and pair[1] == "start":
+        if p < 0.05:
+            return ("something learned" if effect.mean > 0 else "nothing learned, much lost"), False
+        return "nothing learned", False
     if "smallest" not in claim:
         return ("a difference" if p < 0.05 else "no difference"), False
-    return paired.verdict(effect, p, claim["smallest"]), effect.high < 0
+    return paired.verdict(effect, p, claim["smallest"]), effect.high < 0 and p < 0.05
 
 
 def whole(verdicts):
@@ -130,25 +152,39 @@ def table(plan, found, times, claims):
             differences, values = comparison(plan, found, times, claim, pair)
             if len(differences) > 1:
                 rows.append((claim, pair, paired.effect(differences), len(differences), values))
-    corrected = paired.holm([effect.p for _, _, effect, _, _ in rows])
-    lines = ["| claim | verdict | compared | effect (95 %) | p, Holm | improves | seeds |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    corrected = corrected_ps(claims, rows)
+    lines = ["| claim | verdict | compared | effect (95 %) | p | p, Holm | improves | seeds |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for claim in claims:
-        own = [(row, p) for row, p in zip(rows, corrected) if row[0] is claim]
+        own = [row for row in rows if row[0] is claim]
         if not own:
-            lines.append(f"| {claim['id']}. {claim['claim']} | no runs yet | | | | | |")
+            lines.append(f"| {claim['id']}. {claim['claim']} | no runs yet | | | | | | |")
             continue
-        outcomes = [judge(claim, row[1], row[2], p) for row, p in own]
+        p, timed = corrected.get(claim["id"]), "at_most" in claim
+        outcomes = [judge(claim, row[1], row[2], row[2].p if p is None else p) for row in own]
         verdict, reverse = whole([v for v, _ in outcomes]), all(r for _, r in outcomes)
         named = f"| {claim['id']}. {claim['claim']} | {said(f'**{verdict}**', reverse)}"
-        for n, ((_, pair, e, seeds, values), p) in enumerate(own):
-            better = paired.probability_of_improvement(*zip(*values))
-            part = "" if len(own) == 1 else f" ({said(*outcomes[n])})"
+        for n, (_, pair, e, seeds, values) in enumerate(own):
+            better = paired.probability_of_improvement(
+                *list(zip(*values))[:: claim.get("direction", 1)]
+            )
+            part = "" if len(own) == 1 else f" ({said(*judge(claim, pair, e, e.p))})"
+            compared = " − ".join(pair[:: claim.get("direction", 1)])
+            shown = f"{p:.3f}" if p is not None and n == 0 else ""
             lines.append(
-                f"{named if n == 0 else '| |'} | {' − '.join(pair)}, {claim['metric']}{part} | "
-                f"{e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}] | {p:.3f} | {better:.2f} | {seeds} |"
+                f"{named if n == 0 else '| |'} | {compared}, {claim['metric']}{part} | "
+                f"{e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}] | {'' if timed else f'{e.p:.3f}'} | "
+                f"{shown} | {'' if timed else f'{better:.2f}'} | {seeds} |"
             )
     return lines, rows
+
+
+def corrected_ps(claims, rows):
+    """{id: p} of the claims that predict a difference: the largest p of a claim's comparisons, by
+    Holm over all such claims of the table, those without runs counted as 1."""
+    tested = [claim for claim in claims if "smallest" in claim]
+    ps = [max((e.p for c, _, e, _, _ in rows if c is claim), default=1.0) for claim in tested]
+    return {claim["id"]: p for claim, p in zip(tested, paired.holm(ps))}
 
 
 def said(verdict, reverse):
@@ -159,20 +195,23 @@ def write(plan, pilot, found, times, mixed):
     """Make the page; `found` maps (arm, seed) to a run. Returns its path."""
     rates = ", ".join(f"{base} {rate:g}" for base, rate in pilot["rates"].items())
     hours = sum(times.get(f"{arm}-{seed}", 0) for arm, seed in found) / 2 / 3600
+    groups = [plan[key] for key in ("claims", "rivals", "controls", "added")]
+    arms = {arm for claims in groups for c in claims for pair in c["compare"] for arm in pair}
+    asked = len(arms - {"start"}) * len(plan["common"]["seeds"])
     what = (
         f"Level {pilot['difficulty']} of the task addition, {plan['common']['steps']} steps of 128 "
-        f"answers, learning rates chosen on other seeds: {rates}. {len(found)} runs, two at a "
+        f"answers, learning rates chosen on other seeds: {rates}. {len(found)} runs"
+        f"{'' if len(found) == asked else f' of {asked}'}, two at a "
         f"time on two cores: {hours:.1f} hours."
     )
     note = "\n**Mixed**: some results are of another commit or of other options.\n" if mixed else ""
-    parts = [HEAD.format(what=what, mixed=note, final=plan["common"]["final"])]
+    final, changes = plan["common"]["final"], "\n".join(f"- {c}" for c in plan["changes"])
+    if changes:
+        changes = "\nThe plan was changed after runs had been seen:\n\n" + changes
+    parts = [HEAD.format(what=what, mixed=note, final=final, changes=changes)]
     rows = []
-    for title, claims in (
-        ("Fourteen claims", plan["claims"]),
-        ("Simple rivals", plan["rivals"]),
-        ("Controls", plan["controls"]),
-        (f"Added later\n\n{plan['why_added'].capitalize()}.", plan["added"]),
-    ):
+    titles = ("Fourteen claims", "Simple rivals", "Controls", "Added later")
+    for title, claims in zip(titles, groups):
         lines, own = table(plan, found, times, claims)
         parts.append("\n".join([f"## {title}\n", *lines, ""]))
         rows += own
@@ -195,7 +234,9 @@ def write(plan, pilot, found, times, mixed):
 def arms_table(plan, found, times):
     """Means of every arm, to see where the level saturates."""
     keys = "start half-way final greedy pass_at_8 entropy length tokens updates".split()
-    heads = [{"tokens": "1000 tokens"}.get(key, key) for key in keys]
+    heads = [
+        {"tokens": "1000 tokens", "pass_at_8": "groups with a right answer"}.get(k, k) for k in keys
+    ]
     lines = [f"## All arms\n\n| arm | {' | '.join(heads)} | steps to {ENOUGH} | seeds |"]
     lines.append("|---" * (len(keys) + 3) + "|")
     for arm in plan["arms"]:
@@ -205,8 +246,10 @@ def arms_table(plan, found, times):
         reached = list(values_of(plan, found, times, arm, "steps to 0.5").values())
         if columns[0]:
             digits = {"tokens": ".0f", "updates": ".0f", "length": ".1f"}
+            if "--reward random" in plan["arms"][arm]["options"]:
+                columns[keys.index("pass_at_8")] = []  # of coins, not of answers
             means = " | ".join(
-                f"{sum(values) / len(values):{digits.get(key, '.3f')}}"
+                f"{sum(values) / len(values):{digits.get(key, '.3f')}}" if values else "–"
                 for key, values in zip(keys, columns)
             )
             there = [step for step in reached if step is not None]

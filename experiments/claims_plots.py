@@ -51,7 +51,7 @@ def dots(claim, rows):
 
 def effects(rows):
     """Every comparison of final accuracy in one picture: differences, mean and 95 % interval."""
-    shown = [row for row in rows if row[0]["metric"] == "final" and "smallest" in row[0]]
+    shown = [row for row in rows if row[0]["metric"] == "final" and "direction" in row[0]]
     figure, axis = plt.subplots(figsize=(8, 1 + 0.27 * len(shown)))
     labels = []
     for y, (claim, pair, e, _, values) in enumerate(shown):

@@ -63,15 +63,21 @@ def test_verdicts_of_a_table_by_hand(tools):
     effect = lambda mean, half: paired.Effect(mean, mean - half, mean + half, 0.0)
     claim, pair = {"smallest": 0.01}, ["hapo", "dapo"]
     assert judge(claim, pair, effect(-0.05, 0.02), 0.01) == ("contradicted", True)
-    assert judge(claim, pair, effect(-0.01, 0.015), 0.5) == ("contradicted", False)
+    assert judge(claim, pair, effect(-0.05, 0.02), 0.06) == ("contradicted", False)
+    assert judge(claim, pair, effect(-0.01, 0.015), 0.04) == ("contradicted", False)
     assert judge({"at_most": 0.03}, pair, effect(0.01, 0.01), 1.0) == ("holds", False)
     assert judge({"at_most": 0.03}, pair, effect(0.01, 0.03), 1.0) == ("not decided", False)
     assert judge({"at_most": 0.03}, pair, effect(0.06, 0.02), 1.0) == ("contradicted", False)
+    no_worse = {"no_worse_by": 0.01}
+    assert judge(no_worse, pair, effect(0.0, 0.005), 1.0) == ("holds", False)
+    assert judge(no_worse, pair, effect(0.0, 0.02), 1.0) == ("not decided", False)
+    assert judge(no_worse, pair, effect(-0.04, 0.02), 1.0) == ("contradicted", False)
     assert judge({}, pair, effect(0.1, 0.01), 0.002) == ("a difference", False)
     assert judge({}, pair, effect(0.1, 0.2), 0.4) == ("no difference", False)
     chance = ["random", "start"]  # a policy that a random reward ruins has learned nothing
-    assert judge({}, chance, effect(-0.2, 0.01), 0.002) == ("nothing learned", False)
-    assert judge({}, chance, effect(0.2, 0.01), 0.002) == ("something learned", False)
+    assert judge({}, chance, effect(-0.2, 0.01), 0.002)[0] == "nothing learned, much lost"
+    assert judge({}, chance, effect(0.2, 0.01), 0.002)[0] == "something learned"
+    assert judge({}, chance, effect(0.0, 0.01), 0.9)[0] == "nothing learned"
     assert whole(["holds", "not decided", "contradicted"]) == "contradicted"
     assert whole(["holds", "not decided"]) == "not decided" and whole(["holds"] * 2) == "holds"
     assert said("contradicted", True) == "contradicted: the reverse"
@@ -80,11 +86,34 @@ def test_verdicts_of_a_table_by_hand(tools):
     assert steps_to([[0, 0.1], [12, 0.2]], 0.5) is None
 
 
+def test_a_claim_s_p_is_its_largest_by_holm_over_the_claims(tools):
+    from claims_page import corrected_ps
+
+    claims = [{"id": n, "smallest": 0.01} for n in (1, 2, 3)] + [{"id": 6, "at_most": 0.03}]
+    effect = lambda p: tools[1].Effect(0.0, 0.0, 0.0, p)
+    rows = [(claims[0], None, effect(p), 10, None) for p in (0.002, 0.01)]
+    rows += [(claims[1], None, effect(0.004), 10, None)]
+    # three claims, one of them without runs: .004 x 3, .01 x 2, 1
+    assert corrected_ps(claims, rows) == pytest.approx({2: 0.012, 1: 0.02, 3: 1.0})
+
+
+def test_similarity_between_two_steps(tools):
+    from claims_page import similarity
+
+    run = {"similarity": [[1, 0.5], [6, 0.7], [24, 0.4], [25, 0.3]]}
+    assert similarity(run, "similarity, step 1 to 24") == (0.5, 0.4)
+    assert similarity(run, "similarity") == (0.5, 0.3)
+    assert similarity({"similarity": []}, "similarity") is None
+
+
 @pytest.fixture
 def laid_out(tools, monkeypatch, tmp_path):
-    """A folder for results, a pilot's choice, and a training that only writes its lines."""
+    """A folder for results, a pilot's choice, and a training that only writes its lines.
+
+    `stop` maps a seed to the step at which its training stops too early."""
     claims, _ = tools
     runs, pilot, trained = tmp_path / "claims_runs", tmp_path / "claims_pilot.json", []
+    stop = {}
     monkeypatch.setattr(claims, "ROOT", tmp_path)
     monkeypatch.setattr(claims, "RUNS", runs)
     monkeypatch.setattr(claims, "TIMES", runs / "times.json")
@@ -98,13 +127,21 @@ def laid_out(tools, monkeypatch, tmp_path):
     def training(command, **how):
         trained.append(command)
         out = tmp_path / command[command.index("--out") + 1]
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         seed = int(command[command.index("--seed") + 1])
         step = {"all_wrong": 1, "groups": 4, "updates": 2, "response_length": 9.0}
         better = "--no-" not in " ".join(command) and "hapo" in command
         right = seed / 1000 + 0.3 * better
         rows = [{"step": 0, "eval_accuracy": 0.1, "eval_greedy": 0.1}]
-        rows.append({"step": 6, "eval_accuracy": right, "eval_greedy": 0.9, "entropy": 0.1})
+        rows.append(
+            {
+                "step": stop.get(seed, 48),
+                "eval_accuracy": right,
+                "eval_greedy": 0.9,
+                "entropy": 0.1,
+                "eval_length": 9.0,
+            }
+        )
         rows[1] |= step | {"seconds_update": 1.0}
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return type("Done", (), {"returncode": 0, "stderr": ""})()
@@ -115,11 +152,11 @@ def laid_out(tools, monkeypatch, tmp_path):
         monkeypatch.setattr("sys.argv", ["claims.py", *flags])
         claims.main()
 
-    return run, runs, trained
+    return run, runs, trained, stop
 
 
 def test_only_what_is_missing_runs_and_comes_out_the_same(laid_out, capsys):
-    run, runs, trained = laid_out
+    run, runs, trained, _ = laid_out
     run("--only", "1")
     names = {f"{arm}-{seed}.json" for arm in ("hapo", "dapo") for seed in range(101, 111)}
     assert {p.name for p in runs.iterdir()} == names | {"times.json"} and len(trained) == 20
@@ -140,8 +177,21 @@ def test_only_what_is_missing_runs_and_comes_out_the_same(laid_out, capsys):
     assert len(trained) == 30 and "20 runs missing" in capsys.readouterr().out
 
 
+def test_a_run_that_was_stopped_is_no_result(laid_out):
+    run, runs, trained, stop = laid_out
+    stop[101] = 24  # the first two of twenty; a training that is told to stop ends with 0
+    with pytest.raises(BadInput, match="101 was stopped at step 24 of 48"):
+        run("--only", "1")
+    assert not list(runs.glob("*-101.json")) and len(trained) < 20
+    ended = {p.stem for p in runs.glob("*apo-*.json")}  # one that was in flight may have ended
+    assert not ended or set(json.loads((runs / "times.json").read_text())) == ended
+    stop.clear()
+    run("--only", "1")
+    assert len(list(runs.glob("*apo-*.json"))) == 20
+
+
 def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
-    run, runs, _ = laid_out
+    run, runs, _, _ = laid_out
     run("--only", "1")
     monkeypatch.setattr(tools[0], "commit", lambda: "decaf")
     with pytest.raises(BadInput, match=r"hapo-101.json: made with other commit \(c0ffee\)"):
@@ -172,4 +222,4 @@ def test_every_claim_names_arms_that_exist(tools):
     for arm in plan["arms"]:
         flags = claims.options_of(plan, arm, 3, {"grpo": 1e-4, "dapo": 1e-4}).split()
         steps = options.parse([*flags, "--out", "/nonexistent/run"], "").steps
-        assert steps == (25 if arm == "bupo-watched" else 48)
+        assert steps == (25 if "watched" in arm else 48)
