@@ -170,7 +170,10 @@ def pilot(plan):
         for base in p["baselines"]:
             for rate in p["learning_rates"]:
                 runs = [found[level, base, rate, seed] for seed in p["seeds"]]
-                table[f"{level} {base} {rate}"] = [mean_of(runs, final), mean_of(runs, half_way)]
+                table[f"{level} {base} {rate}"] = [
+                    mean_of(runs, final),
+                    mean_of(runs, claims_page.half_way),
+                ]
             best = max(p["learning_rates"], key=lambda r: table[f"{level} {base} {r}"][0])
             choices[f"{level} {base}"] = best
     level = next((d for d in p["difficulties"] if fits(d, table, choices, p)), None)
@@ -194,14 +197,7 @@ def mean_of(runs, measure):
 
 def final(run):
     """Held-out accuracy, mean of the evaluations in the last third."""
-    last = run["eval_accuracy"][-1][0]
-    values = [value for step, value in run["eval_accuracy"] if step > 2 * last / 3]
-    return sum(values) / len(values)
-
-
-def half_way(run):
-    last = run["eval_accuracy"][-1][0]
-    return next(value for step, value in run["eval_accuracy"] if step >= last / 2)
+    return claims_page.late(run, "eval_accuracy")
 
 
 # -------------------------------------------------------------------------------------------- main

@@ -17,7 +17,7 @@ HEAD = """# What holds: the papers' claims, tested again on a toy
 
 Made by `python experiments/claims.py` from the files in `experiments/claims_runs/`. What is tested
 stands in `experiments/claims.json`, written before the runs but for what is marked as added later;
-only the section "What surprised" is written by hand.
+the three sections from "What these runs are not" on are written by hand.
 
 **What toy results are worth.** A model of 0.7 million parameters that learns to add says nothing
 about 7 billion that learn mathematics. What a verdict here can show is whether an effect is so
@@ -49,23 +49,29 @@ def steps_to(curve, value):
     return None
 
 
+def late(run, key):
+    """Mean of a curve over the last third of the steps."""
+    last = run["eval_accuracy"][-1][0]
+    values = [value for step, value in run[key] if step > 2 * last / 3]
+    return sum(values) / len(values)
+
+
+def half_way(run):
+    last = run["eval_accuracy"][-1][0]
+    return next(value for step, value in run["eval_accuracy"] if step >= last / 2)
+
+
 def measures(run):
     """What a run is compared by."""
-    last = run["eval_accuracy"][-1][0]
-
-    def late(key):
-        values = [value for step, value in run[key] if step > 2 * last / 3]
-        return sum(values) / len(values)
-
     return {
-        "final": late("eval_accuracy"),
-        "greedy": late("eval_greedy"),
-        "half-way": next(value for step, value in run["eval_accuracy"] if step >= last / 2),
+        "final": late(run, "eval_accuracy"),
+        "greedy": late(run, "eval_greedy"),
+        "half-way": half_way(run),
         "start": run["eval_accuracy"][0][1],
-        "entropy": late("entropy"),
-        "length": late("response_length"),
-        "pass_at_8": late("pass_at_8"),
-        "eval_length": late("eval_length"),
+        "entropy": late(run, "entropy"),
+        "length": late(run, "response_length"),
+        "pass_at_8": late(run, "pass_at_8"),
+        "eval_length": late(run, "eval_length"),
         "steps to 0.5": steps_to(run["eval_accuracy"], ENOUGH),
         "tokens": run["tokens"] / 1000,
         "updates": run["updates"],
@@ -76,11 +82,11 @@ def similarity(run, metric):
     """(before, after): cos(H^l, H^L) at the two steps of "similarity, step A to B", or at the first
     and the last measurement; None where they were not measured."""
     at = dict(run["similarity"])
+    if not at:
+        return None
     named = metric.partition(", step ")[2]
-    ends = (
-        [int(n) for n in named.split(" to ")] if named else [min(at, default=0), max(at, default=0)]
-    )
-    return tuple(at[step] for step in ends) if at else None
+    first, last = map(int, named.split(" to ")) if named else (min(at), max(at))
+    return at[first], at[last]
 
 
 def values_of(plan, found, times, arm, metric):

@@ -206,7 +206,7 @@ def test_a_run_s_measures(tools):
     claims, _ = tools
     run = {"eval_accuracy": [[0, 0.1], [12, 0.2], [24, 0.4], [36, 0.6], [48, 0.8]]}
     assert claims.final(run) == pytest.approx(0.7)  # steps 36 and 48, later than 32
-    assert claims.half_way(run) == 0.4
+    assert claims.claims_page.half_way(run) == 0.4
 
 
 def test_every_claim_names_arms_that_exist(tools):
