@@ -1,13 +1,17 @@
 """What HAPO adds to DAPO: wall time of a step's parts on the same answers, and of whole steps.
 
-    python benchmarks/hapo_cost.py [--rounds 15]
+    python benchmarks/hapo_cost.py [--rounds 15] [--options "--updates-per-rollout 2"] [--json]
 
 The same rollout goes through both objectives in turn (scoring, advantages and updates), with the
-default model and batch (256 answers, 4 updates); then each takes whole steps, sampling included.
+default model and batch (256 answers, 4 updates) unless `--options`, of train.py, say otherwise.
+Then each takes whole steps: HAPO with --tau 0, which computes all temperatures and leaves every one
+as it was, so that both draw the same answers; and HAPO as it is, which draws its own.
 """
 
 import argparse
 import dataclasses
+import json
+import shlex
 import tempfile
 
 from common import in_turn, median, ratio
@@ -17,34 +21,34 @@ from run import options
 from run.opening import open_run
 from scale import shard
 
+HAPO_AS_DAPO = "hapo, --tau 0"  # all of HAPO's work, DAPO's answers
 
-def open_both():
+
+def open_both(more=""):
     """A run, and its options for DAPO and HAPO; it has taken one real step with each, which gives
     it statistics and moments."""
     with tempfile.TemporaryDirectory() as folder:
-        o = options.parse(["--out", folder, "--device", "cpu", "--lr", "1e-9"], "")
+        flags = [*shlex.split(more), "--out", folder, "--device", "cpu", "--lr", "1e-9"]
+        o = options.parse(flags, "")
         run, _ = open_run(o, shard.World(o.device))
     algos = {"dapo": dataclasses.replace(o, algo="dapo"), "hapo": o}
-    for name in ("hapo", "dapo"):
+    algos[HAPO_AS_DAPO] = dataclasses.replace(o, tau=0.0)
+    for name in algos:
         run.options = algos[name]
         train.train_step(1, run)
     return run, algos
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
-    run, algos = open_both()
+def stepper(run, algos):
+    """A function (name, answers=None) that makes a function which takes one step, with these
+    answers or its own, and puts the weights back."""
     weights = [p.detach().clone() for p in run.policy.parameters()]
     collect = train.collect
-    run.options = algos["hapo"]  # its sampler measures the entropies that its statistics need
-    answers = collect(2, run)
 
-    def step(name, reuse):
+    def step(name, answers=None):
         def go():
             run.options, run.drawn = algos[name], 0
-            if reuse:
+            if answers is not None:
                 train.collect = lambda step, run: dataclasses.replace(answers)
             try:
                 train.train_step(2, run)
@@ -55,14 +59,46 @@ def main():
 
         return go
 
-    for title, reuse in (
-        ("same answers: score, advantages, 4 updates", True),
-        ("whole step, its own answers", False),
+    return step
+
+
+def drawn(run, o):
+    """The answers that a run draws with these options."""
+    run.options, run.drawn = o, 0
+    return train.collect(2, run)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--options", default="", help="train.py's")
+    parser.add_argument("--json", action="store_true", help="only medians of whole steps")
+    args = parser.parse_args()
+    run, algos = open_both(args.options)
+    step = stepper(run, algos)
+    same = [drawn(run, algos[name]).rollout.tokens for name in ("dapo", HAPO_AS_DAPO)]
+    if not same[0].equal(same[1]):
+        raise SystemExit("the two would not be timed on the same answers: a draw has changed sides")
+    both = {name: step(name) for name in ("dapo", HAPO_AS_DAPO)}
+    if args.json:
+        seconds = in_turn(both, args.rounds, 2)
+        print(json.dumps({name.partition(",")[0]: median(s) for name, s in seconds.items()}))
+        return
+    # its sampler measures the entropies that its statistics need
+    answers = drawn(run, algos["hapo"])
+    for title, ours, steps in (
+        (
+            "same answers: score, advantages, updates",
+            "hapo",
+            {name: step(name, answers) for name in ("dapo", "hapo")},
+        ),
+        ("whole step, the same answers", HAPO_AS_DAPO, both),
+        ("whole step, its own answers", "hapo", {name: step(name) for name in ("dapo", "hapo")}),
     ):
-        seconds = in_turn({name: step(name, reuse) for name in algos}, args.rounds, 2)
+        seconds = in_turn(steps, args.rounds, 2)
         print(
-            f"{title}: dapo {median(seconds['dapo']):.3f} s, hapo {median(seconds['hapo']):.3f} s, "
-            f"hapo / dapo {ratio(seconds, 'hapo', 'dapo')}"
+            f"{title}: dapo {median(seconds['dapo']):.3f} s, {ours} {median(seconds[ours]):.3f} s, "
+            f"hapo / dapo {ratio(seconds, ours, 'dapo')}"
         )
 
 

@@ -8,6 +8,7 @@ learning rates and level in claims_pilot.json, which `--pilot` makes on other se
     --dry-run        the same with the time it would take
     --only CLAIM     what that claim needs
     --mixed          also use results of another commit or of other options; the page says so
+    --cost           time claim 6 on the same answers, seed by seed; the machine should be idle
 
 A run leaves one small file; one that is killed leaves nothing and is run again. On the same machine
 a file that is deleted and made again is the same, bit for bit: how long runs took stands apart.
@@ -34,7 +35,7 @@ from program.errors import BadInput  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 PLAN, PILOT, RUNS = HERE / "claims.json", HERE / "claims_pilot.json", HERE / "claims_runs"
-TIMES = RUNS / "times.json"
+TIMES, COST = RUNS / "times.json", HERE / "claims_cost.json"
 # what a run's numbers come from: a commit that touches nothing of it is the same commit here
 SOURCES = (
     "train.py losses.py hapo.py bupo.py sampling.py internals.py tasks.py evaluate.py "
@@ -200,12 +201,33 @@ def final(run):
     return claims_page.late(run, "eval_accuracy")
 
 
+# -------------------------------------------------------------------------------------------- cost
+
+
+def time_steps(plan, chosen):
+    """Seconds of a whole step of DAPO and of HAPO on the same answers, for every seed, into COST:
+    medians of steps taken in turn, in one process."""
+    seconds = {}
+    for seed in plan["common"]["seeds"]:
+        options = options_of(plan, "hapo", chosen["difficulty"], chosen["rates"])
+        command = [sys.executable, "benchmarks/hapo_cost.py", "--json"]
+        command += ["--options", f"{options} --seed {seed}"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise BadInput(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
+        for arm, median in json.loads(done.stdout.splitlines()[-1]).items():
+            seconds[f"{arm}-{seed}, same answers"] = round(median, 4)
+        print(f"seed {seed}: {done.stdout.splitlines()[-1]}", flush=True)
+    COST.write_text(json.dumps(seconds, indent=0) + "\n")
+
+
 # -------------------------------------------------------------------------------------------- main
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for flag in ("--list", "--dry-run", "--mixed", "--pilot"):
+    for flag in ("--list", "--dry-run", "--mixed", "--pilot", "--cost"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--only")
     a, plan = parser.parse_args(), json.loads(PLAN.read_text())
@@ -214,6 +236,8 @@ def main():
     if not PILOT.exists():
         raise BadInput(f"{PILOT.name} is missing: python experiments/claims.py --pilot comes first")
     chosen, made_of, jobs = json.loads(PILOT.read_text()), commit(), []
+    if a.cost:
+        return time_steps(plan, chosen)
     for arm, seed in wanted(plan, a.only):
         options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
         name = f"{arm}-{seed}"
@@ -228,7 +252,9 @@ def main():
         print(f"{len(jobs)} runs missing, about {hours:.1f} hours, two at a time")
         return
     run_missing(jobs, RUNS, made_of)
-    found, times = {}, json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    found, times = {}, {}
+    for path in (TIMES, COST):
+        times |= json.loads(path.read_text()) if path.exists() else {}
     for arm, seed in wanted(plan):
         path = RUNS / f"{arm}-{seed}.json"
         if path.exists():

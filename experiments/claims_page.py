@@ -95,11 +95,12 @@ def values_of(plan, found, times, arm, metric):
     for i, seed in enumerate(plan["common"]["seeds"]):
         run = found.get((arm, seed + offset))
         if run is not None:
-            seconds = times.get(f"{arm}-{seed + offset}")
             if metric.startswith("similarity"):
                 values[i] = similarity(run, metric)
+            elif metric.startswith("seconds"):  # of the whole run, or "seconds, same answers"
+                values[i] = times.get(f"{arm}-{seed + offset}{metric.removeprefix('seconds')}")
             else:
-                values[i] = seconds if metric == "seconds" else measures(run)[metric]
+                values[i] = measures(run)[metric]
     return values
 
 
@@ -117,7 +118,7 @@ def comparison(plan, found, times, claim, pair):
         else:  # whose grew by more
             a, b = ({i: v[1] - v[0] for i, v in values.items() if v} for values in (a, b))
     both = sorted(i for i in a.keys() & b.keys() if a[i] is not None and b[i] is not None)
-    if metric == "seconds":  # a ratio less 1
+    if metric.startswith("seconds"):  # a ratio less 1
         return [a[i] / b[i] - 1 for i in both], [(a[i], b[i]) for i in both]
     sign = claim.get("direction", 1)
     return [sign * (a[i] - b[i]) for i in both], [(a[i], b[i]) for i in both]

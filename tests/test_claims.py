@@ -106,6 +106,20 @@ def test_similarity_between_two_steps(tools):
     assert similarity({"similarity": []}, "similarity") is None
 
 
+def test_seconds_of_whole_runs_and_of_steps_on_the_same_answers(tools):
+    from claims_page import comparison
+
+    plan = {"common": {"seeds": [101, 102]}, "arms": {"hapo": {}, "dapo": {}}}
+    found = {(arm, seed): {} for arm in plan["arms"] for seed in (101, 102)}
+    times = {"hapo-101": 80.0, "dapo-101": 100.0, "hapo-102": 90.0}  # one was not timed
+    times |= {"hapo-101, same answers": 1.1, "dapo-101, same answers": 1.0}
+    claim = lambda metric: {"metric": metric, "at_most": 0.03}
+    whole = comparison(plan, found, times, claim("seconds"), ["hapo", "dapo"])
+    assert whole == ([pytest.approx(-0.2)], [(80.0, 100.0)])
+    same = comparison(plan, found, times, claim("seconds, same answers"), ["hapo", "dapo"])
+    assert same == ([pytest.approx(0.1)], [(1.1, 1.0)])
+
+
 @pytest.fixture
 def laid_out(tools, monkeypatch, tmp_path):
     """A folder for results, a pilot's choice, and a training that only writes its lines.
@@ -117,6 +131,7 @@ def laid_out(tools, monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "ROOT", tmp_path)
     monkeypatch.setattr(claims, "RUNS", runs)
     monkeypatch.setattr(claims, "TIMES", runs / "times.json")
+    monkeypatch.setattr(claims, "COST", tmp_path / "claims_cost.json")
     monkeypatch.setattr(claims, "PILOT", pilot)
     monkeypatch.setattr(claims, "commit", lambda: "c0ffee")
     page = tmp_path / "evidence.md"
@@ -175,6 +190,25 @@ def test_only_what_is_missing_runs_and_comes_out_the_same(laid_out, capsys):
     assert "| 8. BuPO beats GRPO | no runs yet" in page and "**Mixed**" not in page
     run("--only", "8", "--dry-run")
     assert len(trained) == 30 and "20 runs missing" in capsys.readouterr().out
+
+
+def test_cost_times_every_seed_with_the_arms_own_options(laid_out, tools, monkeypatch):
+    run, runs, _, _ = laid_out
+    run("--only", "1")
+    asked = []
+
+    def timing(command, **how):
+        asked.append(command)
+        line = 'a line of the opening\n{"dapo": 1.0, "hapo": 1.02}\n'
+        return type("Done", (), {"returncode": 0, "stderr": "", "stdout": line})()
+
+    monkeypatch.setattr(tools[0].subprocess, "run", timing)
+    run("--cost")
+    seeds = {int(c[-1].split()[-1]) for c in asked}
+    assert seeds == set(range(101, 111)) and all("--prompts-per-step 16" in c[-1] for c in asked)
+    run("--only", "1")  # runs nothing; the page has the new row
+    row = next(x for x in (runs.parent / "evidence.md").read_text().splitlines() if "6 on the" in x)
+    assert "**holds**" in row and "+0.020 [+0.020, +0.020]" in row and row.endswith("| 10 |")
 
 
 def test_a_run_that_was_stopped_is_no_result(laid_out):
