@@ -4,6 +4,7 @@ Every run is a dot or a line of its own, never a mean alone.
 """
 
 import re
+import textwrap
 
 import matplotlib
 
@@ -44,29 +45,31 @@ def dots(claim, rows):
         axis.set_xticks([0, 1], [pair[1] if pair[0] != pair[1] else "first", pair[0]])
         axis.set_xlim(-0.3, 1.3)
     axes[0][0].set_ylabel(claim["metric"])
-    figure.suptitle(f"{claim['id']}. {claim['claim']}", fontsize=9)
+    title = f"{claim['id']}. {claim['claim']}"
+    figure.suptitle(textwrap.fill(title, 42 * len(rows)), fontsize=9)
     figure.tight_layout()
     return figure
 
 
 def effects(rows):
     """Every comparison of final accuracy in one picture: differences, mean and 95 % interval."""
-    shown = [row for row in rows if row[0]["metric"] == "final" and "direction" in row[0]]
+    bar = lambda claim: claim.get("smallest", -claim.get("no_worse_by", 0))
+    shown = [row for row in rows if row[0]["metric"] == "final" and bar(row[0])]
     figure, axis = plt.subplots(figsize=(8, 1 + 0.27 * len(shown)))
     labels = []
     for y, (claim, pair, e, _, values) in enumerate(shown):
-        points = [100 * claim["direction"] * (ours - theirs) for ours, theirs in values]
+        points = [100 * claim.get("direction", 1) * (ours - theirs) for ours, theirs in values]
         axis.plot(points, [y] * len(points), "o", color="tab:blue", alpha=0.35, markersize=4)
         axis.plot([100 * e.low, 100 * e.high], [y, y], color="black", linewidth=2)
         axis.plot(100 * e.mean, y, "|", color="black", markersize=10, markeredgewidth=2)
-        axis.plot(2 * [100 * claim["smallest"]], [y - 0.4, y + 0.4], color="tab:red", linewidth=1)
+        axis.plot(2 * [100 * bar(claim)], [y - 0.4, y + 0.4], color="tab:red", linewidth=1)
         labels.append(f"{claim['id']}. {' over '.join(pair)}")
     axis.axvline(0, color="gray", linewidth=0.8)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(
         "points of held-out accuracy that the first arm ends above the second\n(a dot a seed; "
-        "black: mean and 95 % interval; red: the smallest effect of interest)",
+        "black: mean and 95 % interval; red: the effect it must reach)",
         fontsize=8,
     )
     figure.tight_layout()
