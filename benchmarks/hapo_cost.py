@@ -1,11 +1,12 @@
 """What HAPO adds to DAPO: wall time of a step's parts on the same answers, and of whole steps.
 
-    python benchmarks/hapo_cost.py [--rounds 15] [--options "--updates-per-rollout 2"] [--json]
+    python benchmarks/hapo_cost.py [--rounds 15] [--options "--updates-per-rollout 2"] [--after 24]
 
 The same rollout goes through both objectives in turn (scoring, advantages and updates), with the
-default model and batch (256 answers, 4 updates) unless `--options`, of train.py, say otherwise.
-Then each takes whole steps: HAPO with --tau 0, which computes all temperatures and leaves every one
-as it was, so that both draw the same answers; and HAPO as it is, which draws its own.
+default model and batch (256 answers, 4 updates) unless `--options`, of train.py, say otherwise, and
+with the answers of the model as it is or after some steps of HAPO (`--after`). Then each takes
+whole steps: HAPO with --tau 0, which computes all temperatures and leaves every one as it was, so
+that both draw the same answers; and HAPO as it is, which draws its own.
 """
 
 import argparse
@@ -24,18 +25,18 @@ from scale import shard
 HAPO_AS_DAPO = "hapo, --tau 0"  # all of HAPO's work, DAPO's answers
 
 
-def open_both(more=""):
-    """A run, and its options for DAPO and HAPO; it has taken one real step with each, which gives
-    it statistics and moments."""
+def open_both(more="", after=0):
+    """A run, and its options for DAPO and HAPO; it has taken `after` steps of HAPO and one of each,
+    which gives it statistics and moments."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*shlex.split(more), "--out", folder, "--device", "cpu", "--lr", "1e-9"]
+        flags = [*shlex.split(more), "--out", folder, "--device", "cpu"]
         o = options.parse(flags, "")
         run, _ = open_run(o, shard.World(o.device))
     algos = {"dapo": dataclasses.replace(o, algo="dapo"), "hapo": o}
     algos[HAPO_AS_DAPO] = dataclasses.replace(o, tau=0.0)
-    for name in algos:
+    for step, name in enumerate(["hapo"] * after + list(algos), 1):
         run.options = algos[name]
-        train.train_step(1, run)
+        train.train_step(step, run)
     return run, algos
 
 
@@ -72,9 +73,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--options", default="", help="train.py's")
+    parser.add_argument("--after", type=int, default=0, help="steps of training before")
     parser.add_argument("--json", action="store_true", help="only medians of whole steps")
     args = parser.parse_args()
-    run, algos = open_both(args.options)
+    run, algos = open_both(args.options, args.after)
     step = stepper(run, algos)
     same = [drawn(run, algos[name]).rollout.tokens for name in ("dapo", HAPO_AS_DAPO)]
     if not same[0].equal(same[1]):

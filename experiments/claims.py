@@ -206,11 +206,13 @@ def final(run):
 
 def time_steps(plan, chosen):
     """Seconds of a whole step of DAPO and of HAPO on the same answers, for every seed, into COST:
-    medians of steps taken in turn, in one process."""
+    medians of 25 steps taken in turn, in one process, with the answers of the policy half-way."""
     seconds = {}
     for seed in plan["common"]["seeds"]:
         options = options_of(plan, "hapo", chosen["difficulty"], chosen["rates"])
-        command = [sys.executable, "benchmarks/hapo_cost.py", "--json"]
+        half = str(plan["common"]["steps"] // 2)
+        command = [sys.executable, "benchmarks/hapo_cost.py", "--json", "--after", half]
+        command += ["--rounds", "25"]
         command += ["--options", f"{options} --seed {seed}"]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -5,6 +5,7 @@ written by hand after the runs; the plots are made in claims_plots.py.
 """
 
 import pathlib
+from statistics import mean
 
 import paired
 
@@ -32,8 +33,12 @@ sign-flip p, corrected by Holm over the claims of a table, is below 0.05. *Contr
 too small to matter; *the reverse* where it lies below 0 and the corrected p is below 0.05. *Not
 decided*: neither; the interval's upper end is the largest effect that is still possible. A claim of
 several comparisons holds if all do, is contradicted if one is, and has the largest of their p; in
-brackets each on its own, uncorrected. Controls are not corrected: that makes them stricter.
+brackets each on its own, uncorrected. A claim of "at most" holds where its whole interval lies
+below that, one of "no worse" where it lies above. Controls are not corrected, which makes them
+stricter; *no difference* says that none was found (p not below 0.05).
 *Final* is {final}.
+*Greedy*, *entropy*, *length* and *groups with a right answer* are means over the last third of the
+steps too, the last three of training answers; *half-way* is step 24; *seconds* are a ratio less 1.
 *Improves* is the chance that a run of the first arm beats a run of the second.
 {changes}
 {mixed}
@@ -72,6 +77,8 @@ def measures(run):
         "length": late(run, "response_length"),
         "pass_at_8": late(run, "pass_at_8"),
         "eval_length": late(run, "eval_length"),
+        "entropy, all steps": mean(value for _, value in run["entropy"]),
+        "length, all steps": mean(value for _, value in run["response_length"]),
         "steps to 0.5": steps_to(run["eval_accuracy"], ENOUGH),
         "tokens": run["tokens"] / 1000,
         "updates": run["updates"],
@@ -209,7 +216,7 @@ def write(plan, pilot, found, times, mixed):
         f"Level {pilot['difficulty']} of the task addition, {plan['common']['steps']} steps of 128 "
         f"answers, learning rates chosen on other seeds: {rates}. {len(found)} runs"
         f"{'' if len(found) == asked else f' of {asked}'}, two at a "
-        f"time on two cores: {hours:.1f} hours."
+        f"time on two cores: {hours:.1f} hours, the pilot not counted."
     )
     note = "\n**Mixed**: some results are of another commit or of other options.\n" if mixed else ""
     final, changes = plan["common"]["final"], "\n".join(f"- {c}" for c in plan["changes"])
@@ -242,7 +249,8 @@ def arms_table(plan, found, times):
     """Means of every arm, to see where the level saturates."""
     keys = "start half-way final greedy pass_at_8 entropy length tokens updates".split()
     heads = [
-        {"tokens": "1000 tokens", "pass_at_8": "groups with a right answer"}.get(k, k) for k in keys
+        {"tokens": "1000 training tokens", "pass_at_8": "groups with a right answer"}.get(k, k)
+        for k in keys
     ]
     lines = [f"## All arms\n\n| arm | {' | '.join(heads)} | steps to {ENOUGH} | seeds |"]
     lines.append("|---" * (len(keys) + 3) + "|")
@@ -252,7 +260,7 @@ def arms_table(plan, found, times):
         columns = [list(values_of(plan, found, times, arm, key).values()) for key in keys]
         reached = list(values_of(plan, found, times, arm, "steps to 0.5").values())
         if columns[0]:
-            digits = {"tokens": ".0f", "updates": ".0f", "length": ".1f"}
+            digits = {"tokens": ".0f", "updates": ".4g", "length": ".1f"}
             if "--reward random" in plan["arms"][arm]["options"]:
                 columns[keys.index("pass_at_8")] = []  # of coins, not of answers
             means = " | ".join(
@@ -260,7 +268,7 @@ def arms_table(plan, found, times):
                 for key, values in zip(keys, columns)
             )
             there = [step for step in reached if step is not None]
-            mean = f"{sum(there) / len(there):.1f}" if len(there) == len(reached) else ""
-            often = mean or f"{len(there)} of {len(reached)} runs"
+            average = f"{sum(there) / len(there):.1f}" if len(there) == len(reached) else ""
+            often = average or f"{len(there)} of {len(reached)} runs"
             lines.append(f"| {arm} | {means} | {often} | {len(columns[0])} |")
     return [*lines, ""]

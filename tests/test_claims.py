@@ -241,6 +241,11 @@ def test_a_run_s_measures(tools):
     run = {"eval_accuracy": [[0, 0.1], [12, 0.2], [24, 0.4], [36, 0.6], [48, 0.8]]}
     assert claims.final(run) == pytest.approx(0.7)  # steps 36 and 48, later than 32
     assert claims.claims_page.half_way(run) == 0.4
+    run |= {key: run["eval_accuracy"] for key in ("eval_greedy", "eval_length", "pass_at_8")}
+    run |= {"entropy": [[1, 0.5], [32, 0.1], [48, 0.6]], "response_length": [[1, 5.0], [48, 9.0]]}
+    seen = claims.claims_page.measures(run | {"tokens": 1500, "updates": 96})
+    assert seen["entropy"] == 0.6 and seen["entropy, all steps"] == pytest.approx(0.4)
+    assert seen["length"] == 9.0 and seen["length, all steps"] == 7.0 and seen["start"] == 0.1
 
 
 def test_every_claim_names_arms_that_exist(tools):
