@@ -61,9 +61,9 @@ def layer_count(model: nn.Module) -> int:
     return len(decoder_body(model).layers)
 
 
-def check_layer(model: nn.Module, layer: int) -> None:
+def check_layer(model: nn.Module, layer: int, name: str = "layer") -> None:
     if not 1 <= layer <= layer_count(model):
-        raise BadInput(f"layer {layer}: this model has the layers 1 to {layer_count(model)}")
+        raise BadInput(f"{name} {layer}: this model has the layers 1 to {layer_count(model)}")
 
 
 def unembedding(model: nn.Module) -> Tensor:

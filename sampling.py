@@ -27,6 +27,7 @@ from fast.decoding import Drawn
 from fast.rows import product
 from losses import row_logprobs_and_entropy
 from program.errors import NonFinite
+from program.models import cache_argument
 
 Temperature = float | Callable[[Tensor], Tensor]  # T, or entropies (R,) -> temperatures (R,)
 PREFILL_TOKENS = 2**15
@@ -274,7 +275,8 @@ def _decode_captured(draw_token, model, prefilled, prompt_mask, eos, size, how):
 
 def _next_logits(model, ids, mask, position, cache):
     """The logits behind the last of some new tokens, (R, V); keys and values join the cache."""
-    where = dict(attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+    where = dict(attention_mask=mask, position_ids=position, use_cache=True)
+    where[cache_argument(type(model))] = cache
     if model.get_input_embeddings().weight.dtype != torch.float32:
         return _low_precision_logits(model, ids, where)
     return model(ids, logits_to_keep=1, **where).logits[:, -1]

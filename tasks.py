@@ -382,9 +382,11 @@ def fit_context(
     bar.close()
     fitting = [item for item in items if 0 < len(item[1]) <= room]
     if not fitting:
+        shortest = min(len(ids) for _, ids in items)
         raise BadInput(
             f"--max-new-tokens {max_new_tokens}: no prompt fits the model's context of {context} "
-            f"tokens beside it; the shortest has {min(len(ids) for _, ids in items)}"
+            f"tokens beside it; the shortest has {shortest}"
+            + (f": at most {context - shortest} are left" if shortest < context else "")
         )
     if len(fitting) < len(items):
         say(

@@ -21,7 +21,7 @@ def _jsonl_rows(path, flag):
                 continue
             where = f"{flag} {path}, line {number}"
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8").strip())
             except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an endless number
                 raise BadInput(
                     f"{where}: not JSON ({error}); every line must be one JSON object"
@@ -38,7 +38,10 @@ def _jsonl_rows(path, flag):
                 )
             if not isinstance(question, str) or not question.strip():
                 raise BadInput(f"{where}: the question is empty; remove the line or fill it in")
-            yield f"line {number}", question.strip(), str(row["answer"])
+            answer = row["answer"]
+            if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+                raise BadInput(f"{where}: the answer is {answer!r}; it must be a text or a number")
+            yield f"line {number}", question.strip(), str(answer)
 
 
 def _parquet_rows(path, flag):

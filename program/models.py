@@ -1,6 +1,8 @@
 """Opening a model folder: weights in float32, a tokenizer, and one clear line for whatever can be
 wrong with them."""
 
+import functools
+import inspect
 import json
 import pathlib
 
@@ -40,6 +42,15 @@ def default_dtype(device):
     if torch.device(device).type != "cuda":
         return "float32"
     return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+
+
+@functools.cache
+def cache_argument(kind):
+    """How a class of models calls its keys and values: past_key_values, or cache since transformers
+    5.24, which will refuse the old name in 5.40."""
+    forwards = [vars(k)["forward"] for k in kind.__mro__ if "forward" in vars(k)]
+    known = {name for forward in forwards for name in inspect.signature(forward).parameters}
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def load_config(name):

@@ -215,5 +215,8 @@ def _flush(path):
 
 
 def _sha256(path):
+    digest = hashlib.sha256()  # hashlib.file_digest is not there in Python 3.10
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

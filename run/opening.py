@@ -88,7 +88,7 @@ def open_policy(options, source, world):
     no_dropout(policy)
     internals.decoder_body(policy)
     if options.bupo_layer and options.bupo_layer != "auto":
-        internals.check_layer(policy, int(options.bupo_layer))
+        internals.check_layer(policy, int(options.bupo_layer), "--bupo-layer")
     return policy, tokenizer
 
 
@@ -266,5 +266,7 @@ def describe(run, config, say):
     )
     if cuda and options.capture and not options.plain and (reason := captured.why_not(run.actor)):
         say(f"note: decoding steps are not captured, one kernel is launched at a time: {reason}")
+    if need.parameters > 1e8 and options.lr == type(options).lr:
+        say(f"warning: --lr {options.lr:g} is for the shipped tiny model; the papers' is 1e-6")
     _, ids = run.items[0]
     say(f"the first prompt ({len(ids)} tokens):\n{run.tokenizer.decode(ids)}\n")

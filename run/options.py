@@ -167,6 +167,10 @@ def parse(argv, description):
     name = pathlib.Path(options.data).stem if options.data else options.task
     options = dataclasses.replace(options, out=options.out or f"runs/{options.algo}-{name}")
     held = pathlib.Path(options.out) / "config.json"
+    if any(p.exists() and not p.is_dir() for p in (held.parent, *held.parent.parents)):
+        raise BadInput(f"--out {options.out}: leads through a file; name another folder")
+    if options.resume and not held.exists() and not given.keys() - {"resume", "out"}:
+        raise BadInput(f"--out {options.out}: holds no run that --resume could go on with")
     taken = held.exists() and not options.estimate
     if taken and "prompts_per_step" not in held.read_text(errors="replace"):
         raise BadInput(
@@ -396,10 +400,21 @@ def without_effect(options):
         "temperature_form",
         "the released code has the bounded form alone; leave --released out",
     )
-    for name in ("released", "rho", "temperature_form"):
+    parts = [
+        name for name in default if name.startswith(("adaptive_", "token_group", "advantage_"))
+    ]
+    for name in ("released", "rho", "temperature_form", *parts):
         unused = o.algo != "hapo" and getattr(o, name) != default[name]
         yield unused, name, f"belongs to HAPO and would do nothing with --algo {o.algo}"
-    for name in ("bupo_norm", "bupo_arm"):
+    unheated = o.algo != "hapo" or not o.adaptive_temperature
+    given = o.tau not in (0.05, 0.1)
+    yield unheated and given, "tau", "does nothing without HAPO's adaptive temperature"
+    unused = o.max_rounds != default["max_rounds"] and not o.dynamic_sampling
+    yield unused, "max_rounds", "does nothing without --dynamic-sampling"
+    for name in ("task", "difficulty"):
+        unused = o.data and getattr(o, name) != default[name]
+        yield unused, name, "belongs to the built-in tasks and would do nothing with --data"
+    for name in ("bupo_norm", "bupo_arm", "bupo_steps"):
         unused = not o.bupo_layer and getattr(o, name) != default[name]
         yield unused, name, "does nothing without --bupo-layer"
     yield (

@@ -7,10 +7,9 @@ import re
 import pytest
 from conftest import ROOT
 
+NOT_OURS = {"runs", *(p.parent.name for p in ROOT.glob("*/pyvenv.cfg"))}  # environments
 FILES = sorted(
-    p.relative_to(ROOT)
-    for p in ROOT.rglob("*.py")
-    if not {".venv", "runs"} & set(p.relative_to(ROOT).parts)
+    p.relative_to(ROOT) for p in ROOT.rglob("*.py") if not NOT_OURS & set(p.relative_to(ROOT).parts)
 )
 # Imports point down: a file imports only from floors below its own, or from its own room.
 FLOORS = [

@@ -60,7 +60,7 @@ def verdicts(monkeypatch):
 
 STEP = (
     "--prompts-per-step 4 --answers-per-prompt 8 --updates-per-rollout 2 --lr 1e-5 --device cpu "
-    "--eval-prompts 4 --warmup-steps 1 --max-new-tokens 16 --bupo-steps 1 --steps 3"
+    "--eval-prompts 4 --warmup-steps 1 --max-new-tokens 16 --steps 3"
 ).split()
 
 
@@ -77,7 +77,7 @@ def questions(folder):
     return str(path)
 
 
-@pytest.mark.parametrize("more", ["dapo", "grpo", "hapo", "hapo --bupo-layer 2"])
+@pytest.mark.parametrize("more", ["dapo", "grpo", "hapo", "hapo --bupo-layer 2 --bupo-steps 1"])
 def test_the_same_step(tmp_path, monkeypatch, more):
     """Every answer and every gradient of two steps."""
     grads, applied = {}, torch.optim.AdamW.step

@@ -11,6 +11,7 @@ from conftest import checkpoint_layers, random_model
 import sampling
 from fast import cpu, decoding, rows
 from losses import token_logprobs_and_entropy
+from program.models import cache_argument
 from run.state import micro_batches
 from sampling import (
     AdaptiveTemperature,
@@ -177,6 +178,7 @@ class Chain(torch.nn.Module):
         self.config, self.get_input_embeddings = self.inner.config, self.inner.get_input_embeddings
 
     def forward(self, ids, **kwargs):
+        kwargs[cache_argument(type(self.inner))] = kwargs.pop(cache_argument(type(self)))
         out = self.inner(ids, **kwargs)
         self.calls.append((ids[:, -1].tolist(), kwargs["position_ids"][:, -1].tolist()))
         out.logits = torch.full_like(out.logits, -1e9)
@@ -195,6 +197,20 @@ def test_rows_leave_when_they_end_and_every_eos_counts(decode):
     # what the model was fed: last tokens and their positions; row 1 leaves after one token, row 2
     # after three
     assert model.calls == [([1, 5, 6], [0, 0, 2]), ([7, 10], [1, 3]), ([8, 11], [2, 4]), ([9], [3])]
+
+
+def test_keys_and_values_go_by_the_name_that_the_model_knows():
+    class Old(torch.nn.Module):
+        def forward(self, ids, past_key_values=None): ...
+
+    class New(torch.nn.Module):
+        def forward(self, ids, cache=None): ...
+
+    class Wrapped(New):
+        def forward(self, *args, **kwargs): ...
+
+    assert cache_argument(Old) == "past_key_values"
+    assert cache_argument(New) == cache_argument(Wrapped) == "cache"
 
 
 def test_dropping_rows_changes_no_other_row(any_model, decode):

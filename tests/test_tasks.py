@@ -306,6 +306,9 @@ def test_jsonl(tmp_path):
     "rows, message",
     [
         ([], "the file is empty"),
+        (['{"question": "a", "answer": null}'], "line 1: the answer is None; it must be a text"),
+        (['{"question": "a", "answer": true}'], "line 1: the answer is True"),
+        (['{"question": "a", "answer": [1]}'], r"line 1: the answer is \[1\]"),
         (['{"question": "a", "answer": "1"}', "{oops"], "line 2: not JSON"),
         (["[1]"], "line 1: not a JSON object"),
         ([{"q": "a"}], "line 1: needs the keys question .or prompt. and answer; it has q"),

@@ -144,13 +144,13 @@ def test_each_part_alone_changes_the_result(tmp_path):
     # the second update of a step sees ratios other than 1; a narrow clip range makes sure that some
     # are at its edges
     args = (
-        "--lr 0.0005 --prompts-per-step 8 --updates-per-rollout 4 --tau 0.5 "
-        "--clip-low 0.1 --clip-high 0.1"
+        "--lr 0.0005 --prompts-per-step 8 --updates-per-rollout 4 --clip-low 0.1 --clip-high 0.1"
     ).split()
     dapo = run(tmp_path / "dapo", "--algo", "dapo", *args, steps=2)
     for part in PARTS:
         others_off = [f"--no-{other}" for other in PARTS if other != part]
-        alone = run(tmp_path / part, *args, *others_off, steps=2)
+        heat = ["--tau", "0.5"] if part == "adaptive-temperature" else []
+        alone = run(tmp_path / part, *args, *others_off, *heat, steps=2)
         assert not same(dapo[0], alone[0]), part
 
 
@@ -448,6 +448,30 @@ def test_resume_refuses_other_options_models_and_tokenizers(tmp_path, tiny_folde
         run(tmp_path / "run", "--tau", 3)  # not the folder first and the option after it
 
 
+def test_a_resume_of_nothing_and_a_folder_that_is_a_file_are_refused(tmp_path):
+    out = tmp_path / "runs" / "typo"
+    with pytest.raises(BadInput, match="typo: holds no run that --resume could go on with"):
+        train.main(["--resume", "--out", str(out)])
+    assert not out.parent.exists()
+    (tmp_path / "file").write_text("mine")
+    for path in ("file", "file/run"):
+        with pytest.raises(BadInput, match=f"--out .*{path}: leads through a file"):
+            run(tmp_path / path)
+
+
+def test_the_tiny_model_s_learning_rate_is_named_beside_a_large_model(
+    tmp_path, monkeypatch, capsys
+):
+    estimate = SimpleNamespace(parameters=494e6, peak=1e9)
+    monkeypatch.setattr("run.opening.memory.estimate", lambda *args: estimate)
+    monkeypatch.setattr("run.opening.memory.check_fit", lambda *args: None)
+    open_run(options.parse([*FAST, *SMALL, "--out", str(tmp_path / "a")], ""), World("cpu"))
+    assert "warning: --lr" not in capsys.readouterr().out  # FAST gives one
+    default = [x for x in FAST if x not in ("--lr", "1e-3")]
+    open_run(options.parse([*default, *SMALL, "--out", str(tmp_path / "b")], ""), World("cpu"))
+    assert "warning: --lr 0.0002 is for the shipped tiny model" in capsys.readouterr().out
+
+
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, capsys):
     run(tmp_path / "run", "--resume", steps=1)
     assert "no whole checkpoint" in capsys.readouterr().out
@@ -588,7 +612,10 @@ def test_guard_alarms():
         (["--steps", "many"], "invalid int value"),
         (["--model", "/nowhere"], "--model /nowhere: no such folder"),
         (["--data", "/nowhere.jsonl"], "--data /nowhere.jsonl: no such file"),
-        (["--bupo-layer", "99", "--bupo-steps", "1"], "layer 99: this model has the layers 1 to"),
+        (
+            ["--bupo-layer", "99", "--bupo-steps", "1"],
+            "--bupo-layer 99: this model has the layers 1 to",
+        ),
         (["--bupo-layer", "x"], "--bupo-layer x: must be auto or a layer"),
         (
             ["--bupo-layer", "1", "--bupo-steps", "2"],
@@ -601,7 +628,15 @@ def test_guard_alarms():
         (["--algo", "grpo", "--rho", "0.5"], "--rho 0.5: belongs to HAPO"),
         (["--bupo-norm"], "--bupo-norm True: does nothing without --bupo-layer"),
         (["--bupo-arm", "freeze"], "--bupo-arm freeze: does nothing without --bupo-layer"),
+        (["--bupo-steps", "1"], "--bupo-steps 1: does nothing without --bupo-layer"),
+        (["--algo", "dapo", "--no-adaptive-clip"], "--adaptive-clip False: belongs to HAPO"),
+        (["--algo", "dapo", "--tau", "0.3"], "--tau 0.3: does nothing without HAPO's adaptive"),
+        (["--no-adaptive-temperature", "--tau", "0.3"], "--tau 0.3: does nothing without"),
+        (["--max-rounds", "9"], "--max-rounds 9: does nothing without --dynamic-sampling"),
+        (["--difficulty", "1"], "--difficulty 1: belongs to the built-in tasks"),
+        (["--task", "countdown"], "--task countdown: belongs to the built-in tasks"),
         (["--max-new-tokens", "100000"], "--max-new-tokens 100000: no prompt fits"),
+        (["--max-new-tokens", "250"], r"the shortest has \d+: at most \d+ are left"),
         (["--offload", "--split-master"], "--split-master True: is for one process"),
         (["--split-master", "--dtype", "float32"], "--dtype float32: --offload and --split-master"),
         (["--offload", "--dtype", "float16"], "--dtype float16: its loss scaling"),
