@@ -8,6 +8,8 @@ learning rates and level in claims_pilot.json, which `--pilot` makes on other se
     --dry-run        the same with the time it would take
     --only CLAIM     what that claim needs
     --mixed          also use results of another commit or of other options; the page says so
+    --again          after a change that should alter no number: make one run of every arm again;
+                     if all are the same bit for bit, the results count for this commit too
     --cost           time claim 6 on the same answers, seed by seed; the machine should be idle
 
 A run leaves one small file; one that is killed leaves nothing and is run again. On the same machine
@@ -36,6 +38,7 @@ from program.errors import BadInput  # noqa: E402
 HERE = pathlib.Path(__file__).resolve().parent
 PLAN, PILOT, RUNS = HERE / "claims.json", HERE / "claims_pilot.json", HERE / "claims_runs"
 TIMES, COST = RUNS / "times.json", HERE / "claims_cost.json"
+SAME = HERE / "claims_same.json"  # {commit: the commit whose numbers it gives}
 # what a run's numbers come from: a commit that touches nothing of it is the same commit here
 SOURCES = (
     "train.py losses.py hapo.py bupo.py sampling.py internals.py tasks.py evaluate.py "
@@ -49,7 +52,8 @@ def commit():
     git = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True).stdout
     if git("status", "--porcelain", "--", *SOURCES).strip():
         raise BadInput("the sources have changes that are not committed; a result names its commit")
-    return git("log", "-1", "--format=%H", "--", *SOURCES).strip() or "unknown"
+    now = git("log", "-1", "--format=%H", "--", *SOURCES).strip() or "unknown"
+    return (json.loads(SAME.read_text()) if SAME.exists() else {}).get(now, now)
 
 
 def options_of(plan, arm, difficulty, rates):
@@ -224,12 +228,39 @@ def time_steps(plan, chosen):
     COST.write_text(json.dumps(seconds, indent=0) + "\n")
 
 
+# ------------------------------------------------------------------------------------- after a change
+
+
+def run_again(plan, chosen, now):
+    """One run of every arm with the code as it is, against the results; notes in SAME that they are
+    the same, bit for bit, or raises BadInput with the first that is not."""
+    jobs, folder = [], RUNS / "again"
+    for i, (arm, seed) in enumerate(wanted(plan)[: len(plan["arms"])]):
+        seed += i % len(plan["common"]["seeds"])  # another seed for every arm
+        options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
+        jobs.append((f"{arm}-{seed}", options, seed))
+    before = {name: json.loads((RUNS / f"{name}.json").read_text()) for name, _, _ in jobs}
+    made_of = {result["commit"] for result in before.values()}
+    if len(made_of) > 1:
+        raise BadInput(f"the results are of several commits: {', '.join(sorted(made_of))}")
+    run_missing([job for job in jobs if not (folder / f"{job[0]}.json").exists()], folder, now)
+    for name, result in before.items():
+        again = json.loads((folder / f"{name}.json").read_text())
+        for key in result.keys() - {"commit"}:
+            if again[key] != result[key]:
+                raise BadInput(f"{name}: {key} is not what it was; the results are of other code")
+    same = json.loads(SAME.read_text()) if SAME.exists() else {}
+    SAME.write_text(json.dumps(same | {now: made_of.pop()}, indent=0) + "\n")
+    shutil.rmtree(folder)
+    print(f"{len(jobs)} runs of {len(plan['arms'])} arms came out the same, bit for bit")
+
+
 # -------------------------------------------------------------------------------------------- main
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for flag in ("--list", "--dry-run", "--mixed", "--pilot", "--cost"):
+    for flag in ("--list", "--dry-run", "--mixed", "--pilot", "--cost", "--again"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--only")
     a, plan = parser.parse_args(), json.loads(PLAN.read_text())
@@ -238,8 +269,8 @@ def main():
     if not PILOT.exists():
         raise BadInput(f"{PILOT.name} is missing: python experiments/claims.py --pilot comes first")
     chosen, made_of, jobs = json.loads(PILOT.read_text()), commit(), []
-    if a.cost:
-        return time_steps(plan, chosen)
+    if a.cost or a.again:
+        return time_steps(plan, chosen) if a.cost else run_again(plan, chosen, made_of)
     for arm, seed in wanted(plan, a.only):
         options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
         name = f"{arm}-{seed}"

@@ -1,6 +1,7 @@
 """The statistics of experiments/claims.py, by hand; and that it runs what is missing, no more."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT
@@ -133,6 +134,8 @@ def laid_out(tools, monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "TIMES", runs / "times.json")
     monkeypatch.setattr(claims, "COST", tmp_path / "claims_cost.json")
     monkeypatch.setattr(claims, "PILOT", pilot)
+    monkeypatch.setattr(claims, "SAME", tmp_path / "claims_same.json")
+    real_commit = claims.commit
     monkeypatch.setattr(claims, "commit", lambda: "c0ffee")
     page = tmp_path / "evidence.md"
     monkeypatch.setattr(claims.claims_page, "PAGE", page)
@@ -147,10 +150,11 @@ def laid_out(tools, monkeypatch, tmp_path):
         step = {"all_wrong": 1, "groups": 4, "updates": 2, "response_length": 9.0}
         better = "--no-" not in " ".join(command) and "hapo" in command
         right = seed / 1000 + 0.3 * better
+        asked = int(re.findall(r"--steps (\d+)", " ".join(command))[-1])
         rows = [{"step": 0, "eval_accuracy": 0.1, "eval_greedy": 0.1}]
         rows.append(
             {
-                "step": stop.get(seed, 48),
+                "step": stop.get(seed, asked),
                 "eval_accuracy": right,
                 "eval_greedy": 0.9,
                 "entropy": 0.1,
@@ -167,6 +171,7 @@ def laid_out(tools, monkeypatch, tmp_path):
         monkeypatch.setattr("sys.argv", ["claims.py", *flags])
         claims.main()
 
+    run.real_commit = real_commit
     return run, runs, trained, stop
 
 
@@ -234,6 +239,37 @@ def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
     assert "**Mixed**" in (runs.parent / "evidence.md").read_text()
     with pytest.raises(BadInput, match="--only 99: no claim"):
         run("--only", "99")
+
+
+def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monkeypatch):
+    run, runs, trained, _ = laid_out
+    claims = tools[0]
+    run()
+    assert len(trained) == 250
+    training = claims.subprocess.run
+
+    def with_git(command, **how):  # the sources are clean, and of another commit
+        if command[0] != "git":
+            return training(command, **how)
+        return type("Done", (), {"stdout": "" if "status" in command else "decaf\n"})()
+
+    monkeypatch.setattr(claims.subprocess, "run", with_git)
+    monkeypatch.setattr(claims, "commit", run.real_commit)
+    with pytest.raises(BadInput, match="made with other commit"):
+        run()
+    changed = runs / "dapo-102.json"  # one of those that are made again
+    whole = changed.read_text()
+    changed.write_text(whole.replace('"tokens": ', '"tokens": 1'))
+    with pytest.raises(BadInput, match="dapo-102: tokens is not what it was"):
+        run("--again")
+    assert not claims.SAME.exists() and claims.commit() == "decaf"
+    changed.write_text(whole)
+    run("--again")  # what was made again is still there
+    arms = {c[c.index("--out") + 1].split("/")[-1].rpartition("-")[0] for c in trained[250:]}
+    assert len(trained) == 275 and len(arms) == 25
+    assert claims.commit() == "c0ffee" and not (runs / "again").exists()
+    run()  # nothing is refused, nothing is missing
+    assert len(trained) == 275 and "**Mixed**" not in (runs.parent / "evidence.md").read_text()
 
 
 def test_a_run_s_measures(tools):
