@@ -228,7 +228,7 @@ def time_steps(plan, chosen):
     COST.write_text(json.dumps(seconds, indent=0) + "\n")
 
 
-# ------------------------------------------------------------------------------------- after a change
+# ------------------------------------------------------------------------------------------- change
 
 
 def run_again(plan, chosen, now):

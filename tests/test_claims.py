@@ -127,8 +127,8 @@ def laid_out(tools, monkeypatch, tmp_path):
 
     `stop` maps a seed to the step at which its training stops too early."""
     claims, _ = tools
-    runs, pilot, trained = tmp_path / "claims_runs", tmp_path / "claims_pilot.json", []
-    stop = {}
+    runs, pilot = tmp_path / "claims_runs", tmp_path / "claims_pilot.json"
+    trained, stop = [], {}
     monkeypatch.setattr(claims, "ROOT", tmp_path)
     monkeypatch.setattr(claims, "RUNS", runs)
     monkeypatch.setattr(claims, "TIMES", runs / "times.json")
@@ -137,8 +137,7 @@ def laid_out(tools, monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "SAME", tmp_path / "claims_same.json")
     real_commit = claims.commit
     monkeypatch.setattr(claims, "commit", lambda: "c0ffee")
-    page = tmp_path / "evidence.md"
-    monkeypatch.setattr(claims.claims_page, "PAGE", page)
+    monkeypatch.setattr(claims.claims_page, "PAGE", tmp_path / "evidence.md")
     monkeypatch.setattr(claims.claims_page, "PLOTS", tmp_path / "plots")
     pilot.write_text(json.dumps({"difficulty": 3, "rates": {"grpo": 1e-4, "dapo": 2e-4}}))
 
@@ -148,6 +147,7 @@ def laid_out(tools, monkeypatch, tmp_path):
         out.mkdir(parents=True, exist_ok=True)
         seed = int(command[command.index("--seed") + 1])
         step = {"all_wrong": 1, "groups": 4, "updates": 2, "response_length": 9.0}
+        step["seconds_update"] = 1.0
         better = "--no-" not in " ".join(command) and "hapo" in command
         right = seed / 1000 + 0.3 * better
         asked = int(re.findall(r"--steps (\d+)", " ".join(command))[-1])
@@ -161,7 +161,7 @@ def laid_out(tools, monkeypatch, tmp_path):
                 "eval_length": 9.0,
             }
         )
-        rows[1] |= step | {"seconds_update": 1.0}
+        rows[1] |= step
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return type("Done", (), {"returncode": 0, "stderr": ""})()
 
