@@ -135,8 +135,7 @@ def laid_out(tools, monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "COST", tmp_path / "claims_cost.json")
     monkeypatch.setattr(claims, "PILOT", pilot)
     monkeypatch.setattr(claims, "SAME", tmp_path / "claims_same.json")
-    real_commit = claims.commit
-    monkeypatch.setattr(claims, "commit", lambda: "c0ffee")
+    monkeypatch.setattr(claims, "commit", lambda real=claims.commit: "c0ffee")
     monkeypatch.setattr(claims.claims_page, "PAGE", tmp_path / "evidence.md")
     monkeypatch.setattr(claims.claims_page, "PLOTS", tmp_path / "plots")
     pilot.write_text(json.dumps({"difficulty": 3, "rates": {"grpo": 1e-4, "dapo": 2e-4}}))
@@ -171,7 +170,6 @@ def laid_out(tools, monkeypatch, tmp_path):
         monkeypatch.setattr("sys.argv", ["claims.py", *flags])
         claims.main()
 
-    run.real_commit = real_commit
     return run, runs, trained, stop
 
 
@@ -254,7 +252,7 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
         return type("Done", (), {"stdout": "" if "status" in command else "decaf\n"})()
 
     monkeypatch.setattr(claims.subprocess, "run", with_git)
-    monkeypatch.setattr(claims, "commit", run.real_commit)
+    monkeypatch.setattr(claims, "commit", claims.commit.__defaults__[0])  # the real one
     with pytest.raises(BadInput, match="made with other commit"):
         run()
     changed = runs / "dapo-102.json"  # one of those that are made again
