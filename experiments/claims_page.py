@@ -12,6 +12,7 @@ import paired
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE, PLOTS = ROOT / "docs" / "evidence.md", ROOT / "assets" / "evidence"
 NOTES = pathlib.Path(__file__).resolve().parent / "claims_notes.md"
+HEADS = "| claim | verdict | compared | bar | effect (95 %) | p | p, Holm | improves | seeds |"
 ENOUGH = 0.5  # the held-out accuracy of "steps to 0.5"
 
 HEAD = """# What holds: the papers' claims, tested again on a toy
@@ -22,20 +23,20 @@ the three sections from "What these runs are not" on are written by hand.
 
 **What toy results are worth.** A model of 0.7 million parameters that learns to add says nothing
 about 7 billion that learn mathematics. What a verdict here can show is whether an effect is so
-general that it appears even in the smallest case, and whether the code would show it if it did.
+general that it appears even in the smallest case.
 A clear "no" or "cannot be told here" is a result.
 
 {what}
 
-*Holds*: the mean paired difference is at least the smallest effect of interest, and its exact
-sign-flip p, corrected by Holm over the claims of a table, is below 0.05. *Contradicted*: the whole
-95 % interval (of this one comparison, uncorrected) lies below that effect, so whatever is there is
-too small to matter; *the reverse* where it lies below 0 and the corrected p is below 0.05. *Not
-decided*: neither; the interval's upper end is the largest effect that is still possible. A claim of
-several comparisons holds if all do, is contradicted if one is, and has the largest of their p; in
-brackets each on its own, uncorrected. A claim of "at most" holds where its whole interval lies
-below that, one of "no worse" where it lies above. Controls are not corrected, which makes them
-stricter; *no difference* says that none was found (p not below 0.05).
+*Holds*: the mean paired difference is at least the smallest effect of interest (*bar*), and its
+exact sign-flip p, corrected by Holm over the claims of a table, is below 0.05. *Contradicted*: the
+whole 95 % interval (of this one comparison, uncorrected) lies below that effect, so whatever is
+there is too small to matter; *the reverse* where it lies below 0 and the corrected p is below 0.05.
+*Not decided*: neither; the interval's upper end is the largest effect that is still possible. A
+claim of several comparisons holds if all do, is contradicted if one is, and has the largest of
+their p; in brackets each on its own, uncorrected. A claim of "at most" holds where its whole
+interval lies below that, one of "no worse" where it lies above. Controls are not corrected, which
+makes them stricter; *no difference* says that none was found (p not below 0.05).
 *Final* is {final}.
 *Greedy*, *entropy*, *length* and *groups with a right answer* are means over the last third of the
 steps too, the last three of training answers; *half-way* is step 24; *seconds* are a ratio less 1.
@@ -167,12 +168,11 @@ def table(plan, found, times, claims):
             if len(differences) > 1:
                 rows.append((claim, pair, paired.effect(differences), len(differences), values))
     corrected = corrected_ps(claims, rows)
-    lines = ["| claim | verdict | compared | effect (95 %) | p | p, Holm | improves | seeds |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = [HEADS, "|---" * HEADS.count(" | ") + "|---|"]
     for claim in claims:
         own = [row for row in rows if row[0] is claim]
         if not own:
-            lines.append(f"| {claim['id']}. {claim['claim']} | no runs yet | | | | | | |")
+            lines.append(f"| {claim['id']}. {claim['claim']} | no runs yet | | | | | | | |")
             continue
         p, timed = corrected.get(claim["id"]), "at_most" in claim
         outcomes = [judge(claim, row[1], row[2], row[2].p if p is None else p) for row in own]
@@ -187,10 +187,19 @@ def table(plan, found, times, claims):
             shown = f"{p:.3f}" if p is not None and n == 0 else ""
             lines.append(
                 f"{named if n == 0 else '| |'} | {compared}, {claim['metric']}{part} | "
-                f"{e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}] | {'' if timed else f'{e.p:.3f}'} | "
+                f"{bar(claim)} | {e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}] | {'' if timed else f'{e.p:.3f}'} | "
                 f"{shown} | {'' if timed else f'{better:.2f}'} | {seeds} |"
             )
     return lines, rows
+
+
+def bar(claim):
+    """What the effect must reach."""
+    if "at_most" in claim:
+        return f"below {claim['at_most']:+g}"
+    if "no_worse_by" in claim:
+        return f"above {-claim['no_worse_by']:+g}"
+    return f"{claim['smallest']:+g}" if "smallest" in claim else ""
 
 
 def corrected_ps(claims, rows):
@@ -212,11 +221,12 @@ def write(plan, pilot, found, times, mixed):
     groups = [plan[key] for key in ("claims", "rivals", "controls", "added")]
     arms = {arm for claims in groups for c in claims for pair in c["compare"] for arm in pair}
     asked = len(arms - {"start"}) * len(plan["common"]["seeds"])
+    steps, there = plan["common"]["steps"], "" if len(found) == asked else f" of {asked}"
     what = (
-        f"Level {pilot['difficulty']} of the task addition, {plan['common']['steps']} steps of 128 "
-        f"answers, learning rates chosen on other seeds: {rates}. {len(found)} runs"
-        f"{'' if len(found) == asked else f' of {asked}'}, two at a "
-        f"time on two cores: {hours:.1f} hours, the pilot not counted."
+        f"Level {pilot['difficulty']} of the task addition (three digits), {steps} steps of 128 "
+        f"answers (the default run: 75 of 256), learning rates chosen on other seeds: {rates}. "
+        f"{len(found)} runs{there}, two at a time on two cores: {hours:.1f} hours, the pilot not "
+        "counted."
     )
     note = "\n**Mixed**: some results are of another commit or of other options.\n" if mixed else ""
     final, changes = plan["common"]["final"], "\n".join(f"- {c}" for c in plan["changes"])
