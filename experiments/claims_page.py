@@ -185,10 +185,11 @@ def table(plan, found, times, claims):
             part = "" if len(own) == 1 else f" ({said(*judge(claim, pair, e, e.p))})"
             compared = " − ".join(pair[:: claim.get("direction", 1)])
             shown = f"{p:.3f}" if p is not None and n == 0 else ""
+            own_p, improves = ("", "") if timed else (f"{e.p:.3f}", f"{better:.2f}")
             lines.append(
                 f"{named if n == 0 else '| |'} | {compared}, {claim['metric']}{part} | "
-                f"{bar(claim)} | {e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}] | {'' if timed else f'{e.p:.3f}'} | "
-                f"{shown} | {'' if timed else f'{better:.2f}'} | {seeds} |"
+                f"{bar(claim)} | {e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}] | "
+                f"{own_p} | {shown} | {improves} | {seeds} |"
             )
     return lines, rows
 
