@@ -77,14 +77,19 @@ def wanted(plan, only=None):
     return [(arm, s + plan["arms"][arm].get("seed_offset", 0)) for s in seeds for arm in arms]
 
 
+def one_thread(command):
+    """Run a program of this project on one thread that does not spin while it waits."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
 def run_one(name, options, seed, folder, made_of):
     """Train in a process of its own; write folder/NAME.json. Returns its seconds."""
     out, path = ROOT / "runs" / "claims" / name, folder / f"{name}.json"
     command = [sys.executable, "train.py", *shlex.split(options), "--seed", str(seed)]
     command += ["--out", str(out), "--overwrite"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     started = time.time()
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = one_thread(command)
     if done.returncode:
         raise BadInput(f"run {name} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -175,10 +180,8 @@ def pilot(plan):
         for base in p["baselines"]:
             for rate in p["learning_rates"]:
                 runs = [found[level, base, rate, seed] for seed in p["seeds"]]
-                table[f"{level} {base} {rate}"] = [
-                    mean_of(runs, final),
-                    mean_of(runs, claims_page.half_way),
-                ]
+                ends = [mean_of(runs, measure) for measure in (final, claims_page.half_way)]
+                table[f"{level} {base} {rate}"] = ends
             best = max(p["learning_rates"], key=lambda r: table[f"{level} {base} {r}"][0])
             choices[f"{level} {base}"] = best
     level = next((d for d in p["difficulties"] if fits(d, table, choices, p)), None)
@@ -216,10 +219,8 @@ def time_steps(plan, chosen):
         options = options_of(plan, "hapo", chosen["difficulty"], chosen["rates"])
         half = str(plan["common"]["steps"] // 2)
         command = [sys.executable, "benchmarks/hapo_cost.py", "--json", "--after", half]
-        command += ["--rounds", "25"]
-        command += ["--options", f"{options} --seed {seed}"]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        command += ["--rounds", "25", "--options", f"{options} --seed {seed}"]
+        done = one_thread(command)
         if done.returncode:
             raise BadInput(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
         for arm, median in json.loads(done.stdout.splitlines()[-1]).items():
@@ -243,6 +244,8 @@ def run_again(plan, chosen, now):
     made_of = {result["commit"] for result in before.values()}
     if len(made_of) > 1:
         raise BadInput(f"the results are of several commits: {', '.join(sorted(made_of))}")
+    if any(json.loads(path.read_text())["commit"] != now for path in folder.glob("*.json")):
+        shutil.rmtree(folder)  # begun with other code
     run_missing([job for job in jobs if not (folder / f"{job[0]}.json").exists()], folder, now)
     for name, result in before.items():
         again = json.loads((folder / f"{name}.json").read_text())

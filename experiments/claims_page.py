@@ -58,8 +58,7 @@ def steps_to(curve, value):
 def late(run, key):
     """Mean of a curve over the last third of the steps."""
     last = run["eval_accuracy"][-1][0]
-    values = [value for step, value in run[key] if step > 2 * last / 3]
-    return sum(values) / len(values)
+    return mean(value for step, value in run[key] if step > 2 * last / 3)
 
 
 def half_way(run):

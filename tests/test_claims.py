@@ -263,11 +263,16 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     assert not claims.SAME.exists() and claims.commit() == "decaf"
     changed.write_text(whole)
     run("--again")  # what was made again is still there
+    assert len(trained) == 275
     arms = {c[c.index("--out") + 1].split("/")[-1].rpartition("-")[0] for c in trained[250:]}
     assert len(trained) == 275 and len(arms) == 25
     assert claims.commit() == "c0ffee" and not (runs / "again").exists()
     run()  # nothing is refused, nothing is missing
-    assert len(trained) == 275 and "**Mixed**" not in (runs.parent / "evidence.md").read_text()
+    stale = json.loads((runs / "hapo-101.json").read_text()) | {"commit": "begun before"}
+    (runs / "again").mkdir()
+    (runs / "again" / "hapo-101.json").write_text(json.dumps(stale))
+    run("--again")  # does not certify this code by another's runs
+    assert len(trained) == 300 and "**Mixed**" not in (runs.parent / "evidence.md").read_text()
 
 
 def test_a_run_s_measures(tools):

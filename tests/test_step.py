@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 
@@ -219,6 +220,15 @@ def test_every_panel_is_drawn(tmp_path):
         assert panel.lines, title
         plt.close(figure)
     assert curves.plot([tmp_path]).stat().st_size > 10_000
+
+
+def test_curves_without_matplotlib_say_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "scripts" / "curves.py"), run_name="__main__")
+    assert stopped.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
+    with pytest.raises(ImportError):  # the end of a run goes on without the picture
+        runpy.run_path(str(ROOT / "scripts" / "curves.py"), run_name="scripts.curves")
 
 
 # -------------------------------------------------------------------------- one run, one writer

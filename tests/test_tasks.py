@@ -310,6 +310,7 @@ def test_jsonl(tmp_path):
         (['{"question": "a", "answer": true}'], "line 1: the answer is True"),
         (['{"question": "a", "answer": [1]}'], r"line 1: the answer is \[1\]"),
         (['{"question": "a", "answer": "1"}', "{oops"], "line 2: not JSON"),
+        (['{"question": "a"'], r"line 1: not JSON \((?!.*line 2)"),  # one line number, not two
         (["[1]"], "line 1: not a JSON object"),
         ([{"q": "a"}], "line 1: needs the keys question .or prompt. and answer; it has q"),
         ([{"question": "  ", "answer": "1"}], "line 1: the question is empty"),
