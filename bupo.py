@@ -5,7 +5,7 @@ s_inter) trains the internal policy of layer l on answers, rewards and advantage
 policy; phase 2 trains the full policy as ever.
 
     Eq. 9   IPA loss: losses.clipped_surrogate, its ratio  pi_layer^l(o) / pi_layer,old^l(o)
-    Eq. 10  the schedule
+    Eq. 10  the schedule: target_layer, which every part of a run asks
 
 There is no second surrogate here: `internals.answer_states(..., layer=l, norm=False)` gives the
 states, and from there on phase 1 runs through the very lines of train.py that phase 2 does. Who
@@ -19,15 +19,51 @@ computes all L layers and the vocabulary projection twice, and logs the last lay
 phase 1; here both entropies have their own names.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from internals import boundary_layer, check_layer, decoder_body
+from internals import boundary_layer, internal_entropy
+
+AUTO = "auto"  # a layer that will be known once it has been measured
 
 
-def target_layer(step: int, inter_steps: int, layer: int | None) -> int | None:
-    """Eq. 10: the layer whose policy is trained at `step` (from 1), or None: the full policy."""
-    return layer if layer is not None and step <= inter_steps else None
+def target_layer(step: int, inter_steps: int, layer: int | str | None) -> int | str | None:
+    """Eq. 10: the layer whose policy is trained at `step` (from 1), or None: the full policy.
+
+    layer may be AUTO while it is not measured yet; None: a run without BuPO.
+    """
+    if layer is None:
+        return None
+    return layer if step <= inter_steps else None
+
+
+class Boundary(NamedTuple):
+    """The layer to align, and what it was found by."""
+
+    layer: int
+    found: bool  # False: no block raises entropy, and this is the one whose entropy falls least
+    change: Tensor  # (L,) dH_ffn of every layer, in nats
+
+
+def measure_boundary(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor,
+    vocab_size: int,
+    ranks: object,
+) -> Boundary:
+    """The boundary layer of a model on some answers, (N, S) each; on those of all processes."""
+    entropy = internal_entropy(model, input_ids, attention_mask, response_mask, vocab_size)
+    ranks.reshard(model)
+    # entropies are means over tokens, so they are over processes
+    tokens = float(response_mask.sum())
+    sums = ranks.total(*(entropy.feed_forward_change * tokens).tolist(), tokens)
+    change = torch.tensor(sums[:-1], dtype=torch.float64) / sums[-1]
+    layer, found = boundary_or_fallback(change)
+    return Boundary(layer, found, change)
 
 
 def boundary_or_fallback(ffn_entropy_change: Tensor | list[float]) -> tuple[int, bool]:
@@ -37,29 +73,3 @@ def boundary_or_fallback(ffn_entropy_change: Tensor | list[float]) -> tuple[int,
     if layer:
         return layer, True
     return int(torch.as_tensor(ffn_entropy_change).argmax()) + 1, False
-
-
-# ------------------------------------------------------------------------- the paper's comparisons
-
-
-def lower_layers(model: nn.Module, layer: int) -> list[nn.Parameter]:
-    """Layers 1 ... layer: those that the arm "freeze" keeps still in the first phase, while the
-    full policy trains."""
-    check_layer(model, layer)
-    return [p for part in decoder_body(model).layers[:layer] for p in part.parameters()]
-
-
-def all_but_layer(model: nn.Module, layer: int) -> list[nn.Parameter]:
-    """Everything outside layer `layer`: what the arm "one-layer" keeps still in the first phase,
-    while the full policy trains."""
-    check_layer(model, layer)
-    own = {id(p) for p in decoder_body(model).layers[layer - 1].parameters()}
-    return [p for p in model.parameters() if id(p) not in own]
-
-
-def layerwise_groups(model: nn.Module, layer: int, lr: float, scale: float = 0.1) -> list[dict]:
-    """Optimiser groups of the arm "layer-lr": layers above `layer` learn at `scale` times lr."""
-    upper = [p for part in decoder_body(model).layers[layer:] for p in part.parameters()]
-    known = {id(p) for p in upper}
-    rest = [p for p in model.parameters() if id(p) not in known]
-    return [{"params": rest, "lr": lr}, {"params": upper, "lr": lr * scale}]

@@ -16,27 +16,27 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from fast.decoding import generate
+from grading.answers import Grade, grade
 from grading.latex import LATEX
 from program.command import OneLineParser, run_main
 from program.errors import BadInput
 from program.models import check_device, load_model, run_config
-from sampling import eos_ids_of, generate
+from sampling import eos_ids_of
 from tasks import (
     BUILT_IN,
     FILE_INSTRUCTION,
-    Grade,
     Problem,
     default_cap,
     default_instruction,
     fit_context,
-    grade,
     instruct,
     load_problems,
     read_problems,
@@ -86,25 +86,32 @@ def sample_answers(
     seed: int = 0,
     rows_at_once: int = 512,
     progress: str | None = None,
-    plain: bool = False,
-    capture: bool = True,
+    generate: Callable = generate,
     numbers: Sequence[int] | None = None,
 ) -> list[list[Answer]]:
-    """For each problem a list of `samples` Answers. `progress` names a bar, or None.
+    """For each problem a list of `samples` Answers. `progress` names a bar, or None; `generate` is
+    as sampling.generate.
 
     Problem i draws with random numbers of its own, a function of `seed` and numbers[i] (default i):
     how many are answered together, and in which process, changes no draw.
     """
     answers, chunk = [], max(1, rows_at_once // samples)
     numbers = range(len(problems)) if numbers is None else numbers
-    size = (samples, max_new_tokens, eos_ids, temperature, len(tokenizer))
     with tqdm(total=len(problems), desc=progress, disable=progress is None, leave=False) as bar:
         for i in range(0, len(problems), chunk):
             part = problems[i : i + chunk]
             prompts = [render_prompt(p.question, tokenizer)[1] for p in part]
             draws = [draws_of(seed, n, max_new_tokens, samples) for n in numbers[i : i + chunk]]
-            how = dict(uniform=torch.cat(draws, 1), plain=plain, capture=capture)
-            rollout = generate(model, prompts, *size, **how)
+            rollout = generate(
+                model,
+                prompts,
+                samples,
+                max_new_tokens,
+                eos_ids,
+                temperature,
+                len(tokenizer),
+                uniform=torch.cat(draws, 1),
+            )
             texts = tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
             rows = list(zip(texts, rollout.lengths.tolist(), rollout.finished.tolist()))
             for j, problem in enumerate(part):
@@ -182,8 +189,8 @@ def parse(argv: list[str] | None) -> object:
     for name in least:
         value, high = getattr(args, name), 256 if name == "samples" else math.inf
         if value is not None and not 1 <= value <= high:
-            most = " and at most 256" if name == "samples" else ""
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1{most}")
+            limit = " and at most 256" if name == "samples" else ""
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1{limit}")
     check_device(args.device)
     if args.out and (pathlib.Path(args.out).is_dir() or pathlib.Path(args.out).parent.is_file()):
         raise BadInput(
@@ -237,10 +244,12 @@ def trained_on(model: str, problems: list[Problem]) -> str | None:
     except BadInput as error:
         return f"cannot tell which questions the model was trained on ({error})"
     known = {p.question for p in train_set}
-    seen = sum(p.question in known for p in problems)
-    if not seen:
+    trained = sum(p.question in known for p in problems)
+    if not trained:
         return None
-    return f"{seen} of the {len(problems)} questions are among those that the model was trained on"
+    return (
+        f"{trained} of the {len(problems)} questions are among those that the model was trained on"
+    )
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -249,8 +258,8 @@ def main(argv: list[str] | None = None) -> dict:
         problems = read_problems(args.data)[: args.limit]
     else:
         problems = load_problems(args.task, difficulty=args.difficulty)[1][: args.limit]
-    if seen := trained_on(args.model, problems):
-        print(f"warning: {seen}")
+    if overlap := trained_on(args.model, problems):
+        print(f"warning: {overlap}")
     problems = instruct(problems, instruction_for(args.instruction, args.model, args.data))
     cap = args.max_new_tokens or default_cap(args.task, args.data)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32

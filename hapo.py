@@ -91,12 +91,9 @@ def adaptive_temperature(
     released: bool = False,
 ) -> Tensor:
     """A, Eq. 8: the temperature of one decoding step, from the entropy of that step's raw logits.
-
         bounded (published runs)   T = base (1 + tau h)
         zscore  (as printed)       T = max(base (1 + tau z), base / 10),   z = (x - pivot) / sigma
-        two     (a simple rival)   T = base (1 + tau) above the pivot, base (1 - tau) below
-
-    entropy any shape; stats are the previous batch's, None for the first, which is sampled at base.
+    Entropy of any shape; statistics of the batch before, None for the first: that is drawn at base.
     """
     if stats is None:
         return torch.zeros_like(entropy) + base
@@ -105,41 +102,36 @@ def adaptive_temperature(
     if form == "zscore":
         z = (log_entropy(entropy) - stats.pivot) / stats.sigma
         return base * (1 + tau * z).clamp_min(0.1)
-    if form == "two":
-        return base * (1 + tau * (log_entropy(entropy) - stats.pivot).sign())
-    raise ValueError(f"form must be 'bounded', 'zscore' or 'two', not {form!r}")
+    raise ValueError(f"form must be 'bounded' or 'zscore', not {form!r}")
 
 
 def token_group_advantages(
-    rewards: Tensor,
-    mask: Tensor,
-    group_size: int,
-    released: bool = False,
-    divide_by_std: bool = True,
+    rewards: Tensor, mask: Tensor, group_size: int, released: bool = False
 ) -> Tensor:
     """B, Eq. 9: every token of response b carries R[b]; centre and scale over the group's tokens.
-
         A[b, t] = (R[b] - mu) / (s + 1e-6),   mu and s (population) over all valid tokens
-
     So a long response weighs more. (B,), (B, T) -> (B, T), 0 where a group's rewards are equal.
     """
     groups = split_groups(rewards, group_size)
     weight = mask.to(rewards.dtype).sum(1).view_as(groups)  # tokens of each response
     tokens = weight.sum(1, keepdim=True).clamp_min(1)
-    mean = (groups * weight).sum(1, keepdim=True) / tokens
-    centred = groups - mean
-    std = ((centred.square() * weight).sum(1, keepdim=True) / tokens).sqrt()
-    advantages = centred / (std + 1e-6) if divide_by_std else centred
+    centred = groups - (groups * weight).sum(1, keepdim=True) / tokens
+    variance = (centred.square() * weight).sum(1, keepdim=True) / tokens
+    advantages = centred / (variance.sqrt() + 1e-6)
     # equal rewards (of responses that have tokens) mean exactly 0, whatever the mean's rounding
-    has_tokens = weight > 0
-    highest = groups.masked_fill(~has_tokens, -torch.inf).amax(1, keepdim=True)
-    lowest = groups.masked_fill(~has_tokens, torch.inf).amin(1, keepdim=True)
-    advantages = torch.where((highest > lowest) & has_tokens, advantages, 0.0)
+    highest = groups.masked_fill(weight == 0, -torch.inf).amax(1, keepdim=True)
+    lowest = groups.masked_fill(weight == 0, torch.inf).amin(1, keepdim=True)
+    advantages = torch.where(highest > lowest, advantages, 0.0)
     if released:
-        fall_back = (advantages.abs() >= 5).any(1, keepdim=True)
-        grpo = grpo_advantages(rewards, group_size).view_as(groups)
-        advantages = torch.where(fall_back, grpo, advantages)
+        advantages = _released_fallback(advantages, weight, rewards, group_size)
     return torch.where(mask.bool(), advantages.view(-1, 1), 0.0)
+
+
+def _released_fallback(advantages, weight, rewards, group_size):
+    """A group in which some |A| >= 5 is replaced, whole, by its GRPO advantages."""
+    large = (advantages.abs() >= 5) & (weight > 0)
+    grpo = grpo_advantages(rewards, group_size).view_as(advantages)
+    return torch.where(large.any(1, keepdim=True), grpo, advantages)
 
 
 def redistribute_advantages(
@@ -151,10 +143,8 @@ def redistribute_advantages(
     released: bool = False,
 ) -> Tensor:
     """C, Eq. 10-11: A (1 + h) for uncertain tokens that moved and for sure tokens that did not.
-
     That is, where h > 0 outside the neutral zone [1 - clip_low / 2, 1 + clip_high / 2], and where
-    h <= 0 inside it; A elsewhere. All (B, T), bounds numbers or (B, T); no gradient.
-    """
+    h <= 0 inside it; A elsewhere. All (B, T), bounds numbers or (B, T); no gradient."""
     ratio, advantages = ratio.detach(), advantages.detach()
     low, high = 1 - clip_low / 2, 1 + clip_high / 2
     inside = (ratio >= low) & (ratio <= high)
@@ -167,7 +157,6 @@ def adaptive_clip(
     h: Tensor, clip_low: float = 0.2, clip_high: float = 0.28
 ) -> tuple[Tensor, Tensor]:
     """D, Eq. 12-13: per-token clip distances (low, high), each (B, T).
-
     low  = clip_low (1 - h)  where h <= 0: sure tokens may fall further
     high = clip_high (1 + h) where h > 0:  uncertain tokens may rise further
     """

@@ -23,14 +23,13 @@ files and always runs all L layers; here nothing of transformers is copied or pa
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fast import lines
 from losses import token_logprobs_and_entropy
 from program.errors import BadInput
 from sampling import Rollout, position_ids
@@ -74,16 +73,15 @@ def unembedding(model: nn.Module) -> Tensor:
 
 
 @contextlib.contextmanager
-def _cut(model: nn.Module, layer: int | None, norm: bool) -> Iterator[None]:
+def first_layers(model: nn.Module, layer: int | None, norm: bool) -> Iterator[None]:
     """While open, the model runs layers 1 ... layer, norms if asked to, and its `logits` are hidden
     states. Modules are swapped, not copied: masks, positions, rotary embeddings, checkpointing and
     sharding stay the model's own, for any architecture that walks through `layers`."""
     body, head = model.base_model, model.get_output_embeddings()
     layers, final_norm = body.layers, body.norm
-    if layer is not None:
-        check_layer(model, layer)
     try:
-        if layer is not None and layer < len(layers):
+        if layer is not None:
+            check_layer(model, layer)
             body.layers = layers[:layer]
         if not norm:
             body.norm = nn.Identity()
@@ -106,8 +104,25 @@ def policy_hidden(
     mask, positions = attention_mask, position_ids(attention_mask)
     if bool((mask[:, :-1] >= mask[:, 1:]).all()) and bool(mask[:, 0].all()):
         mask = positions = None  # padding on the right alone: a causal model never looks there
-    with _cut(model, layer, norm):
+    with first_layers(model, layer, norm):
         return model(input_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+
+class Lines(NamedTuple):
+    """How some answers are laid out for one forward pass."""
+
+    ids: Tensor  # (lines, width)
+    mask: Tensor | None  # the attention's; None: causal, with padding on the right alone
+    positions: Tensor | None  # None: 0, 1, 2, ...
+    predecessors: Tensor  # (N,) where in the flattened lines the state before each token stands
+
+
+def one_line_each(rollout: Rollout, rows: list[int]) -> Lines:
+    """The plain layout: every answer behind its prompt, in a line of its own."""
+    ids, _, predicts = rollout.sequences(rows)
+    # the last column predicts nothing; states of prompt tokens are computed and never projected
+    predecessors = predicts[:, :-1].flatten().nonzero().squeeze(1)
+    return Lines(ids[:, :-1], None, None, predecessors)
 
 
 def answer_states(
@@ -116,20 +131,14 @@ def answer_states(
     rows: list[int],
     layer: int | None = None,
     norm: bool = True,
-    plain: bool = False,
+    layout: Callable[[Rollout, list[int]], Lines] = one_line_each,
 ) -> Tensor:
     """The states that predict the answer tokens of some rows, (N, D), as in rollout.mask[rows].
-    Unless plain, short answers to one prompt share a line with it (fast/lines.py): same states."""
-    per_line = 1 if plain else lines.answers_to_a_line(model.config, rollout, rows)
-    if per_line > 1:
-        ids, positions, mask, predecessors = lines.shared_lines(rollout, rows, per_line)
-        with _cut(model, layer, norm):
-            out = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        return out.logits.flatten(0, 1).index_select(0, predecessors)
-    ids, attention, predicts = rollout.sequences(rows)
-    # the last column predicts nothing; states of prompt tokens are computed and never projected
-    states = policy_hidden(model, ids[:, :-1], attention[:, :-1], layer, norm)
-    return states[predicts[:, :-1]]
+    The layout changes none of them."""
+    ids, mask, positions, predecessors = layout(rollout, rows)
+    with first_layers(model, layer, norm):
+        out = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    return out.logits.flatten(0, 1).index_select(0, predecessors)
 
 
 def layer_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:

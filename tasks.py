@@ -3,40 +3,25 @@
 Built-in tasks stand in BUILT_IN; a file of questions is JSONL with `question` or `prompt` and
 `answer`, or parquet with `prompt` and `reward_model`.
 
-The same `grade` serves as reward and as evaluation. It returns two verdicts:
-    strict   the answer stands where it was asked for (after ####, in \\boxed{}, or alone)
-    lenient  it may also end a sentence: the last number (or expression) of the text counts
-Parsers alone can move a score by tens of points, so both are always reported.
-
-An answer written by a model is hostile input. Nothing here is evaluated as code: numbers are
-matched by one regular expression and compared as fractions, Countdown is a walk over a syntax tree
-that knows four operators, and LaTeX is compared in a process that is killed when its time is up.
-All of it lives in grading/.
+The same `grade` (grading/answers.py) serves as reward and as evaluation. It returns two verdicts,
+strict and lenient. Parsers alone can move a score by tens of points, so both are always reported.
 """
 
 import math
 import random
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from grading.countdown import (
-    evaluate_expression,
-    last_expression,
-    plain_signs,
-    random_expression,
-)
+from grading.answers import explicit_answer, is_marked, kind_of
+from grading.countdown import random_expression
 from grading.files import rows_of
-from grading.latex import has_math_verify, latex_equal
-from grading.numbers import last_number, parse_number, plain
+from grading.latex import has_math_verify
 from program.errors import BadInput
 
-LONGEST_TEXT = 20_000  # characters of an answer that are looked at, from its end
 # what the questions of a file are followed by: a strict verdict measures what was asked for
 FILE_INSTRUCTION = "Finish with the final answer behind ####."
 FILE_CAP = 512  # tokens an answer to a file's question may have where nobody says
@@ -44,17 +29,12 @@ QUESTIONS = 20_000  # drawn for a built-in task; many are equal
 HELD_OUT = 512  # rows of a file that are kept apart, at most a fifth of it
 
 
-class Grade(NamedTuple):
-    strict: bool
-    lenient: bool
-
-
 @dataclass(frozen=True)
 class Problem:
-    """One question. `kind` says how an answer is checked: an entry of CHECKS."""
+    """One question. `kind` says how an answer is checked: an entry of grading.answers.CHECKS."""
 
     question: str
-    answer: str  # the number, the LaTeX answer, or Countdown's target
+    answer: str  # the number, the words, the LaTeX answer, or Countdown's target
     kind: str = "number"
     numbers: tuple[int, ...] = ()  # Countdown: the numbers that must be used
 
@@ -68,112 +48,6 @@ class Task(NamedTuple):
     help: str
 
 
-# ------------------------------------------------------------------------------------------ grading
-
-
-def grade(problem: Problem, text: str) -> Grade:
-    """Strict and lenient verdict on an answer; bounded in time whatever the text is."""
-    return CHECKS[problem.kind](problem, text[-LONGEST_TEXT:].strip())
-
-
-def _grade_number(problem, text):
-    explicit, target = _explicit_answer(text), parse_number(problem.answer)
-    stated = parse_number(explicit) if explicit is not None else None
-    strict = stated is not None and stated == target
-    if stated is None:  # an answer that is marked and unreadable is looked through first
-        marked = explicit is not None and re.search("[0-9]", explicit)
-        stated = last_number(explicit if marked else text)
-    return Grade(strict, stated is not None and stated == target)
-
-
-def _grade_latex(problem, text):
-    stated = _explicit_answer(text)
-    strict = stated is not None and (_is_marked(text) or not _PROSE.search(stated))
-    if not strict:  # the last formula of the text, or its last line
-        formulas = _FORMULA.findall(text)
-        stated = "".join(formulas[-1]) if formulas else text.split("\n")[-1]
-    stated = (stated or "").strip("$ ")
-    right = bool(stated) and (stated == problem.answer or latex_equal(stated, problem.answer))
-    return Grade(strict and right, right)
-
-
-def _grade_countdown(problem, text):
-    target = Fraction(problem.answer)
-
-    def right(expression):
-        value, used = evaluate_expression(expression.strip()) or (None, ())
-        return value == target and Counter(used) == Counter(problem.numbers)
-
-    text = plain_signs(text)
-    explicit = _explicit_answer(text)
-    if explicit is not None:
-        expression, equals, value = explicit.partition("=")
-        if right(expression) and (not equals or parse_number(value) == target):
-            return Grade(True, True)
-    stated = last_expression(text)
-    return Grade(False, stated is not None and right(stated))
-
-
-def _grade_text(problem, text):
-    gold = _words(problem.answer)
-    explicit = _explicit_answer(text)
-    if explicit is not None and _words(explicit) == gold:
-        return Grade(True, True)
-    lines = [explicit] if _is_marked(text) and explicit else text.strip().split("\n")
-    last, first = _words(lines[-1]), re.split(r"[.,:;!]", lines[0])[0]
-    ends = last[-len(gold) :] == gold and last[-len(gold) - 1 : -len(gold)] not in _NEGATIONS
-    return Grade(False, ends or _words(first) == gold)  # "so it is true"; "Yes, since 3 > 2"
-
-
-CHECKS = {
-    "number": _grade_number,
-    "latex": _grade_latex,
-    "countdown": _grade_countdown,
-    "text": _grade_text,
-}
-_NEGATIONS = (["not"], ["isn't"], ["never"], ["no"])
-_LETTERS = r"[^\W\d_]"
-_IS_TEXT = re.compile(
-    rf"(?:Yes|No|[A-Z]|(?=.*{_LETTERS}{{3}}){_LETTERS}+(?:[ '.-]+{_LETTERS}+){{0,11}})\.?", re.I
-)
-
-
-def _words(text):
-    """Words without LaTeX's marks, brackets, punctuation and case: "(B)." is "\\text{B}"."""
-    return re.findall(r"[^\W_]+(?:'[a-z]+)?", plain(text).casefold())
-
-
-_PROSE = re.compile(
-    r"(?<![\\A-Za-z{])(?:[A-Za-z]{3,}|[A-Za-z]{2} [A-Za-z]{2})"
-)  # a word that is no command of a formula
-_FORMULA = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
-
-
-def _is_marked(text):
-    return "####" in text or "\\boxed" in text
-
-
-def _explicit_answer(text):
-    """What stands behind the last ####, in the last \\boxed{}, or a text of one line; or None."""
-    boxed = max(text.rfind("\\boxed{"), text.rfind("\\boxed "))
-    place, mark = max((text.rfind("####"), "####"), (boxed, "boxed"))
-    if place < 0:
-        return text if text and "\n" not in text else None
-    if mark == "####":
-        return text[place + 4 :].strip().split("\n")[0].strip()
-    return _braced(text, place + len("\\boxed"))
-
-
-def _braced(text, start):
-    """The content of the braces that open at `start`, nested or not; None if they never close."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start + 1 : i].strip() if i > start else None
-    return None
-
-
 # ----------------------------------------------------------------------------------- built-in tasks
 
 
@@ -181,7 +55,7 @@ def addition_problem(rng: random.Random, level: int) -> Problem:
     """The sum of two numbers of `level` digits."""
     low, high = 10 ** (level - 1), 10**level - 1
     a, b = rng.randint(low, high), rng.randint(low, high)
-    return Problem(f"What is {a} + {b}?", str(a + b))
+    return Problem(f"What is {a} + {b}?", str(a + b), "integer")
 
 
 def countdown_problem(rng: random.Random, level: int) -> Problem:
@@ -203,12 +77,12 @@ def arithmetic_problem(rng: random.Random, level: int) -> Problem:
     limit = {1: 9, 2: 19, 3: 99, 4: 99}[level]
     if level == 4:
         a, b = rng.randint(10, limit), rng.randint(2, 9)
-        return Problem(f"What is {a} times {b}?", str(a * b))
+        return Problem(f"What is {a} times {b}?", str(a * b), "integer")
     a, b = rng.randint(0, limit), rng.randint(0, limit)
     if level > 1 and rng.random() < 0.5:
         a, b = max(a, b), min(a, b)
-        return Problem(f"What is {a} minus {b}?", str(a - b))
-    return Problem(f"What is {a} plus {b}?", str(a + b))
+        return Problem(f"What is {a} minus {b}?", str(a - b), "integer")
+    return Problem(f"What is {a} plus {b}?", str(a + b), "integer")
 
 
 BUILT_IN = {
@@ -312,14 +186,10 @@ def read_problems(path: str, flag: str = "--data") -> list[Problem]:
 
 
 def _problem_of(question, answer):
-    explicit = _explicit_answer(answer) if _is_marked(answer) else answer.strip()
-    if not explicit:
-        return None
-    if parse_number(explicit) is not None:
-        return Problem(question, explicit)
-    if _IS_TEXT.fullmatch(plain(explicit).strip()):
-        return Problem(question, explicit, "text")
-    return Problem(question, explicit, "latex") if has_math_verify() else None
+    """The Problem of a row, or None where its answer cannot be checked."""
+    stated = explicit_answer(answer) if is_marked(answer) else answer.strip()
+    kind = kind_of(stated) if stated else None
+    return Problem(question, stated, kind) if kind else None
 
 
 # ------------------------------------------------------------------------------------------ prompts

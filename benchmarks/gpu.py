@@ -23,13 +23,17 @@ import transformers
 from common import AutoModelForCausalLM, Qwen2Config, peak_on_cpu
 
 import train
+from grading.answers import Grade
 from program.command import run_main
 from program.errors import BadInput
 from run import options
+from run.choices import choose
 from run.guard import Guard
+from run.machine import OneProcess
+from run.report import largest_ratio
 from run.state import Run
-from scale import memory, shard
-from tasks import Grade, Problem
+from scale import memory
+from tasks import Problem
 
 SHAPES = {  # hidden, feed-forward, layers, heads, key and value heads, tied embeddings
     "tiny": (64, 192, 3, 4, 2, True),
@@ -95,9 +99,9 @@ def step_options(a, more):
 
 def make_run(a, config, o):
     """A run as train.py opens one, but for random weights and questions."""
-    world = shard.World(o.device)
+    ranks = OneProcess(o.device)
     torch.manual_seed(0)
-    with world.device:
+    with ranks.device:
         policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if o.gradient_checkpointing:
         # its name from transformers 5.20 on
@@ -109,18 +113,18 @@ def make_run(a, config, o):
     prompts = [[draw.randrange(known) for _ in range(n)] for n in lengths]
     run = Run(
         options=o,
-        world=world,
+        ranks=ranks,
         policy=policy,
-        actor=shard.make_actor(policy, world, o),
         reference=None,
         tokenizer=Words(known),
+        vocab_size=known,
         eos_ids=list(range(0, known, a.answer)),  # an answer ends with a chance of 1 / its cap
         items=[(Problem("", "1"), prompt) for prompt in prompts],
         held_out=[],
         out=pathlib.Path(o.out),
         guard=Guard(print),
     )
-    run.optimizer = run.make_optimizer()
+    choose(run)
     return run
 
 
@@ -128,10 +132,12 @@ def measured_step(number, run):
     """(train.Step, largest number of bytes in use), verdicts being coins."""
     coin = random.Random(number)
     train.grade = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
-    if run.world.device.type == "cuda":
+    if run.ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return train.train_step(number, run), torch.cuda.max_memory_allocated()
-    return peak_on_cpu(lambda: train.train_step(number, run), run.policy, run.optimizer, run.actor)
+    return peak_on_cpu(
+        lambda: train.train_step(number, run), run.policy, run.weights.optimizer, run.actor()
+    )
 
 
 def figures(a, o, run, step, peak, card):
@@ -158,7 +164,7 @@ def figures(a, o, run, step, peak, card):
         "update_tokens_per_second": whole / seconds["update"],
         "update_share_of_peak": share(6 * whole, seconds["update"]),
         "updates": [u.outcome for u in step.updates],
-        "ratio_off": step.updates[0].ratio_off,
+        "ratio_off": largest_ratio(step.updates[0], step.batch, run)[1],
         "peak_gib": peak / memory.GIB,
         "estimated_gib": need.peak / memory.GIB,
         "estimate_over_measured": need.peak / peak,

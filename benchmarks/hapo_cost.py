@@ -19,8 +19,9 @@ from common import in_turn, median, ratio
 
 import train
 from run import options
+from run.choices import choose_steps
+from run.machine import OneProcess
 from run.opening import open_run
-from scale import shard
 
 HAPO_AS_DAPO = "hapo, --tau 0"  # all of HAPO's work, DAPO's answers
 
@@ -31,30 +32,33 @@ def open_both(more="", after=0):
     with tempfile.TemporaryDirectory() as folder:
         flags = [*shlex.split(more), "--out", folder, "--device", "cpu"]
         o = options.parse(flags, "")
-        run, _ = open_run(o, shard.World(o.device))
+        run, _ = open_run(o, OneProcess(o.device))
     algos = {"dapo": dataclasses.replace(o, algo="dapo"), "hapo": o}
     algos[HAPO_AS_DAPO] = dataclasses.replace(o, tau=0.0)
     for step, name in enumerate(["hapo"] * after + list(algos), 1):
-        run.options = algos[name]
+        take(run, algos[name])
         train.train_step(step, run)
     return run, algos
+
+
+def take(run, options):
+    """From here on the run takes its steps with these options."""
+    run.options = options
+    choose_steps(run)
 
 
 def stepper(run, algos):
     """A function (name, answers=None) that makes a function which takes one step, with these
     answers or its own, and puts the weights back."""
     weights = [p.detach().clone() for p in run.policy.parameters()]
-    collect = train.collect
 
     def step(name, answers=None):
         def go():
-            run.options, run.drawn = algos[name], 0
+            take(run, algos[name])
+            run.drawn = 0
             if answers is not None:
-                train.collect = lambda step, run: dataclasses.replace(answers)
-            try:
-                train.train_step(2, run)
-            finally:
-                train.collect = collect
+                run.rounds = lambda *args: dataclasses.replace(answers)
+            train.train_step(2, run)
             for p, q in zip(run.policy.parameters(), weights):
                 p.data.copy_(q)
 
@@ -65,8 +69,9 @@ def stepper(run, algos):
 
 def drawn(run, o):
     """The answers that a run draws with these options."""
-    run.options, run.drawn = o, 0
-    return train.collect(2, run)
+    take(run, o)
+    run.drawn = 0
+    return train.collect(2, None, run)
 
 
 def main():

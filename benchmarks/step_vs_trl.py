@@ -17,10 +17,11 @@ import time
 from common import AutoTokenizer, median, qwen3, ratio
 
 import train
+from grading.answers import Grade
 from run import options
+from run.machine import OneProcess
 from run.opening import open_run
-from scale import shard
-from tasks import Grade, load_problems, render_prompt
+from tasks import load_problems, render_prompt
 
 TINY = str(pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen3")
 STEP = (
@@ -32,7 +33,7 @@ def ours(folder, algo, steps):
     """Seconds of each step but the first two."""
     out = tempfile.mkdtemp()
     o = options.parse(["--model", folder, "--out", out, "--algo", algo, *STEP], "")
-    run, _ = open_run(o, shard.World(o.device))
+    run, _ = open_run(o, OneProcess(o.device))
     coin = random.Random(0)
     train.grade = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
     seconds = []

@@ -16,9 +16,9 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train
+from run.machine import OneProcess
 from run.opening import open_run
 from run.options import parse
-from scale.shard import World
 
 
 def entered(function):
@@ -43,7 +43,7 @@ def entered(function):
 def main():
     with tempfile.TemporaryDirectory() as folder:
         options = ["--plain", "--device", "cpu", "--out", folder, *sys.argv[1:]]
-        run, _ = open_run(parse(options, ""), World("cpu"))
+        run, _ = open_run(parse(options, ""), OneProcess("cpu"))
         train.train_step(1, run)  # the second step samples with the statistics of the first
         codes = entered(lambda: train.train_step(2, run))
     by_file, lines = collections.defaultdict(list), set()

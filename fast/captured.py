@@ -8,7 +8,7 @@ Drawing stays outside the graph, some thirty launches, and asks the card nothing
 ended is read once in CHECK steps. Until then they go on, and what they draw is dropped; then live
 rows move to the front and a graph of fewer rows takes over.
 
-`decode` draws the tokens of sampling's own loop. On a CPU the same steps run uncaptured.
+`decode` draws the tokens of fast.decoding's own loop. On a CPU the same steps run uncaptured.
 
 Shapes: B rows of the rollout, n of them in the current step, S prompt positions, L key positions
 that the current step sees, T answer positions, V vocabulary.
@@ -21,8 +21,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from fast.decoding import Drawn
+from fast.forward import next_logits
 from program.errors import NonFinite
+from sampling import Drawn
 
 BUCKETS = (512, 384, 256, 192, 128, 96, 64, 32)  # rows of later graphs; the first has all
 KEYS_STEP = 256  # L is a multiple of it
@@ -48,20 +49,17 @@ def why_not(model):
     return None
 
 
-def decode(model, next_logits, logits, cache, prompt_mask, eos, size, how, draw):
-    """As sampling._decode behind the prompts: logits (P, V) and cache are what prefill has left,
-    next_logits(model, ids, mask, position, cache) -> (n, V) is the model's step."""
-    (G, most, vocab_size), (temperature, uniform, measure_entropy) = size, how
-    steps = _Steps(model, next_logits, logits, cache, prompt_mask, G, most)
-    answers = _Answers(steps, most)
+def decode(model, logits, cache, prompt_mask, G, cap, eos, draw_next):
+    """As fast.decoding's loop behind the prompts: logits (P, V) and cache are what prefill has
+    left, draw_next(logits, t, row) draws token t of some rows of the rollout."""
+    steps = _Steps(model, logits, cache, prompt_mask, G, cap)
+    answers = _Answers(steps, cap)
     with packed_attention(model):
-        for t in range(most):
-            logits = steps.logits[:, :vocab_size].float()
-            drawn = draw(logits, temperature, uniform[t][steps.row], measure_entropy)
-            answers.add(t, drawn, eos)
-            if (t + 1) % CHECK == 0 or t + 1 == most:
+        for t in range(cap):
+            answers.add(t, draw_next(steps.logits, t, steps.row), eos)
+            if (t + 1) % CHECK == 0 or t + 1 == cap:
                 live = answers.look()
-                if t + 1 == most or not live:
+                if t + 1 == cap or not live:
                     break
                 steps.drop_all_but(live)
             steps.advance(t)
@@ -71,10 +69,10 @@ def decode(model, next_logits, logits, cache, prompt_mask, eos, size, how, draw)
 class _Steps:
     """The rows in flight, and the model's step on them. The first n rows of every buffer count."""
 
-    def __init__(self, model, next_logits, logits, cache, prompt_mask, G, most):
-        self.model, self.next_logits = model, next_logits
+    def __init__(self, model, logits, cache, prompt_mask, G, cap):
+        self.model = model
         device, self.S = logits.device, prompt_mask.shape[1]
-        total = -(-(self.S + most) // KEYS_STEP) * KEYS_STEP
+        total = -(-(self.S + cap) // KEYS_STEP) * KEYS_STEP
         self.logits = logits.repeat_interleave(G, 0)
         self.place = torch.full((1,), self.S, device=device)  # where the next token's keys go
         self.columns = torch.arange(total, device=device)
@@ -83,10 +81,11 @@ class _Steps:
             layer = cache.layers.pop(0)
             static = _StaticLayer(layer.keys, layer.values, G, total, self.place)
             self.cache.layers.append(static)
-        seen = torch.zeros(len(self.logits), total, dtype=torch.bool, device=device)
-        seen[:, : self.S] = prompt_mask.repeat_interleave(G, 0)
-        self.n, self.seen, self.token = len(seen), seen, torch.zeros_like(seen[:, :1], dtype=int)
-        self.position = seen.sum(1, keepdim=True)
+        visible = torch.zeros(len(self.logits), total, dtype=torch.bool, device=device)
+        visible[:, : self.S] = prompt_mask.repeat_interleave(G, 0)
+        self.n, self.visible = len(visible), visible
+        self.token = torch.zeros_like(visible[:, :1], dtype=int)
+        self.position = visible.sum(1, keepdim=True)
         self.row = torch.arange(self.n, device=device)  # which row of the rollout each one is
         self.alive = torch.ones(self.n, dtype=torch.bool, device=device)
         self.length = torch.zeros_like(self.row)
@@ -104,7 +103,7 @@ class _Steps:
         holes, movers = torch.tensor([holes, movers], dtype=torch.long, device=device)
         for layer in self.cache.layers:
             layer.move(holes, movers)
-        for name in ("seen", "token", "position", "row", "alive", "length"):
+        for name in ("visible", "token", "position", "row", "alive", "length"):
             value = getattr(self, name)
             setattr(self, name, value.index_copy_(0, holes, value[movers])[:n])
         self.n = n
@@ -131,21 +130,21 @@ class _Steps:
 
     def _step(self):
         L = self.shape[1]
-        self.seen.masked_fill_(self.columns == self.place, True)
-        mask = self._mask(self.seen[:, :L], self.columns[:L])
-        logits = self.next_logits(self.model, self.token, mask, self.position, self.cache)
+        self.visible.masked_fill_(self.columns == self.place, True)
+        mask = self._mask(self.visible[:, :L], self.columns[:L])
+        logits = next_logits(self.model, self.token, mask, self.position, self.cache)
         self.position.add_(1)
         self.place.add_(1)
         return logits
 
-    def _mask(self, seen, columns):
+    def _mask(self, visible, columns):
         """What is added to the attention's logits, (n, 1, 1, L): of every layer, or by kind."""
         config = self.model.config
         window = getattr(config, "sliding_window", None)
-        full = self._additive(seen)
+        full = self._additive(visible)
         if not window:
             return full
-        sliding = self._additive(seen & (columns > self.place - window))
+        sliding = self._additive(visible & (columns > self.place - window))
         if "sliding_attention" not in (getattr(config, "layer_types", None) or []):
             return sliding if getattr(config, "layer_types", None) is None else full
         return {"full_attention": full, "sliding_attention": sliding}
@@ -188,11 +187,11 @@ class _StaticLayer(DynamicLayer):
 class _Answers:
     """What was drawn. Written to tables of the rollout's rows only when somebody looks."""
 
-    def __init__(self, steps, most):
+    def __init__(self, steps, cap):
         self.steps, self.recent, self.t = steps, [], 0
-        table = torch.zeros(steps.n, most, device=steps.row.device)
+        table = torch.zeros(steps.n, cap, device=steps.row.device)
         self.tables = {name: table.clone() for name in Drawn._fields[1:]}
-        self.tables["token"] = table.long()
+        self.tables["tokens"] = table.long()
         self.lengths = torch.zeros_like(steps.row)
         self.finished = torch.zeros_like(steps.alive)
         self.bad = torch.full((1,), -1, device=steps.row.device)  # where the first NaN was drawn
@@ -202,9 +201,9 @@ class _Answers:
         broken = (steps.alive & ~drawn.logp.isfinite()).any() & (self.bad < 0)
         self.bad = torch.where(broken, t, self.bad)
         self.recent.append(drawn)
-        steps.token.copy_(drawn.token[:, None])
+        steps.token.copy_(drawn.tokens[:, None])
         steps.length.add_(steps.alive)
-        steps.alive.logical_and_(~torch.isin(drawn.token, eos))
+        steps.alive.logical_and_(~torch.isin(drawn.tokens, eos))
 
     def look(self):
         """The slots of the rows that live on. The one place where Python waits for the card."""
@@ -222,11 +221,10 @@ class _Answers:
 
     def tensors(self):
         """By name, as sampling.Rollout has them; 0 behind the end."""
-        width = self.tables["token"].shape[1]
+        width = self.tables["tokens"].shape[1]
         mask = torch.arange(width, device=self.lengths.device) < self.lengths[:, None]
         kept = {name: torch.where(mask, x, 0) for name, x in self.tables.items()}
-        tokens = kept.pop("token")
-        return {"tokens": tokens, "mask": mask, "finished": self.finished, **kept}
+        return {"mask": mask, "finished": self.finished, **kept}
 
 
 # ------------------------------------------------------------------------- attention of one query

@@ -1,25 +1,110 @@
-"""Decoding without copies: buffers for keys and values, rows that move, draws into a buffer.
+"""Decoding without waste: prompts read once, rows that leave, keys and values that stay in place.
 
-Functions of the same names and signatures as the plain ones in sampling.py, and the same tokens.
-Shapes: R rows still in flight, V vocabulary.
+`generate` has the signature of sampling.generate, and draws the same tokens. Every prompt runs
+through the model once; its keys and values are then repeated for its G answers; rows that draw an
+end-of-sequence id leave the batch. On CUDA a GPU replays the steps (captured.py), on a CPU they
+take products for few rows (cpu.py).
+
+Shapes: P prompts, G answers each, B = P G rows, S prompt positions, T answer positions, R rows
+still in flight, V vocabulary.
 """
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from fast import rows
+from fast import captured, cpu, rows
+from fast.forward import next_logits, prefill
+from program.errors import NonFinite
+from sampling import Drawn, Rollout, pad_prompts, rollout_mode
+
+PREFILL_TOKENS = 2**15
 
 
-class Drawn(NamedTuple):
-    """One step's tokens and what is kept of each, (R,)."""
+def generate(
+    model,
+    prompts,
+    answers_per_prompt=1,
+    max_new_tokens=32,
+    eos_ids=(),
+    temperature=1.0,
+    vocab_size=None,
+    uniform=None,
+    measure_entropy=False,
+    capture=True,
+    decode_rows=0,
+    prefill_tokens=PREFILL_TOKENS,
+):
+    """As sampling.generate.
 
-    token: Tensor
-    temperature: Tensor
-    logp: Tensor  # under the distribution it was drawn from
-    entropy: Tensor  # of the raw logits, in nats; NaN where nobody asked for it
+    capture         on CUDA, replay steps as graphs (fast/captured.py), where the model allows it
+    decode_rows     answers drawn together, whole groups; 0: all. What is left waits its turn
+    prefill_tokens  prompt tokens that run through the model together, padding included
+    """
+    G, device = answers_per_prompt, model.get_input_embeddings().weight.device
+    together = max(1, decode_rows // G) if decode_rows else len(prompts)
+    if uniform is None:
+        uniform = torch.rand(max_new_tokens, len(prompts) * G)
+    eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
+    captures = capture and captured.why_not(model) is None
+    loop = captured.decode if captures else decode
+    draw, tables = Draw(), []
+    with rollout_mode(model), cpu.few_rows(model, together * G):
+        for i in range(0, len(prompts), together):
+            prompt, prompt_mask = pad_prompts(prompts[i : i + together], device)
+            logits, cache = prefill(model, prompt, prompt_mask, prefill_tokens)
+            draws = uniform[:, i * G : (i + together) * G].to(device)
+
+            def draw_next(logits, t, row, draws=draws):
+                logits = logits[:, :vocab_size].float()
+                return draw(logits, temperature, draws[t, row], measure_entropy)
+
+            cap = max_new_tokens
+            tables.append(loop(model, logits, cache, prompt_mask, G, cap, eos, draw_next))
+    table = {name: torch.cat([part[name] for part in tables]) for name in tables[0]}
+    width = int(table["mask"].sum(1).max())
+    cut = {name: x[:, :width] if x.dim() == 2 else x for name, x in table.items()}
+    prompt, prompt_mask = pad_prompts(prompts, device)
+    return Rollout(prompt=prompt, prompt_mask=prompt_mask, **cut)
+
+
+def decode(model, logits, cache, prompt_mask, G, cap, eos, draw_next):
+    """The loop behind the prompts: the fields of a Rollout by name, `cap` tokens wide.
+
+    logits (P, V) and cache are what prefill has left; draw_next(logits, t, row) draws token t of
+    some rows of the rollout.
+    """
+    B, S, device = len(prompt_mask) * G, prompt_mask.shape[1], prompt_mask.device
+    kept = {name: torch.zeros(B, cap, device=device) for name in Drawn._fields[1:]}
+    tokens = torch.zeros(B, cap, dtype=torch.long, device=device)
+    mask, finished = tokens.bool(), torch.zeros(B, dtype=torch.bool, device=device)
+
+    logits = logits.repeat_interleave(G, 0)
+    repeat_cache(cache, G, cap - 1)
+    padded = not bool(prompt_mask.all())
+    visible = torch.ones(B, S + cap, dtype=torch.bool, device=device)
+    visible[:, :S] = prompt_mask.repeat_interleave(G, 0)
+    position = visible[:, :S].sum(1, keepdim=True)
+    row = torch.arange(B, device=device)  # which row of the rollout each row in flight is
+
+    for t in range(cap):
+        drawn = draw_next(logits, t, row)
+        if not bool(drawn.logp.isfinite().all()):
+            raise NonFinite(f"the model's logits are NaN or infinite at answer position {t}")
+        token, tokens[row, t], mask[row, t] = drawn.tokens, drawn.tokens, True
+        for name, table in kept.items():
+            table[row, t] = getattr(drawn, name)
+        ended = torch.isin(token, eos)
+        finished[row] = ended
+        if t + 1 == cap or bool(ended.all()):
+            break
+        if bool(ended.any()):
+            row, token, position, visible = drop_finished(
+                ended, cache, row, token, position, visible
+            )
+        seen = visible[:, : S + t + 1] if padded else None
+        logits = next_logits(model, token[:, None], seen, position, cache)
+        position = position + 1
+    return {"tokens": tokens, "mask": mask, "finished": finished, **kept}
 
 
 class _KeysAndValues(DynamicLayer):

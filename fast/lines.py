@@ -1,7 +1,7 @@
 """Short answers to one prompt share a line with it: the prompt is computed once for all of them.
 
 The layout of some rows of a sampling.Rollout for one forward pass, and when it pays. The plain
-layout, one line an answer, is Rollout.sequences.
+layout, one line an answer, is internals.one_line_each.
 """
 
 import math
@@ -9,7 +9,21 @@ from collections import Counter
 
 import torch
 
+from internals import Lines, one_line_each
+
 LONGEST_LINE = 1024  # tokens: masks stay small
+
+
+def layout_for(config):
+    """The layout to score with: (rollout, rows) -> Lines."""
+
+    def layout(rollout, rows):
+        per_line = answers_to_a_line(config, rollout, rows)
+        if per_line == 1:
+            return one_line_each(rollout, rows)
+        return shared_lines(rollout, rows, per_line)
+
+    return layout
 
 
 def answers_to_a_line(config, rollout, rows):
@@ -57,9 +71,7 @@ def shared_lines(rollout, rows, per_line):
         ids        p0 p1 p2 a0 a1 b0 b1    prompt p with two answers of three tokens,
         positions   0  1  2  3  4  3  4    whose last, a2 and b2, predict nothing and stay out
 
-    Returns ids and positions (lines, width), the attention mask (lines, 1, width, width), and where
-    in the flattened lines the predecessor of each answer token stands, (N,) in the order of `mask`:
-    here p2 a0 a1 p2 b0 b1.
+    The attention mask is (lines, 1, width, width); the predecessors are here p2 a0 a1 p2 b0 b1.
     """
     prompts, line, place = _places(rollout, rows, per_line)
     device, mask = rollout.tokens.device, rollout.mask[rows]
@@ -82,7 +94,8 @@ def shared_lines(rollout, rows, per_line):
     padding = torch.nn.functional.pad(in_prompt >= length, (0, per_line * T))
     last = torch.cat([length[line] - 1, S + place[:, None] * T + in_answer], 1)
     predecessors = line[:, None] * len(owner) + last
-    return ids, positions, visible & ~padding[:, None, None], predecessors[mask[:, : T + 1]]
+    visible = visible & ~padding[:, None, None]
+    return Lines(ids, visible, positions, predecessors[mask[:, : T + 1]])
 
 
 def _places(rollout, rows, per_line):

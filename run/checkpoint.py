@@ -45,7 +45,7 @@ def save(run, step):
     Every process must call it; process 0 writes.
     """
     weights, moments = gather(run)
-    if not run.world.main:
+    if not run.ranks.main:
         return
     folder = run.out / f"checkpoint-{step}"
     aside = run.out / f".checkpoint-{step}.tmp"
@@ -99,18 +99,18 @@ def save_model(run, folder, weights):
 def gather(run):
     """(weights by name, AdamW state by weight name) as whole tensors in main memory, of process 0;
     the others take part and let go of each tensor at once."""
-    kept = run.world.main
+    kept = run.ranks.main
     every = {name for name, _ in run.policy.named_parameters(remove_duplicate=False)}
     tied = every - {name for name, _ in run.policy.named_parameters()}
     weights, moments = {}, {}
     parameters = dict(run.policy.named_parameters())
     for name, value in run.policy.state_dict().items():
         if name not in tied:
-            gathered = run.whole(parameters[name]) if name in parameters else value
+            gathered = run.weights.whole(parameters[name]) if name in parameters else value
             if kept:
                 weights[name] = gathered.cpu()
     for name, p in run.policy.named_parameters():
-        for key, value in run.optimizer.state.get(p, {}).items():
+        for key, value in run.weights.optimizer.state.get(p, {}).items():
             gathered = whole(value)
             if kept:
                 moments.setdefault(name, {})[key] = gathered.cpu()
@@ -162,13 +162,14 @@ def restore(run, folder):
             "another --out"
         )
     run.restore(state)
-    run.optimizer = run.make_optimizer()
     moments = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
     for name, p in run.policy.named_parameters():
         if name in moments:
             kept = moments[name].items()
-            beside = run.masters.rest[p] if run.masters else p
-            run.optimizer.state[p] = {key: _placed_like(value, beside) for key, value in kept}
+            beside = run.weights.beside(p)
+            run.weights.optimizer.state[p] = {
+                key: _placed_like(value, beside) for key, value in kept
+            }
     return state["step"]
 
 

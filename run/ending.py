@@ -10,7 +10,7 @@ from run.report import samples_of, write_lines
 def finish(run):
     """The trained model as final/, and the curves."""
     weights, _ = checkpoint.gather(run)
-    if not run.world.main:
+    if not run.ranks.main:
         return
     with checkpoint.disk_faults_in_one_line(run.out, "the final model", run.out / "final"):
         checkpoint.save_model(run, run.out / "final", weights)
@@ -37,7 +37,7 @@ def finish(run):
 def give_up(run, step):
     """Too many bad steps in a row: leave the last answers on disk and stop with BadInput."""
     where, batch, options = run.out / f"bad-step-{step}.jsonl", run.last_batch, run.options
-    if batch is not None and run.world.main:
+    if batch is not None and run.ranks.main:
         worst = torch.argsort(batch.rollout.logp.sum(1))[:32].tolist()
         write_lines(where, samples_of(step, run, worst))
     answers = (

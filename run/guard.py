@@ -1,7 +1,6 @@
 """What keeps one bad number from ruining a run: refusing it, counting it, saying so; and stopping
 politely when asked to."""
 
-import math
 import signal
 
 ALARM_FACTOR = 4.0  # how far from its running mean a watched number may be before a line says so
@@ -13,26 +12,11 @@ WATCHED = {
 
 
 class Guard:
-    """Non-finite losses and gradients never reach the optimiser; jumps are reported; bad steps in a
-    row end the run."""
+    """Jumps are reported; bad steps in a row end the run. (That a loss or gradient which is not
+    finite never reaches the optimiser is run/machine.py's business.)"""
 
     def __init__(self, say):
         self.say, self.bad_in_a_row, self.means = say, 0, {}
-
-    def judge(self, loss, grad_norm, scale=1.0):
-        """What becomes of an update: applied, skipped, or, where float16 gradients overflowed under
-        a loss scale that can still fall (now it is `scale`), rescaled: that is no fault."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return "applied"
-        if math.isfinite(loss) and scale > 1:
-            self.say(
-                f"note: float16 gradients overflowed, no weight moved; loss scale now {scale:g}"
-            )
-            return "rescaled"
-        self.say(
-            f"warning: update skipped, loss {loss}, gradient norm {grad_norm}; no weight moved"
-        )
-        return "skipped"
 
     def bad_step(self, reason):
         self.bad_in_a_row += 1

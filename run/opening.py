@@ -12,9 +12,10 @@ import torch
 
 import internals
 from fast import captured
-from program.errors import BadInput
+from program.errors import BadInput, NonFinite
 from program.models import load_config, load_model, load_tokenizer
 from run import checkpoint
+from run.choices import choose
 from run.guard import Guard
 from run.state import Run
 from sampling import eos_ids_of
@@ -24,10 +25,10 @@ from tasks import fit_context, instruct, load_problems, read_problems
 LOCK = ".lock"
 
 
-def open_run(options, world):
+def open_run(options, ranks):
     """(run, step it stands at): the newest whole checkpoint of an old run; or a new run, None."""
-    shard.check_world(options, world)
-    say = print if world.main else lambda *args, **kwargs: None
+    shard.check_ranks(options, ranks)
+    say = print if ranks.main else lambda *args, **kwargs: None
     out = pathlib.Path(options.out)
     found = checkpoint.newest_whole(out, say) if options.resume else None
     if options.resume and found is None:
@@ -37,23 +38,23 @@ def open_run(options, world):
     if options.resume and found:
         check_fingerprint(options, found)
 
-    policy, tokenizer = open_policy(options, source, world)
+    policy, tokenizer = open_policy(options, source, ranks)
     items, held_out = load_data(options, tokenizer, config, say)
     first_weights = None if found else sum_of_weights(policy)
     run = Run(
         options=options,
-        world=world,
+        ranks=ranks,
         policy=policy,
-        actor=shard.make_actor(policy, world, options),
-        reference=open_reference(options, world) if options.needs_reference else None,
+        reference=open_reference(options, ranks) if options.kl else None,
         tokenizer=tokenizer,
+        vocab_size=len(tokenizer),
         eos_ids=eos_ids_of(policy, tokenizer),
         items=items,
         held_out=held_out,
         out=out,
         guard=Guard(say),
     )
-    run.optimizer = run.make_optimizer()
+    choose(run)
     if not run.eos_ids:
         say(
             "note: neither the model nor the tokenizer names an end-of-sequence token; "
@@ -62,24 +63,24 @@ def open_run(options, world):
     run.origin = {"questions": sum_of_questions(items, held_out)}
     if found:
         asked, step = run.origin["questions"], checkpoint.restore(run, found)
-        check_origin(run, asked, world)
+        check_origin(run, asked, ranks)
     else:
         run.origin["weights"], step = first_weights, None
     if options.masters_apart and run.reference is not None:
         for p in run.reference.parameters():  # as the policy's own; rotary buffers stay float32
             p.data = p.data.to(torch.bfloat16)
     describe(run, config, say)
-    run.together(prepare_folder, run, -1 if step is None else step)
+    ranks.together((NonFinite, BadInput), prepare_folder, run, -1 if step is None else step)
     return run, step
 
 
-def open_policy(options, source, world):
+def open_policy(options, source, ranks):
     """(model, tokenizer), ready to be trained."""
-    if world.sharded:
-        policy = shard.shard_model(source, world, options.offload, options.dtype)
+    if ranks.sharded:
+        policy = shard.shard_model(source, ranks, options.offload, options.dtype)
         tokenizer = load_tokenizer(source)
     else:
-        policy, tokenizer = load_model(source, world.device)
+        policy, tokenizer = load_model(source, ranks.device)
     if options.gradient_checkpointing:
         # its name from transformers 5.20 on
         older = policy.gradient_checkpointing_enable
@@ -89,15 +90,25 @@ def open_policy(options, source, world):
     internals.decoder_body(policy)
     if options.bupo_layer and options.bupo_layer != "auto":
         internals.check_layer(policy, int(options.bupo_layer), "--bupo-layer")
+    if options.bupo_layer:
+        check_blocks(policy, ranks)
     return policy, tokenizer
 
 
-def open_reference(options, world):
+@torch.no_grad()
+def check_blocks(policy, ranks):
+    """BadInput if the model's blocks are not pre-norm residual: they have no internal policies."""
+    ids = torch.ones(1, 2, dtype=torch.long, device=ranks.device)
+    internals.residual_stream(policy, ids, torch.ones_like(ids))
+    ranks.reshard(policy)
+
+
+def open_reference(options, ranks):
     """The initial model, never trained."""
-    if world.sharded:
-        reference = shard.shard_model(options.model, world, options.offload, options.dtype)
+    if ranks.sharded:
+        reference = shard.shard_model(options.model, ranks, options.offload, options.dtype)
     else:
-        reference, _ = load_model(options.model, world.device)
+        reference, _ = load_model(options.model, ranks.device)
     return reference.requires_grad_(False)
 
 
@@ -117,7 +128,7 @@ def check_fingerprint(options, found):
             )
 
 
-def check_origin(run, questions, world):
+def check_origin(run, questions, ranks):
     """A resumed run must ask what it asked, and hold to the initial model that it started with."""
     options = run.options
     if questions != run.origin["questions"]:
@@ -129,7 +140,7 @@ def check_origin(run, questions, world):
         )
     initial = run.reference
     if initial is None and options.model != started_with(options):
-        initial = open_reference(options, world)
+        initial = open_reference(options, ranks)
     if initial is not None and sum_of_weights(initial) != run.origin["weights"]:
         raise BadInput(
             f"--model {options.model}: its weights are not those that the run in {options.out} was "
@@ -179,11 +190,12 @@ def load_data(options, tokenizer, config, say):
 def say_overlap(train_set, held_out, options, say):
     """Questions that are trained on and asked in the evaluation are no held-out questions."""
     known = {" ".join(p.question.split()) for p in train_set}
-    seen = sum(" ".join(p.question.split()) in known for p in held_out)
-    if seen:
+    known_too = sum(" ".join(p.question.split()) in known for p in held_out)
+    if known_too:
         say(
-            f"warning: {seen} of the {len(held_out)} questions of --eval-data {options.eval_data} "
-            f"are also in --data {options.data}: what is called held out was trained on"
+            f"warning: {known_too} of the {len(held_out)} questions of --eval-data "
+            f"{options.eval_data} are also in --data {options.data}: what is called held out was "
+            "trained on"
         )
 
 
@@ -203,7 +215,7 @@ def prepare_folder(run, step):
     Process 0's work; every process calls it.
     """
     options, out = run.options, run.out
-    if not run.world.main:
+    if not run.ranks.main:
         return
     out.mkdir(parents=True, exist_ok=True)
     run.lock = lock(out)
@@ -239,32 +251,32 @@ def lock(out):
 
 def describe(run, config, say):
     """What is trained on what, in which sizes; BadInput if it cannot fit the device."""
-    options, cuda = run.options, run.world.device.type == "cuda"
+    options, cuda = run.options, run.ranks.device.type == "cuda"
     prompt = max(len(ids) for _, ids in run.items[:1000])
-    need = memory.estimate(config, options, prompt, run.world.size, cuda)
-    memory.check_fit(need, config, options, prompt, run.world.device)
+    need = memory.estimate(config, options, prompt, run.ranks.size, cuda)
+    memory.check_fit(need, config, options, prompt, run.ranks.device)
     peak = need.peak / memory.GIB
     say(
         f"{options.algo} on {options.data or options.task}: {len(run.items)} questions to train "
         f"on, {len(run.held_out)} held out; {options.model}, {need.parameters / 1e6:.2f} M "
         f"parameters, {internals.layer_count(run.policy)} layers"
     )
-    answers = options.micro_batch or options.answers_per_update // run.world.size
+    answers = options.micro_batch or options.answers_per_update // run.ranks.size
     one_pass = f"{options.micro_tokens} tokens" if options.micro_tokens else f"{answers} answers"
     say(
         f"a step: {options.prompts_per_step} prompts x {options.answers_per_prompt} answers = "
         f"{options.answers_per_step}, {options.updates_per_rollout} updates of "
         f"{options.answers_per_update} answers, in passes of {one_pass}; "
-        f"{run.world.size} process(es)"
+        f"{run.ranks.size} process(es)"
     )
     kept = "in main memory" if options.offload else ""
     kept = "as bfloat16 and their other 16 bits" if options.split_master else kept
     say(
         f"weights and moments float32{kept and ', ' + kept}; products {options.dtype} on "
-        f"{run.world.device}; peak memory about {peak:.2f} GiB a process (--estimate: its parts on "
+        f"{run.ranks.device}; peak memory about {peak:.2f} GiB a process (--estimate: its parts on "
         "a GPU)"
     )
-    if cuda and options.capture and not options.plain and (reason := captured.why_not(run.actor)):
+    if cuda and options.capture and not options.plain and (reason := captured.why_not(run.actor())):
         say(f"note: decoding steps are not captured, one kernel is launched at a time: {reason}")
     if need.parameters > 1e8 and options.lr == type(options).lr:
         say(f"warning: --lr {options.lr:g} is for the shipped tiny model; the papers' is 1e-6")

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from bupo import target_layer
+from fast.decoding import PREFILL_TOKENS
 from losses import GROUP_RULES
 from program.command import OneLineParser
 from program.errors import BadInput
 from program.models import check_device, default_dtype
-from sampling import PREFILL_TOKENS
 from tasks import BUILT_IN, FILE_CAP, FILE_INSTRUCTION, default_cap, default_instruction
 
-COMPARISONS = ["none", "forking", "archer", "entropy-advantage", "edge"]
 FORMS = ["bounded", "zscore", "two"]
 TASKS = "; ".join(f"{name}: {task.help}" for name, task in sorted(BUILT_IN.items()))
 CAPS = ", ".join(f"{task.cap} {name}" for name, task in sorted(BUILT_IN.items()))
@@ -99,7 +99,11 @@ class Options:
     )
     kl: float = opt(0.0, "coefficient of the k3 KL to the initial model (phase 2)")
     sampler_correction: bool = opt(False, "weigh tokens by min(exp(old - sampler logp), 2)")
-    comparison: str = opt("none", "another use of entropy, for comparison", COMPARISONS)
+    comparison: str = opt(
+        "none",
+        "another use of entropy, for comparison",
+        ["none", "forking", "archer", "entropy-advantage", "edge"],
+    )
 
     # BuPO
     bupo_layer: str = opt("", "align this layer's policy first: 1 ... L, or auto: the boundary")
@@ -150,9 +154,15 @@ class Options:
         return "lenient" if self.reward == "random" else self.reward
 
     @property
-    def needs_reference(self):
-        """Whether anything asks for the initial model's log-probabilities."""
-        return self.kl > 0
+    def hapo_parts(self):
+        """Those of HAPO's four parts that are on, in one word: "ABCD", or "" for another --algo."""
+        on = {
+            "A": self.adaptive_temperature,
+            "B": self.token_group_average,
+            "C": self.advantage_redistribution,
+            "D": self.adaptive_clip,
+        }
+        return "".join(part for part in on if on[part] and self.algo == "hapo")
 
     @property
     def masters_apart(self):
@@ -338,8 +348,10 @@ def impossible(options):
     yield alone, "eval_data", "goes with --data; built-in tasks hold out problems of their own"
     wrong = layer and not o.bupo_layer.isdecimal()
     yield wrong, "bupo_layer", "must be auto or a layer from 1 to the model's last"
+    steps = range(1, o.steps + 1)
+    whole = (target_layer(step, o.bupo_steps, o.bupo_layer) is None for step in steps)
     yield (
-        o.bupo_layer and o.bupo_steps >= o.steps,
+        o.bupo_layer and not any(whole),
         "bupo_steps",
         f"the first phase must be shorter than the run (--steps {o.steps})",
     )

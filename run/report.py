@@ -8,27 +8,25 @@ import hapo
 import internals
 from evaluate import sample_answers, summarise, valid_json
 from grading.latex import LATEX
-from losses import kl_k3
+from losses import LOG_RATIO_LIMIT, kl_k3
 from run.state import seed_of
-from scale import shard
 
 
 @torch.no_grad()
-def weight_sample(policy, masters=None):
+def weight_sample(run):
     """About a thousand entries of every weight, to see what share of them a step really changes."""
     parts = []
-    for p in policy.parameters():
-        local, every = p.to_local() if hasattr(p, "to_local") else p, max(1, p.numel() // 1000)
-        some = masters.some(p, every) if masters else local.flatten()[::every]
-        parts.append(some.cpu())
+    for p in run.policy.parameters():
+        parts.append(run.weights.some(p, max(1, p.numel() // 1000)).cpu())
     return torch.cat(parts)
 
 
 def tally(batch):
-    """Sums over the answers of a batch; verdicts as they are before any length penalty."""
+    """Sums over the answers of a batch."""
     rollout, right = batch.rollout, batch.right
     groups, done = right.view(-1, rollout.group_size), rollout.finished
     sums = {
+        "dead": ~batch.live.view(-1, rollout.group_size)[:, 0],
         "all_right": groups.all(1),
         "all_wrong": ~groups.any(1),
         "right": right,
@@ -40,17 +38,17 @@ def tally(batch):
         "tokens": rollout.lengths,
     }
     sums = {name: int(values.sum()) for name, values in sums.items()}
-    return {"answers": len(right), "groups": len(groups), **sums}
+    rewards = float(batch.rewards.double().cpu().sum())
+    return {"answers": len(right), "groups": len(groups), "rewards": rewards, **sums}
 
 
 def step_metrics(step, weights_before, run):
-    """The line of metrics.jsonl about a train.Step. `weights_before`: a weight_sample."""
+    """The line of metrics.jsonl about a Step. `weights_before`: a weight_sample."""
     batch, layer, mask = step.batch, step.layer, step.batch.rollout.mask
-    counts = run.total(tally(batch.drawn or batch))
-    not_filled = int(run.world.sum((~batch.in_loss).sum())) // run.options.answers_per_prompt
+    counts = over_processes(tally(batch.all_drawn or batch), run)
 
     def over_tokens(values):
-        return (run.world.sum((values * mask).sum()) / run.world.sum(mask.sum())).item()
+        return (run.ranks.sum((values * mask).sum()) / run.ranks.sum(mask.sum())).item()
 
     metrics = {
         "step": step.number,
@@ -58,19 +56,20 @@ def step_metrics(step, weights_before, run):
         **answer_metrics(counts),
         "entropy": over_tokens(batch.entropy),
         "temperature": over_tokens(batch.rollout.temperature),
-        **update_metrics(step.updates),
+        **update_metrics(step, run),
         **signal_metrics(batch, layer, run),
-        "lr": run.optimizer.param_groups[0]["lr"],
+        "lr": run.weights.optimizer.param_groups[0]["lr"],
         "weights_changed": share_changed(run, weights_before),
         "latex_failures": LATEX.failures,
         "tokens_per_second": counts["tokens"] / step.seconds["generate"],
         **{f"seconds_{name}": seconds for name, seconds in step.seconds.items()},
     }
-    if run.options.dynamic_sampling:
-        metrics["not_filled"] = not_filled  # groups that stayed dead
+    if run.options.dynamic_sampling:  # groups that stayed dead
+        stayed_dead = int(run.ranks.sum((~batch.in_loss).sum()))
+        metrics["not_filled"] = stayed_dead // run.options.answers_per_prompt
     if layer is None:
         metrics["logp"] = over_tokens(batch.old_logp)
-    else:  # phase 1: both policies, each under its own name
+    else:  # BuPO 7: in phase 1 both policies, each under its own name
         metrics["layer"] = layer
         metrics["logp"] = over_tokens(batch.rollout.logp)
         metrics["internal_entropy"] = over_tokens(batch.trained_entropy)
@@ -82,7 +81,8 @@ def answer_metrics(counts):
     """What the answers of a step were like, those of groups that were replaced included."""
     answers, finished = counts["answers"], max(1, counts["finished"])
     return {
-        "reward": counts["right"] / answers,
+        "reward": counts["rewards"] / answers,
+        "right": counts["right"] / answers,
         "strict": counts["strict"] / answers,
         "lenient": counts["lenient"] / answers,
         "response_length": counts["tokens"] / answers,
@@ -90,36 +90,86 @@ def answer_metrics(counts):
         "finished_accuracy": counts["finished_right"] / finished,
         "clipped_ratio": 1 - counts["finished"] / answers,
         "groups": int(counts["groups"]),
-        "dead_groups": int(counts["all_right"] + counts["all_wrong"]),
+        "dead_groups": int(counts["dead"]),
         "all_right": int(counts["all_right"]),
         "all_wrong": int(counts["all_wrong"]),
     }
 
 
-def update_metrics(updates):
+def over_processes(numbers, run):
+    """A dictionary of numbers, summed over processes."""
+    return dict(zip(numbers, run.ranks.total(*numbers.values())))
+
+
+def update_metrics(step, run):
     """What the updates of a step did; those that were skipped count nowhere but in their number,
     unless all were."""
-    count, first = len(updates), updates[0]
-    outcomes = [u.outcome for u in updates]
+    outcomes = [u.outcome for u in step.updates]
     skipped, rescaled = outcomes.count("skipped"), outcomes.count("rescaled")
     applied = outcomes.count("applied")
-    updates = [u for u in updates if u.outcome in ("applied", "dead")] or updates
-    tokens = max(1, sum(u.tokens for u in updates))
+    updates = [u for u in step.updates if u.outcome in ("applied", "dead")] or step.updates
+    sums = [over_processes(clip_counts(u, step.batch), run) for u in updates]
+    ratio_max = [largest_ratio(u, step.batch, run)[0] for u in updates]
+    first = step.updates[0]
+    before = over_processes(clip_counts(first, step.batch), run)
+    tokens = max(1, sum(x["tokens"] for x in sums))
+
+    def share(name):
+        return sum(x[name] for x in sums) / tokens
+
     return {
         "loss": sum(u.loss for u in updates) / len(updates),
         "grad_norm": sum(u.grad_norm for u in updates) / len(updates),
-        "ratio_max": max(u.ratio_max for u in updates),
-        "clip_low": sum(u.clip_low for u in updates) / tokens,
-        "clip_high": sum(u.clip_high for u in updates) / tokens,
-        "kl_old": sum(u.kl_old for u in updates) / tokens,
-        "clamped": sum(u.clamped for u in updates) / tokens,
-        "outside_before_update": first.outside / max(1, first.tokens),
-        "ratio_off_before_update": first.ratio_off,
+        "ratio_max": max(ratio_max),
+        "clip_low": share("clip_low"),
+        "clip_high": share("clip_high"),
+        "kl_old": share("kl_old"),
+        "clamped": share("clamped"),
+        "outside_before_update": before["outside"] / max(1, before["tokens"]),
+        "ratio_off_before_update": largest_ratio(first, step.batch, run)[1],
         "updates": applied,
         "skipped_updates": skipped,
-        "dead_updates": count - applied - skipped - rescaled,
+        "dead_updates": outcomes.count("dead"),
         **({"rescaled_updates": rescaled} if rescaled else {}),
     }
+
+
+def clip_counts(update, batch):
+    """Sums over the tokens of an update, none where it was dead."""
+    sums = dict.fromkeys(("tokens", "clip_low", "clip_high", "outside", "clamped", "kl_old"), 0.0)
+    for rows, logp, ratio, advantages in update.passes:
+        valid, old_logp = batch.loss_mask[rows], batch.old_logp[rows]
+        below, above = ratio < 1 - batch.clip_low[rows], ratio > 1 + batch.clip_high[rows]
+        counts = {
+            "tokens": valid,
+            "clip_low": valid & below & (advantages < 0),  # whose gradient the bound removed
+            "clip_high": valid & above & (advantages > 0),
+            "outside": valid & (below | above),
+            "clamped": valid & ((logp - old_logp).abs() > LOG_RATIO_LIMIT),
+            "kl_old": kl_k3(old_logp, logp)[valid],  # of KL(old || new): the answers are old's
+        }
+        for name, values in counts.items():
+            sums[name] += float(values.sum())
+    return sums
+
+
+def largest_ratio(update, batch, run):
+    """(the largest ratio, the largest |ratio - 1|) of an update, over all processes."""
+    largest, off = 0.0, 0.0
+    for rows, _, ratio, _ in update.passes:
+        ratio = torch.where(batch.loss_mask[rows], ratio, 1.0)
+        largest = max(largest, float(ratio.max()))
+        off = max(off, float((ratio - 1).abs().max()))
+    return run.ranks.max(torch.tensor([largest, off])).tolist()
+
+
+def say_skipped(updates, run):
+    for u in updates:
+        if u.outcome == "skipped":
+            run.say(
+                f"warning: update skipped, loss {u.loss}, gradient norm {u.grad_norm}; no weight "
+                "moved"
+            )
 
 
 def signal_metrics(batch, layer, run):
@@ -129,20 +179,20 @@ def signal_metrics(batch, layer, run):
     if batch.stats is not None:
         metrics = {name: float(x) for name, x in batch.stats._asdict().items()}
         floor = (batch.entropy <= hapo.ENTROPY_FLOOR) & mask
-        metrics["at_floor"] = run.world.sum(floor.sum()).item() / run.world.sum(mask.sum()).item()
+        metrics["at_floor"] = run.ranks.sum(floor.sum()).item() / run.ranks.sum(mask.sum()).item()
     same = mask & (batch.rollout.temperature == run.options.temperature)
-    tokens = int(run.world.sum(same.sum()))
+    tokens = int(run.ranks.sum(same.sum()))
     if layer is None and tokens:
         new, drawn = batch.old_logp[same], batch.rollout.logp[same]
-        metrics["sampler_kl"] = run.world.sum(kl_k3(drawn, new).sum()).item() / tokens
+        metrics["sampler_kl"] = run.ranks.sum(kl_k3(drawn, new).sum()).item() / tokens
         off = (new - drawn).abs().max() if len(new) else 0.0
-        metrics["sampler_off"] = float(run.world.max(off))
+        metrics["sampler_off"] = float(run.ranks.max(off))
     return metrics
 
 
 def share_changed(run, weights_before):
-    changed = weight_sample(run.policy, run.masters) != weights_before
-    return (run.world.sum(changed.double().sum()) / run.world.sum(len(changed))).item()
+    changed = weight_sample(run) != weights_before
+    return (run.ranks.sum(changed.double().sum()) / run.ranks.sum(len(changed))).item()
 
 
 def console_line(m, options):
@@ -171,7 +221,6 @@ def held_out(run, step):
     Questions are repeated if they are fewer than asked for.
     """
     options, name = run.options, f"evaluating step {step}"
-    shard.refresh_actor(run.actor, run.policy)
     asked = [run.held_out[i % len(run.held_out)] for i in range(options.eval_prompts)]
     seed = seed_of(options.seed, "held out")
     sampled = summarise(evaluate_over(run, asked, 1.0, seed, f"{name}, sampled"))
@@ -190,11 +239,10 @@ def held_out(run, step):
 
 def evaluate_over(run, problems, temperature, seed, name, samples=1):
     """[answers] to each problem, those of all processes."""
-    options, world, count = run.options, run.world, len(problems)
-    problems = world.mine(problems)
-    answers = run.together(
-        sample_answers,
-        run.actor,
+    options, ranks, count = run.options, run.ranks, len(problems)
+    problems = ranks.mine(problems)
+    answers = sample_answers(
+        run.actor(),
         run.tokenizer,
         problems,
         samples,
@@ -202,15 +250,14 @@ def evaluate_over(run, problems, temperature, seed, name, samples=1):
         run.eos_ids,
         temperature,
         seed,
-        rows_at_once=max(1, options.answers_per_step // world.size),
-        progress=name if world.main else None,
-        plain=options.plain,
-        capture=options.capture,
-        numbers=world.mine(range(count)),
+        rows_at_once=max(1, options.answers_per_step // ranks.size),
+        progress=name if ranks.main else None,
+        generate=run.generate,
+        numbers=ranks.mine(range(count)),
     )
     by_question = {}  # a question that was asked twice is one question with two answers
     rows = [(p.question, row) for p, row in zip(problems, answers)]
-    for part in world.gather_objects(rows):
+    for part in ranks.gather_objects(rows):
         for question, row in part:
             by_question.setdefault(question, []).extend(row)
     return list(by_question.values())
@@ -246,8 +293,8 @@ def first_look(run):
     metrics = {"step": 0, **held_out(run, 0)}
     some = random.Random(seed).sample(range(len(run.items)), min(64, len(run.items)))
     probe, G = [run.items[i][0] for i in some], options.answers_per_prompt
-    how = (options.temperature, seed, f"pass rate of {len(probe)} prompts", G)
-    groups = evaluate_over(run, probe, *how)
+    name = f"pass rate of {len(probe)} prompts"
+    groups = evaluate_over(run, probe, options.temperature, seed, name, G)
     right = [[getattr(answer.grade, options.verdict) for answer in group] for group in groups]
     rate = sum(map(sum, right)) / sum(map(len, right))
     live = sum(any(group) and not all(group) for group in right) / len(right)
@@ -277,8 +324,26 @@ def first_look(run):
         "it, where right answers are longer than wrong ones. What shows learning is a gradient "
         "norm above 0, few dead groups, and a rising held-out accuracy."
     )
-    if run.world.main:
+    if run.ranks.main:
         write_lines(run.out / "metrics.jsonl", [metrics])
+
+
+def say_boundary(boundary, answers, run):
+    """Which layer --bupo-layer auto has found, and how sure that is."""
+    layer, found, change = boundary
+    where = f"{layer} of {len(change)} ({change[layer - 1]:+.3f} nats)"
+    if not found:
+        run.say(
+            "warning: --bupo-layer auto: no feed-forward block raises entropy; "
+            f"falling back to layer {where}, where it falls least"
+        )
+        return
+    margin = change[layer - 1 :].abs().min()  # of the layers whose signs decide
+    run.say(
+        f"boundary layer: {where}, the last whose feed-forward block raises entropy, on "
+        f"{answers} answers; no deciding change is nearer to 0 than {margin:.3f} nats. Its "
+        f"policy is trained for {run.options.bupo_steps} steps"
+    )
 
 
 def diagnose(run):
@@ -292,7 +357,7 @@ def diagnose(run):
     cosine, kl = internals.layer_similarity(run.policy, *answers, run.layer, vocab)
     entropy = internals.internal_entropy(run.policy, *answers, vocab)
     perplexity = internals.perplexity(run.policy, *answers, vocab)
-    shard.reshard(run.policy)
+    run.ranks.reshard(run.policy)
     return {
         "diagnose_cosine": cosine.tolist(),
         "diagnose_kl": kl.tolist(),
@@ -322,7 +387,7 @@ def record(step, metrics, bad, run):
                 f"{metrics['not_filled']} of {options.prompts_per_step} groups are still all right "
                 "or all wrong; training on the others"
             )
-    if run.world.main:
+    if run.ranks.main:
         write_lines(run.out / "metrics.jsonl", [metrics])
         if "reward" in metrics:
             more = dict(run.shown)

@@ -18,6 +18,8 @@ float32 to the last bit (tests/test_master.py). The model itself draws the answe
 import torch
 from torch.optim.adamw import adamw as functional_adamw
 
+from run.machine import Weights
+
 LOW = torch.bfloat16
 CHUNK = 2**26  # numbers whose float32 master exists at a time
 
@@ -35,6 +37,29 @@ def join(high, low):
     return ((high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(
         torch.float32
     )
+
+
+class MasterWeights(Weights):
+    """bfloat16 weights, their float32 masters apart."""
+
+    def __init__(self, policy, groups, options):
+        self.masters = Masters(policy, options.offload)
+        super().__init__(policy, groups, options)
+
+    def make_optimizer(self, groups, settings):
+        return MasterAdamW(groups, self.masters, **settings)
+
+    def clip(self):
+        return self.masters.clip(self.grad_clip).item()
+
+    def whole(self, parameter):
+        return self.masters.whole(parameter)
+
+    def some(self, parameter, every):
+        return self.masters.some(parameter, every)
+
+    def beside(self, parameter):
+        return self.masters.rest[parameter]
 
 
 class Masters:
@@ -72,11 +97,11 @@ class Masters:
         rest, own = (x.view(-1)[::every] for x in (self.rest[p], p.detach()))
         return rest if self.in_main_memory else join(own, rest)
 
-    def clip(self, most):
-        """Scale the gradient to a norm of at most `most`; returns its norm before."""
+    def clip(self, largest):
+        """Scale the gradient to a norm of at most `largest`; returns its norm before."""
         gradients = list(self.gradients.values())
         norm = torch.nn.utils.get_total_norm(gradients)
-        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp_max(1.0))
+        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp_max(1.0))
         return norm
 
 

@@ -70,7 +70,7 @@ def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True):
     if options.offload:  # masters and moments are in main memory
         weights, moments = (2 * parameters, 0) if apart else (0, 0)
         gradients = 4 * parameters
-    reference = (2 if apart else 4) * int(held) if options.needs_reference else 0
+    reference = (2 if apart else 4) * int(held) if options.kl else 0
     copies = compute == 2 and not apart
     replica = compute * parameters if copies or sharded else 0
 

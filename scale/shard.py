@@ -9,7 +9,6 @@ FSDP and DTensor take most of a second to import, so only functions of a sharded
 """
 
 import contextlib
-import copy
 import os
 import sys
 
@@ -20,47 +19,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from internals import decoder_body
 from program.errors import BadInput
 from program.models import assert_tied, load_config, load_model
+from run.machine import OneProcess, Weights
 
 
-class World:
-    """One process: nothing is exchanged. `sum` and `max` return tensors."""
-
-    size, rank, main, sharded = 1, 0, True, False
-
-    def __init__(self, device="cpu"):
-        self.device = torch.device(device)
-
-    def sum(self, x):
-        return torch.as_tensor(x, device=self.device)
-
-    max = sum
-
-    def any(self, flag):
-        return bool(flag)
-
-    def gather(self, values):
-        return values
-
-    def gather_objects(self, thing):
-        return [thing]
-
-    def exchange(self, batch):
-        return [batch]
-
-    def even(self, parts):
-        return [(part, 1) for part in parts]
-
-    def together(self, error, function, *args, **kwargs):
-        return function(*args, **kwargs)
-
-    def mine(self, items):
-        return items
-
-    def close(self):
-        pass
-
-
-class Processes(World):
+class Processes(OneProcess):
     """The processes that torchrun has started, this one among them.
 
     Every method that exchanges must be called by all of them.
@@ -85,6 +47,11 @@ class Processes(World):
         dist.all_reduce(x, op)
         return x
 
+    def total(self, *numbers):
+        sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+        dist.all_reduce(sums)  # in main memory: not every device has float64
+        return sums.tolist()
+
     def sum(self, x):
         return self._reduce(x, dist.ReduceOp.SUM)
 
@@ -103,22 +70,9 @@ class Processes(World):
         dist.all_gather_object(things, thing)
         return things
 
-    def exchange(self, batch):
-        """Every process's batch (anything with a method `to`), in the order of ranks."""
-        return [part.to(self.device) for part in self.gather_objects(batch.to("cpu"))]
-
-    def even(self, parts):
-        """The micro-batches of this process as (rows, weight 1).
-
-        A sharded forward pass needs every process: one that has fewer micro-batches than another
-        repeats its last, with weight 0.
-        """
-        most = int(self.max(len(parts)))
-        return [(part, 1) for part in parts] + [(parts[-1], 0)] * (most - len(parts))
-
     def together(self, errors, function, *args, **kwargs):
-        """function(...); if it raises one of `errors` in one process, one is raised in all, so that
-        none waits for the others."""
+        """function(...); if one process fails with one of `errors`, all stop, so that none
+        waits for the others."""
         result = failure = None
         try:
             result = function(*args, **kwargs)
@@ -127,6 +81,12 @@ class Processes(World):
         if self.any(failure is not None):
             raise failure or errors[0]("in another process")
         return result
+
+    def reshard(self, model):
+        """Free what a forward pass without a backward left gathered: a step makes it stale."""
+        for module in model.modules():
+            if hasattr(module, "reshard"):  # FSDP's addition to a module
+                module.reshard()
 
     def mine(self, items):
         """This rank's share of a list: every size-th item, so that equal slices of the shares make
@@ -141,11 +101,35 @@ class Processes(World):
         os._exit(0)
 
 
-def open_world(device):
-    return Processes(device) if "WORLD_SIZE" in os.environ else World(device)
+def open_ranks(device):
+    """The processes of this run: those of torchrun, or one."""
+    return Processes(device) if "WORLD_SIZE" in os.environ else OneProcess(device)
 
 
-def shard_model(name, world, offload=False, dtype="float32"):
+class ShardedWeights(Weights):
+    """Weights of which every rank holds a part. Gradients are averaged over ranks; times their
+    number, the mean is a sum."""
+
+    def __init__(self, policy, groups, options, ranks):
+        super().__init__(policy, groups, options)
+        self.ranks = ranks
+
+    def backward(self, loss):
+        (loss * self.ranks).backward()
+
+    def clip(self):
+        parameters = self.policy.parameters()
+        return whole(torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)).item()
+
+    def whole(self, parameter):
+        """Every rank must call it."""
+        return whole(parameter.detach())
+
+    def some(self, parameter, every):
+        return parameter.to_local().flatten()[::every]
+
+
+def shard_model(name, ranks, offload=False, dtype="float32"):
     """Load a model so that no rank but 0 ever holds it whole, and rank 0 in main memory only;
     returns it sharded.
 
@@ -155,11 +139,11 @@ def shard_model(name, world, offload=False, dtype="float32"):
     from torch.distributed.tensor import distribute_tensor
 
     config = load_config(name)
-    source = dict(load_model(name)[0].named_parameters()) if world.main else {}
+    source = dict(load_model(name)[0].named_parameters()) if ranks.main else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()  # transformers 5.0 leaves that out on the meta device
-    body, settings = decoder_body(model), _sharding(world, offload, dtype)
+    body, settings = decoder_body(model), _sharding(ranks, offload, dtype)
     rotary = type(body.rotary_emb)  # its buffers are computed, not stored: build them for real
     body.rotary_emb = rotary(config=config)
     for layer in body.layers:
@@ -168,25 +152,25 @@ def shard_model(name, world, offload=False, dtype="float32"):
     # the loss multiplies by the unembedding matrix after the root's own forward has ended.
     fully_shard(model, reshard_after_forward=False, **settings)
 
-    model.to_empty(device="cpu" if offload else world.device)
-    body.rotary_emb = rotary(config=config).to(world.device)  # to_empty has emptied its buffers too
+    model.to_empty(device="cpu" if offload else ranks.device)
+    body.rotary_emb = rotary(config=config).to(ranks.device)  # to_empty has emptied its buffers too
     if config.tie_word_embeddings:  # to_empty gives each module its own tensor: one must go
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     with contextlib.suppress(OSError):  # no generation_config.json: the model's own defaults stand
         model.generation_config = GenerationConfig.from_pretrained(name)
     for key, parameter in model.named_parameters():
-        whole = source[key].detach() if world.main else torch.empty(parameter.shape)
+        whole = source[key].detach() if ranks.main else torch.empty(parameter.shape)
         mesh, placements = parameter.device_mesh, parameter.placements
-        part = distribute_tensor(whole.to(world.device), mesh, placements)
+        part = distribute_tensor(whole.to(ranks.device), mesh, placements)
         parameter.to_local().data.copy_(part.to_local())
     assert_tied(model)
     return model
 
 
-def _sharding(world, offload, dtype):
+def _sharding(ranks, offload, dtype):
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
-    cuda = world.device.type == "cuda"
+    cuda = ranks.device.type == "cuda"
     settings = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     if offload and cuda and settings:
         # pinned memory would be rounded up to a power of two; older versions do not know the word
@@ -194,7 +178,7 @@ def _sharding(world, offload, dtype):
             settings("pinned_max_round_threshold_mb:1")
     low = None if dtype == "float32" else getattr(torch, dtype)
     return dict(
-        mesh=world.mesh,
+        mesh=ranks.mesh,
         mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
         offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
     )
@@ -206,53 +190,17 @@ def whole(tensor):
 
 
 def exchange_gradients(model, now):
-    """Whether the next backward pass splits the gradients over the processes or keeps them whole,
+    """Whether the next backward pass splits the gradients over the ranks or keeps them whole,
     summed in float32, for a later one to do it: once an update instead of once a pass."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP's addition to a module
         model.set_requires_gradient_sync(now)
 
 
-def reshard(model):
-    """Free what a forward pass without a backward left gathered: it would be stale in a step."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):  # FSDP's addition to a module
-            module.reshard()
-
-
-def make_actor(policy, world, options):
-    """The model that answers are drawn from: a replica in the compute dtype; the policy itself
-    where it is that already."""
-    dtype = getattr(torch, options.dtype)
-    if options.masters_apart or (not world.sharded and dtype == torch.float32):
-        return policy
-    with torch.device("meta"):
-        actor = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config), dtype=dtype)
-    actor.to_empty(device=world.device)
-    body = decoder_body(actor)
-    body.rotary_emb = type(body.rotary_emb)(config=actor.config).to(world.device)
-    actor.tie_weights()
-    assert_tied(actor)
-    for target, source in zip(actor.buffers(), policy.buffers()):
-        target.copy_(source)
-    actor.generation_config = policy.generation_config
-    return actor.requires_grad_(False)
-
-
-@torch.no_grad()
-def refresh_actor(actor, policy):
-    """Copy the policy's weights into its replica, if it has one, gathering one at a time, in the
-    replica's dtype: half the traffic."""
-    if actor is policy:
-        return
-    for target, source in zip(actor.parameters(), policy.parameters()):
-        target.copy_(whole(source.to(target.dtype)))
-
-
-def check_world(options, world):
+def check_ranks(options, ranks):
     """The numbers that must fit the number of processes."""
-    if options.prompts_per_step % (world.size * options.updates_per_rollout):
-        few = " (more ranks than prompts)" if options.prompts_per_step < world.size else ""
+    if options.prompts_per_step % (ranks.size * options.updates_per_rollout):
+        few = " (more ranks than prompts)" if options.prompts_per_step < ranks.size else ""
         raise BadInput(
             f"--prompts-per-step {options.prompts_per_step}: must be a multiple of processes x "
-            f"updates per rollout = {world.size} x {options.updates_per_rollout}{few}"
+            f"updates per rollout = {ranks.size} x {options.updates_per_rollout}{few}"
         )

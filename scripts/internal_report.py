@@ -11,11 +11,13 @@ import torch
 from tqdm import tqdm
 
 from evaluate import instruction_for
+from fast.decoding import generate
 from internals import boundary_layer, decoder_body, internal_entropy
 from program.command import OneLineParser
 from program.errors import BadInput
 from program.models import check_device, load_model
-from sampling import Rollout, eos_ids_of, generate
+from run.batch import join, rollout_of
+from sampling import eos_ids_of
 from scripts.model_page import write_model_page
 from tasks import BUILT_IN, fit_context, instruct, load_problems, read_problems, render_prompt
 
@@ -25,9 +27,20 @@ def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):
     prompts = [ids for _, ids in fit_context(problems, tokenizer, model.config, max_new_tokens)]
     eos_ids, parts = eos_ids_of(model, tokenizer), []
     for i in tqdm(range(0, len(prompts), 32), desc="answering", leave=False):
-        how = dict(vocab_size=len(tokenizer), generator=torch.Generator().manual_seed(seed + i))
-        parts.append(generate(model, prompts[i : i + 32], 1, max_new_tokens, eos_ids, **how))
-    return Rollout.join(parts)
+        some = prompts[i : i + 32]
+        generator = torch.Generator().manual_seed(seed + i)
+        draws = torch.rand(max_new_tokens, len(some), generator=generator)
+        rollout = generate(
+            model,
+            some,
+            1,
+            max_new_tokens,
+            eos_ids,
+            vocab_size=len(tokenizer),
+            uniform=draws,
+        )
+        parts.append(rollout)
+    return join(parts)
 
 
 def finished_answers(path, tokenizer, limit, max_new_tokens, context):
@@ -50,7 +63,7 @@ def finished_answers(path, tokenizer, limit, max_new_tokens, context):
             break
     if not answers:
         raise BadInput(f"--answers {path}: the file is empty")
-    return Rollout.of_answers(prompts, answers)
+    return rollout_of(prompts, answers)
 
 
 def open_lines(path):
@@ -141,8 +154,7 @@ def answers_for(args, model, tokenizer):
     """The answers that every model is asked about, as a Rollout."""
     if args.answers:
         context = getattr(model.config, "max_position_embeddings", None) or math.inf
-        how = (args.samples, args.max_new_tokens, context)
-        return finished_answers(args.answers, tokenizer, *how)
+        return finished_answers(args.answers, tokenizer, args.samples, args.max_new_tokens, context)
     if args.data:
         problems = read_problems(args.data)
     else:

@@ -10,10 +10,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from grading.answers import Grade  # noqa: E402
 from run import options  # noqa: E402
+from run.machine import OneProcess  # noqa: E402
 from run.opening import open_run  # noqa: E402
-from scale.shard import World  # noqa: E402
-from tasks import Grade  # noqa: E402
 
 TINY = ROOT / "assets" / "tiny-qwen3"
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
@@ -130,7 +130,7 @@ def opened(tmp_path, tiny_folder):
         out = str(tmp_path / str(len(list(tmp_path.iterdir()))))
         where = ["--model", str(tiny_folder), "--data", str(questions), "--out", out]
         arguments = [*SMALL, *where, *more]
-        return open_run(options.parse(arguments, ""), World("cpu"))[0]
+        return open_run(options.parse(arguments, ""), OneProcess("cpu"))[0]
 
     return open_one
 

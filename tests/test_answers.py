@@ -6,8 +6,9 @@ Each block names the gold answer as a file holds it; each line an answer and its
 
 import pytest
 
+from grading.answers import grade
 from grading.numbers import parse_number
-from tasks import Problem, _problem_of, grade
+from tasks import Problem, _problem_of
 
 TABLE = r"""
 gold 5

@@ -4,10 +4,9 @@ import pytest
 import torch
 from conftest import random_model
 
-from bupo import boundary_or_fallback, layerwise_groups, lower_layers, target_layer
+from bupo import AUTO, boundary_or_fallback, target_layer
 from internals import layer_hidden, unembedding
 from losses import clipped_surrogate, masked_mean, token_logprobs_and_entropy
-from program.errors import BadInput
 
 IDS = torch.randint(4, 50, (2, 8), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(2, 8, dtype=torch.long)
@@ -25,6 +24,7 @@ def ipa_loss(model, layer, old_logp):
 def test_schedule():
     assert [target_layer(s, 3, 6) for s in (1, 2, 3, 4, 5)] == [6, 6, 6, None, None]
     assert target_layer(1, 0, 6) is None and target_layer(1, 3, None) is None
+    assert target_layer(1, 3, AUTO) == AUTO and target_layer(4, 3, AUTO) is None
 
 
 def test_boundary_or_fallback():
@@ -79,7 +79,7 @@ def test_upper_layers_stay_bit_identical_and_start_phase_two_as_if_never_touched
         optimizer.zero_grad(set_to_none=True)
     assert all(torch.equal(a, b) for a, b in zip(before, upper))
     assert not any(p in optimizer.state for p in upper)  # no moment, no step count
-    assert all(p in optimizer.state for p in lower_layers(model, 1))
+    assert all(p in optimizer.state for p in model.model.layers[0].parameters())
 
 
 def test_layer_L_with_the_norm_is_grpo():
@@ -89,14 +89,3 @@ def test_layer_L_with_the_norm_is_grpo():
         internal, _ = token_logprobs_and_entropy(states, unembedding(model), IDS[:, 4:])
         full = model(IDS).logits[:, 3:-1].log_softmax(-1).gather(-1, IDS[:, 4:, None]).squeeze(-1)
     torch.testing.assert_close(internal, full, atol=1e-5, rtol=1e-5)
-
-
-def test_comparison_arms():
-    model = random_model(layers=3)
-    rest, upper = layerwise_groups(model, 1, 1e-3)
-    assert rest["lr"] == 1e-3 and upper["lr"] == pytest.approx(1e-4)
-    above = {id(p) for b in model.model.layers[1:] for p in b.parameters()}
-    assert {id(p) for p in upper["params"]} == above
-    assert len(rest["params"]) + len(upper["params"]) == len(list(model.parameters()))
-    with pytest.raises(BadInput, match="layer 9"):
-        lower_layers(model, 9)

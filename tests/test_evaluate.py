@@ -8,8 +8,8 @@ from conftest import TINY
 
 import evaluate
 from evaluate import Answer, pass_at_k, summarise, valid_json
+from grading.answers import Grade
 from program.errors import BadInput
-from tasks import Grade
 
 
 @pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (5, 0), (5, 2), (6, 5), (7, 3)])

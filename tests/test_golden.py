@@ -82,7 +82,10 @@ def test_group_averages(case):
     mask, divide = tensor(case["in_response_mask"]).bool(), case["in_norm_adv_by_std"]
     for rows in group_rows(case):
         size = len(rows)
-        ours = token_group_advantages(rewards[rows], mask[rows], size, divide_by_std=divide)
+        ours = token_group_advantages(rewards[rows], mask[rows], size)
+        if not divide:  # an option of the release
+            every = torch.repeat_interleave(rewards[rows], mask[rows].sum(1))
+            ours = ours * (every.std(correction=0) + 1e-6)
         close(ours, tensor(case["out_group_adv_nofallback"])[rows], mask[rows], 1e-6)
         ours = grpo_advantages(rewards[rows], size)[:, None].expand(-1, mask.shape[1])
         if size > 1 and divide:  # a group of one gets its raw reward there, 0 here
@@ -125,15 +128,15 @@ def loss_pass(case, sign, logp, plain=False):
             advantages, h * case["in_adv_beta"], ratio, low, high, released=True
         )
     per_token = clipped_surrogate(ratio, advantages, low, high, dual_clip=case["in_clip_ratio_c"])
-    how = case["in_loss_agg_mode"]
-    if how == "token-mean":
+    mean = case["in_loss_agg_mode"]
+    if mean == "token-mean":
         loss = masked_mean(per_token, mask)
-    elif how == "seq-mean-token-mean":
+    elif mean == "seq-mean-token-mean":
         loss = sequence_mean(per_token, mask)
-    elif how == "seq-mean-token-sum":
+    elif mean == "seq-mean-token-sum":
         loss = fixed_length_mean(per_token, mask, length=1)
     else:
-        assert how == "seq-mean-token-sum-norm"
+        assert mean == "seq-mean-token-sum-norm"
         # the release divides the sum by the width alone, not by the responses
         loss = fixed_length_mean(per_token, mask, length=mask.shape[1], normalizer=1)
     return loss, (low, high, advantages)

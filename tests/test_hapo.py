@@ -93,10 +93,6 @@ def test_temperature_by_hand(unchanged):
     released = adaptive_temperature(H, stats, released=True)
     assert released[0, 0].item() == pytest.approx(1.05)  # a sure token, heated
     assert (adaptive_temperature(H, None, base=0.7) == 0.7).all()
-    two = adaptive_temperature(H, stats, base=2.0, tau=0.1, form="two")
-    assert two[0].tolist() == pytest.approx(
-        [1.8, 1.8, 1.8, 1.8, 2.0, 2.2]
-    )  # the fifth is the pivot
     with pytest.raises(ValueError, match="form"):
         adaptive_temperature(H, stats, form="linear")
 

@@ -22,8 +22,9 @@ from internals import (
     unembedding,
 )
 from program.errors import BadInput
-from run.state import micro_batches
-from sampling import Rollout, position_ids
+from run.batch import rollout_of
+from sampling import position_ids
+from scale.passes import passes_of_tokens
 from scripts import internal_report
 
 IDS = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -134,7 +135,7 @@ def test_left_padded_equals_unpadded():
 # ---------------------------------------------------------------------- states that predict answers
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
-ROLLOUT = Rollout.of_answers(
+ROLLOUT = rollout_of(
     PROMPTS,
     [[12, 13, 14], [3], [24]] + [[15, 16], [17, 18, 19, 20], [25, 26, 27]] + [[21], [22, 23], [28]],
 )
@@ -161,7 +162,8 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, 
     grads = [None if p.grad is None else p.grad.clone() for p in any_model.parameters()]
     any_model.zero_grad()
     monkeypatch.setattr(lines, "answers_to_a_line", lambda *sizes: together)
-    states = internals.answer_states(any_model, ROLLOUT, rows, layer, layer is None)
+    layout = lines.layout_for(any_model.config)
+    states = internals.answer_states(any_model, ROLLOUT, rows, layer, layer is None, layout)
     torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
     (states * weight).sum().backward()
     for p, g in zip(any_model.parameters(), grads):
@@ -172,18 +174,25 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, 
 
 def shapes_seen(model):
     """A list that fills with the shape of the ids in every forward pass."""
-    seen = []
-    note = lambda m, args, out: seen.append(tuple(args[0].shape))
+    shapes = []
+    note = lambda m, args, out: shapes.append(tuple(args[0].shape))
     model.get_input_embeddings().register_forward_hook(note)
-    return seen
+    return shapes
+
+
+def states_of(model, rollout, rows):
+    """In the running layout."""
+    return internals.answer_states(model, rollout, rows, layout=lines.layout_for(model.config))
 
 
 def test_a_shared_prompt_runs_once():
     model = random_model()
-    seen = shapes_seen(model)
-    internals.answer_states(model, ROLLOUT, [0, 1, 3, 4])
+    shapes = shapes_seen(model)
+    states_of(model, ROLLOUT, [0, 1, 3, 4])
     # two prompts padded to 4, behind each two answers of 3, less the last token of the longest
-    assert seen == [(2, 10)]
+    assert shapes == [(2, 10)]
+    internals.answer_states(model, ROLLOUT, [0, 1, 3, 4])  # the plain layout: a line an answer
+    assert shapes[1] == (4, 6)
 
 
 def test_answers_to_a_line():
@@ -207,27 +216,27 @@ def test_no_pass_holds_more_tokens_than_asked_for():
     torch.manual_seed(3)
     answers = [[7] * n for n in torch.randint(1, 33, (96,)).tolist()]
     prompts = [[5] * n for n in torch.randint(10, 40, (12,)).tolist()]
-    rollout, model = Rollout.of_answers(prompts, answers), random_model()
-    seen = shapes_seen(model)
-    parts = micro_batches(rollout, range(96), tokens=700)
+    rollout, model = rollout_of(prompts, answers), random_model()
+    shapes = shapes_seen(model)
+    parts = passes_of_tokens(rollout, range(96), tokens=700)
     for part in parts:
-        internals.answer_states(model, rollout, part)
-    assert len(seen) == len(parts) and max(rows * width for rows, width in seen) <= 700
+        states_of(model, rollout, part)
+    assert len(shapes) == len(parts) and max(rows * width for rows, width in shapes) <= 700
     assert sorted(sum(parts, [])) == list(range(96))
 
 
 @pytest.mark.parametrize("setting", ["eager", "sliding window"])
 def test_models_that_take_no_such_mask_run_every_line_alone(setting):
     model = random_model()
-    expected = internals.answer_states(model, ROLLOUT, [0, 1, 2])
+    expected = states_of(model, ROLLOUT, [0, 1, 2])
     if setting == "eager":
         model.set_attn_implementation("eager")
     else:
         model.config.sliding_window = 100
-    seen = shapes_seen(model)
-    states = internals.answer_states(model, ROLLOUT, [0, 1, 2])
+    shapes = shapes_seen(model)
+    states = states_of(model, ROLLOUT, [0, 1, 2])
     torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
-    assert seen == [(3, 6)]
+    assert shapes == [(3, 6)]
 
 
 # ------------------------------------------------------------------------------------------ entropy

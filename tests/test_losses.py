@@ -220,10 +220,9 @@ def test_overlong_by_hand():
         ("sequence_mean", ("logp", "mask", 3)),
         ("fixed_length_mean", ("logp", "mask", 5, 3)),
         ("overlong_penalty", ("lengths", 8, 4)),
-        ("forking_token_mask", ("entropy", "mask", 0.2, "pool")),
-        ("archer_bounds", ("entropy", "mask", 0.8, 0.5, 0.2)),
-        ("entropy_advantage", ("logp", "entropy")),
-        ("edge_advantages", ("rewards", "pool", 2)),
+        ("grpo_advantages", ("rewards", 2)),
+        ("rloo_advantages", ("rewards", 2)),
+        ("differ", ("rewards", 2)),
         ("clipped_surrogate", ("entropy", "logp", "bounds", "bounds", 3.0)),
     ],
 )
@@ -233,39 +232,8 @@ def test_no_function_changes_its_inputs(unchanged, name, args):
         "entropy": torch.rand(4, 5),
         "mask": torch.rand(4, 5) < 0.7,
         "lengths": torch.tensor([3, 5, 7, 8]),
-        "pool": torch.rand(4),
         "rewards": torch.rand(4),
         "bounds": torch.rand(4, 5),
     }
     args = [tensors[a] if isinstance(a, str) else a for a in args]
     unchanged(getattr(losses, name), *args)
-
-
-def test_forking_tokens_keep_the_top_share(unchanged):
-    entropy = torch.tensor([[0.1, 0.9, 0.2, 7.0], [0.8, 0.3, 7.0, 7.0]])
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    kept = unchanged(losses.forking_token_mask, entropy, mask, 0.4)  # 5 valid tokens: 2 stay
-    assert kept.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
-    pool = torch.tensor([0.25, 0.1, 0.1, 0.1, 0.1])
-    kept = losses.forking_token_mask(entropy, mask, 0.2, pool=pool)
-    assert kept.tolist() == [[0, 1, 0, 0], [1, 1, 0, 0]]
-    assert losses.forking_token_mask(entropy, mask * 0).sum() == 0
-
-
-def test_archer_has_two_classes():
-    entropy, classes = torch.arange(5.0)[None], dict(clip_high_entropy=0.5, clip_low_entropy=0.2)
-    bounds = losses.archer_bounds(entropy, torch.ones(1, 5), quantile=0.5, **classes)
-    assert bounds.tolist() == [pytest.approx([0.2, 0.2, 0.2, 0.5, 0.5])]
-
-
-def test_entropy_advantage_cannot_turn_a_sign():
-    advantages, entropy = torch.tensor([1.0, -1.0, 0.0]), torch.tensor([0.5, 100.0, 5.0])
-    result = losses.entropy_advantage(advantages, entropy, alpha=0.4, kappa=2.0)
-    assert result.tolist() == pytest.approx([1.2, -0.5, 0.0])
-
-
-def test_edge_divides_by_relative_entropy():
-    # entropies 1 and 3, mean 2: relative 0.5 and 1.5
-    advantages, entropy = torch.tensor([1.0, -1.0]), torch.tensor([1.0, 3.0])
-    result = losses.edge_advantages(advantages, entropy, 2)
-    assert result.tolist() == pytest.approx([2.0, -1 / 1.5])

@@ -11,10 +11,10 @@ import train
 from evaluate import Answer
 from program.models import load_model
 from run import report
+from run.machine import OneProcess
 from run.opening import open_run
 from run.options import parse
 from scale.master import CHUNK, MasterAdamW, Masters, join, split
-from scale.shard import World
 
 
 def test_split_by_hand():
@@ -121,11 +121,11 @@ def test_float16_scales_its_loss(tmp_path, tiny_folder, coins):
 def test_an_overflow_is_no_fault(opened, coins):
     """A loss scale of 2^40 overflows: no weight moves, the scale falls, the step is not bad."""
     run = opened("--dtype", "float16")
-    run.scaler._init_scale = 2.0**40
+    run.weights.scaler._init_scale = 2.0**40
     before = [p.detach().clone() for p in run.policy.parameters()]
     metrics, bad = train.guarded_step(1, run)
     assert bad is None and metrics["rescaled_updates"] == 1 and metrics["skipped_updates"] == 0
-    assert run.scaler.get_scale() == 2.0**39
+    assert run.weights.scaler.get_scale() == 2.0**39
     assert all(torch.equal(p, q) for p, q in zip(run.policy.parameters(), before))
 
 
@@ -135,7 +135,7 @@ def test_the_reference_is_the_policy_it_was(where, tmp_path, tiny_folder, coins)
     the KL is 0; and a resume knows the initial model again."""
     more = [where, "--kl", "0.1", "--updates-per-rollout", "1", "--algo", "grpo"]
     train.main(options(tmp_path / "run", tiny_folder, *more, "--steps", "1"))
-    run, step = open_run(parse(["--resume", "--out", str(tmp_path / "run")], ""), World("cpu"))
+    run, step = open_run(parse(["--resume", "--out", str(tmp_path / "run")], ""), OneProcess("cpu"))
     assert step == 1 and run.reference is not None
     initial, _ = load_model(tiny_folder)
     for p, q in zip(run.reference.parameters(), initial.parameters()):

@@ -137,7 +137,7 @@ def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypat
 
     small = lambda device: SimpleNamespace(total_memory=10**6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", small)
-    world = SimpleNamespace(device=torch.device("cuda"), size=1)
+    ranks = SimpleNamespace(device=torch.device("cuda"), size=1)
     more = ["--max-new-tokens", "400"]
     for given, advice in [
         (more, "--gradient-checkpointing"),
@@ -145,7 +145,7 @@ def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypat
         (["--max-new-tokens", "1", "--no-capture"], "--split-master .a fifth less., --offload, or"),
         (["--max-new-tokens", "1", "--no-capture", "--offload"], "more processes .torchrun"),
     ]:
-        fake = SimpleNamespace(options=some_options(*given), items=[(None, [1, 2])], world=world)
+        fake = SimpleNamespace(options=some_options(*given), items=[(None, [1, 2])], ranks=ranks)
         message = f"this run needs 0.. GiB and the device has 0.0; try {advice}"
         with pytest.raises(BadInput, match=message):
             opening.describe(fake, load_config(TINY), print)

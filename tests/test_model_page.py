@@ -9,7 +9,7 @@ import torch
 from conftest import TINY
 
 from program.errors import BadInput
-from sampling import Rollout
+from run.batch import rollout_of
 from scripts import internal_report, model_page, page
 
 
@@ -94,14 +94,14 @@ def test_the_page_of_the_shipped_model(tmp_path, capsys):
 
 
 def test_a_page_has_room_for_few_tokens_of_a_deep_model():
-    rollout = Rollout.of_answers([[1]] * 9, [[2] * 30] * 9)
+    rollout = rollout_of([[1]] * 9, [[2] * 30] * 9)
     shown = model_page.shown_answers(rollout, layers=30, models=1)
     assert sum(n for _, n in shown) * 30 * 6 <= model_page.MOST_CELLS and shown[0] == (0, 30)
     assert model_page.shown_answers(rollout, layers=6, models=1) == [(i, 30) for i in range(4)]
 
 
 def test_empty_answers_are_one_line(tmp_path, monkeypatch):
-    empty = Rollout.of_answers([[1]], [[2]])
+    empty = rollout_of([[1]], [[2]])
     empty.mask[:] = False
     monkeypatch.setattr(internal_report, "answers_for", lambda *args: empty)
     with pytest.raises(BadInput, match="its answers are empty"):

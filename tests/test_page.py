@@ -52,7 +52,7 @@ def test_a_close_up_by_hand(opened, monkeypatch):
     verdicts(monkeypatch, True, True, True, False, False, False, True, True)
     run = opened("--lr", "3e-2")
     step = train.train_step(1, run)
-    shown = train.close_up(step, run)
+    shown = train.inspect_group(step, run)
     assert shown["rows"] == [2, 3]  # the only mixed group
     parts = [list(range(8))]
     logp, _ = train.score(run.policy, step.batch.rollout, parts, None, run)

@@ -1,5 +1,7 @@
 """The row functions that CUDA compiles, and what the chunked loss keeps in float32."""
 
+import functools
+
 import pytest
 import torch
 
@@ -56,11 +58,10 @@ def test_what_the_compiler_returns_is_used(monkeypatch):
     rows._compile.cache_clear(), rows._compiler_works.cache_clear()
     hidden, weight, targets = torch.randn(9, 4), torch.randn(20, 4), torch.arange(9)
     results = []
-    for plain in (False, True):
+    chunked = functools.partial(token_logprobs_and_entropy, chunk_tokens=4)
+    for scores in (chunked, plain_logprobs_and_entropy):
         h, w = (x.clone().requires_grad_() for x in (hidden, weight))
-        logp, _ = token_logprobs_and_entropy(
-            h, w, targets, 0.7, chunk_tokens=4, plain=plain, measure_entropy=False
-        )
+        logp, _ = scores(h, w, targets, 0.7, measure_entropy=False)
         logp.square().sum().backward()
         results.append((logp.detach(), h.grad, w.grad))
     for ours, theirs in zip(*results):

@@ -9,17 +9,19 @@ import torch
 from conftest import verdicts
 from safetensors.torch import load_file, save_file
 
+import bupo
 import evaluate
 import losses
 import tasks
 import train
 from evaluate import Answer
+from grading.answers import Grade
 from program.errors import BadInput
 from run import report
+from run.batch import Pass, Update, rollout_of
+from run.machine import OneProcess
 from run.opening import open_run
-from sampling import Rollout
-from scale.shard import World
-from tasks import Grade, load_problems
+from tasks import load_problems
 
 
 def weights_of(run):
@@ -41,7 +43,7 @@ def test_a_length_penalty_wakes_no_dead_group(opened, monkeypatch):
         batch = train.train_step(1, run).batch
         penalised = batch.rewards.view(-1, 2)
         assert any(penalised[i, 0] != penalised[i, 1] for i in (0, 2, 3))
-        assert train.live_groups(batch).tolist() == [False, True, False, False]
+        assert batch.live.tolist() == [False, False, True, True] + [False] * 4
         assert batch.advantages[[0, 1, 4, 5, 6, 7]].abs().max() == 0 < batch.advantages.abs().max()
 
 
@@ -52,10 +54,8 @@ def test_live_groups_are_dealt_out_to_the_updates(opened, monkeypatch):
     verdicts(monkeypatch, *dead, *live, *dead, *live, *live, *dead, *dead, *dead)
     more = "--dynamic-sampling --max-rounds 2 --updates-per-rollout 2"
     run = opened("--algo", "dapo", *more.split())
-    rounds, sample_round = [], train.sample_round
-    monkeypatch.setattr(
-        train, "sample_round", lambda *args: rounds.append(sample_round(*args)) or rounds[-1]
-    )
+    rounds, collect = [], train.collect
+    monkeypatch.setattr(train, "collect", lambda *args: rounds.append(collect(*args)) or rounds[-1])
     step = train.train_step(1, run)
     drawn = [p.question for part in rounds for p in part.problems]
     # dealt out in turn: places 0 and 2 of the list to the first update, 1 and 3 to the second
@@ -63,7 +63,7 @@ def test_live_groups_are_dealt_out_to_the_updates(opened, monkeypatch):
     assert [p.question for p in step.batch.problems] == expected
     assert step.batch.in_loss.tolist() == [True] * 6 + [False] * 2
     assert [u.outcome for u in step.updates] == ["applied", "applied"]
-    assert report.step_metrics(step, report.weight_sample(run.policy), run)["groups"] == 8
+    assert report.step_metrics(step, report.weight_sample(run), run)["groups"] == 8
 
 
 def test_an_update_without_a_token_moves_nothing(opened, monkeypatch):
@@ -78,51 +78,19 @@ def test_an_update_without_a_token_moves_nothing(opened, monkeypatch):
     assert not any(moved(run, before))
 
 
-# -------------------------------------------------------------------------------- comparison arms
-
-
-def test_forking_divides_by_all_tokens(opened, monkeypatch):
-    """Wang et al.: tokens below the threshold add nothing, and stay in the mean."""
-    verdicts(monkeypatch, True, False)
-    run = opened("--algo", "dapo", "--comparison", "forking")
-    step = train.train_step(1, run)
-    batch = step.batch
-    keeps = losses.forking_token_mask(batch.entropy, batch.loss_mask.float())
-    assert torch.equal(batch.advantages != 0, keeps.bool())
-    assert step.updates[0].tokens == int(batch.rollout.mask.sum()) > 3 * int(keeps.sum())
-    # before the first update every ratio is 1: the loss is minus the mean of A over all tokens
-    expected = -(batch.advantages.sum() / batch.rollout.mask.sum()).item()
-    assert step.updates[0].loss == pytest.approx(expected, abs=1e-6)
-
-
-def test_archer_compares_a_token_with_its_own_answer():
-    # medians 2 and 20; the third entry of the second row is padding
-    entropy = torch.tensor([[1.0, 2.0, 3.0], [20.0, 30.0, 99.0]])
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    bounds = losses.archer_bounds(entropy, mask, 0.5, 0.9, 0.1)
-    assert bounds[0].tolist() == pytest.approx([0.1, 0.1, 0.9])
-    assert bounds[1, :2].tolist() == pytest.approx([0.1, 0.9])
-
-
-def test_edge_is_bounded_where_an_entropy_vanishes():
-    result = losses.edge_advantages(torch.tensor([1.0, -1.0, 1.0]), torch.tensor([0.0, 3.0, 3]), 3)
-    assert result.tolist() == pytest.approx([10, -2 / 3, 2 / 3])
-    assert losses.edge_advantages(torch.ones(2), torch.zeros(2), 2).isfinite().all()
-
-
 # ------------------------------------------------------------------------------------------- steps
 
 
 def test_a_step_with_one_skipped_update_is_a_step(opened, monkeypatch):
     verdicts(monkeypatch, True, False)
     run = opened("--updates-per-rollout", "2", "--eval-every", "1")
-    count, original = [0], train.mean_loss
+    count, original = [0], run.mean_loss
 
     def mean_loss(*args):
         count[0] += 1
         return original(*args) * (math.nan if count[0] in (1, 3, 4) else 1.0)
 
-    monkeypatch.setattr(train, "mean_loss", mean_loss)
+    run.mean_loss = mean_loss
     metrics, bad = train.guarded_step(1, run)
     assert bad is None and "eval_greedy" in metrics
     assert (metrics["updates"], metrics["skipped_updates"]) == (1, 1)
@@ -150,9 +118,17 @@ def test_kl_old_of_an_update(opened, monkeypatch):
     rows = list(range(8))
     mask = batch.loss_mask.float()
     logp = batch.old_logp + 0.5 * mask
-    _, seen, _ = train.policy_loss(logp, batch, rows, run.options)
+    _, ratio, advantage = train.policy_loss(logp, batch, rows, run)
+    update = Update("applied", 0.0, 0.0, [Pass(rows, logp, ratio, advantage)])
     expected = (math.exp(0.5) - 0.5 - 1) * mask.sum().item()
-    assert seen["kl_old"].item() == pytest.approx(expected, rel=1e-4)
+    counts = report.clip_counts(update, batch)
+    assert counts["kl_old"] == pytest.approx(expected, rel=1e-4)
+    # e^0.5 is beyond 1.28: clipped where the advantage is positive, outside everywhere
+    right = (batch.advantages > 0).sum().item()
+    assert counts["clip_high"] == right > 0 == counts["clip_low"] == counts["clamped"]
+    assert counts["outside"] == counts["tokens"] == mask.sum().item()
+    largest, off = report.largest_ratio(update, batch, run)
+    assert (largest, off) == pytest.approx((math.exp(0.5), math.exp(0.5) - 1))
 
 
 # -------------------------------------------------------------------------------------------- BuPO
@@ -164,40 +140,37 @@ def test_the_final_norm_is_applied_and_not_trained(opened, monkeypatch):
     start = run.policy.model.norm.weight.detach().clone()
     train.train_step(1, run)
     assert torch.equal(run.policy.model.norm.weight, start)
-    assert run.policy.model.norm.weight not in run.optimizer.state
+    assert run.policy.model.norm.weight not in run.weights.optimizer.state
     train.train_step(2, run)
     assert not torch.equal(run.policy.model.norm.weight, start)
 
 
 def test_the_boundary_layer_weighs_processes_by_their_tokens(opened, monkeypatch):
     """Process 0 has 3 tokens and a change of -1 in layer 2; another has 1 token and +2."""
-    run = opened("--bupo-layer", "auto", "--bupo-steps", "1")
     change = torch.tensor([1.0, -1.0, -1.0])
     entropy = type("E", (), {"feed_forward_change": change})
-    monkeypatch.setattr(train.internals, "internal_entropy", lambda *args, **kwargs: entropy)
+    monkeypatch.setattr(bupo, "internal_entropy", lambda *args, **kwargs: entropy)
 
-    class Two(World):
+    class Two(OneProcess):
         size = 2
 
-        def sum(self, x):
-            x = torch.as_tensor(x)
-            return x + (1 if x.dim() == 0 else torch.tensor([1.0, 2.0, -1.0]) * 1)
+        def total(self, *numbers):
+            other = (1.0, 2.0, -1.0, 1)  # three changes times one token, and the token
+            return [float(a) + b for a, b in zip(numbers, other)]
 
-    run.world = Two("cpu")
-    batch = train.Batch(
-        problems=[], texts=[], rollout=Rollout.of_answers([[1]], [[2, 3, 4]]), strict=None,
-        lenient=None, right=None, rewards=None,
-    )  # fmt: skip
+    answers = rollout_of([[1]], [[2, 3, 4]]).with_response_mask(1)
+    found = bupo.measure_boundary(None, *answers, None, Two("cpu"))
     # layer 2: (3 x -1 + 1 x 2) / 4 < 0; unweighted it would be (-1 + 2) / 2 > 0
-    assert train.choose_layer(batch, run) == 1
+    assert found.layer == 1 and found.found
+    assert found.change.tolist() == [1.0, -0.25, -1.0]
 
 
 def test_answers_for_a_measurement_are_spread_over_the_batch():
-    rollout = Rollout.of_answers([[i] for i in range(100)], [[i] for i in range(100)])
+    rollout = rollout_of([[i] for i in range(100)], [[i] for i in range(100)])
     ids, _, _ = rollout.with_response_mask(64)
     firsts = ids[:, 0].tolist()
     assert len(set(firsts)) == 64 and max(firsts) > 95
-    assert Rollout.of_answers([[1], [2]], [[3], [4]]).with_response_mask(64)[0].shape == (2, 2)
+    assert rollout_of([[1], [2]], [[3], [4]]).with_response_mask(64)[0].shape == (2, 2)
 
 
 # ------------------------------------------------------------------------------------- evaluations
@@ -306,7 +279,7 @@ def started(tmp_path, tiny_folder, opened, monkeypatch):
 
 def resumed(out, *more):
     options = train.parse(["--out", str(out), "--resume", *map(str, more)], "")
-    run, step = open_run(options, World("cpu"))
+    run, step = open_run(options, OneProcess("cpu"))
     run.lock.close()
     return run, step
 

@@ -1,6 +1,5 @@
 """The decoder, plain and fast: fake models whose answers are known, then real architectures."""
 
-import functools
 import math
 
 import pytest
@@ -11,20 +10,25 @@ from conftest import checkpoint_layers, random_model
 import sampling
 from fast import cpu, decoding, rows
 from losses import token_logprobs_and_entropy
+from program.errors import NonFinite
 from program.models import cache_argument
-from run.state import micro_batches
+from run.batch import join, rollout_of, select
+from run.machine import split_rows
 from sampling import (
     AdaptiveTemperature,
-    NonFinite,
-    Rollout,
     entropy_of,
     eos_ids_of,
     generate,
     position_ids,
 )
+from scale.passes import even_passes, passes_of_tokens
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 WAYS = dict(argvalues=[True, False], ids=["plain", "fast"])
+
+
+def draws_of(tokens, rows):
+    return torch.rand(tokens, rows, generator=torch.Generator().manual_seed(0))
 
 
 def full_logits(model, ids):
@@ -35,7 +39,7 @@ def full_logits(model, ids):
 
 @pytest.fixture(params=WAYS["argvalues"], ids=WAYS["ids"])
 def decode(request):
-    return functools.partial(generate, plain=request.param)
+    return sampling.generate if request.param else decoding.generate
 
 
 # ------------------------------------------------------------------------------------------ drawing
@@ -44,6 +48,11 @@ def decode(request):
 @pytest.fixture(params=WAYS["argvalues"], ids=WAYS["ids"])
 def draw(request):
     return sampling.draw if request.param else decoding.Draw()
+
+
+def drawn_with_entropy(draw, *args):
+    """The plain draw always measures it."""
+    return draw(*args) if draw is sampling.draw else draw(*args, measure_entropy=True)
 
 
 @pytest.fixture(params=WAYS["argvalues"], ids=WAYS["ids"])
@@ -64,9 +73,10 @@ def test_the_likeliest_id_is_argmax(size):
 def test_log_probability_of_a_sure_and_of_a_rare_token(draw, entropy):
     """log p = -log1p(q / p) with q the share of the others: by hand, 1e-9 from certainty too."""
     logits = torch.zeros(2, 100).index_fill(1, torch.tensor([7]), 25.0)
-    drawn = draw(logits, 1.0, torch.tensor([0.5, 0.0]), entropy)
+    draws = torch.tensor([0.5, 0.0])
+    drawn = drawn_with_entropy(draw, logits, 1.0, draws) if entropy else draw(logits, 1.0, draws)
     others = 99 * math.exp(-25)
-    assert drawn.token.tolist() == [7, 0]
+    assert drawn.tokens.tolist() == [7, 0]
     assert drawn.logp[0].item() == pytest.approx(-math.log1p(others), rel=1e-5)
     assert drawn.logp[1].item() == pytest.approx(-25 - math.log1p(others), rel=1e-6)
 
@@ -75,22 +85,26 @@ def test_draw_by_hand(draw):
     # probabilities 1/4, 1/2, 1/4: u below 0.25 gives 0, below 0.75 gives 1, the rest 2
     logits = torch.tensor([[1.0, 2.0, 1.0]]).log().repeat(5, 1)
     drawn = draw(logits, 1.0, torch.tensor([0.0, 0.24, 0.26, 0.74, 0.99]))
-    assert drawn.token.tolist() == [0, 0, 1, 1, 2]
+    assert drawn.tokens.tolist() == [0, 0, 1, 1, 2]
     assert drawn.logp.exp().tolist() == pytest.approx([0.25, 0.25, 0.5, 0.5, 0.25])
-    assert (drawn.temperature == 1).all() and drawn.entropy.isnan().all()
+    assert (drawn.temperature == 1).all()
+    if draw is sampling.draw:  # 1/2 ln 2 + 1/2 ln 4
+        assert drawn.entropy.tolist() == pytest.approx([1.5 * math.log(2)] * 5)
+    else:
+        assert drawn.entropy.isnan().all()
 
 
 def test_draw_at_a_temperature_is_softmax_of_scaled_logits(draw):
     logits, uniform = torch.randn(4, 7), torch.rand(4)
     drawn = draw(logits, 0.5, uniform)
     scaled = (logits / 0.5).log_softmax(-1)
-    torch.testing.assert_close(drawn.logp, scaled.gather(-1, drawn.token[:, None]).squeeze(-1))
+    torch.testing.assert_close(drawn.logp, scaled.gather(-1, drawn.tokens[:, None]).squeeze(-1))
     adaptive = draw(logits, lambda h: torch.full_like(h, 0.5), uniform)
-    assert torch.equal(adaptive.token, drawn.token)
+    assert torch.equal(adaptive.tokens, drawn.tokens)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(adaptive.entropy, entropy)
-    measured = draw(logits, 0.5, uniform, measure_entropy=True)
-    assert torch.equal(measured.token, drawn.token)
+    measured = drawn_with_entropy(draw, logits, 0.5, uniform)
+    assert torch.equal(measured.tokens, drawn.tokens)
     torch.testing.assert_close(measured.entropy, entropy)
 
 
@@ -112,14 +126,14 @@ def test_a_token_of_probability_zero_is_never_drawn_even_at_the_edge(invert_cdf)
 
 def test_frequencies_are_those_of_the_softmax(draw):
     logits = torch.randn(1, 30) * 2
-    tokens = draw(logits.expand(200_000, -1), 1.0, torch.rand(200_000)).token
+    tokens = draw(logits.expand(200_000, -1), 1.0, torch.rand(200_000)).tokens
     share = torch.bincount(tokens, minlength=30) / 200_000
     assert (share - logits.softmax(-1)[0]).abs().max() < 0.005
 
 
 def test_entropy_of_masked_logits(draw):
     logits = torch.tensor([[0.0, 0.0, -torch.inf]])
-    entropy = draw(logits, 1.0, torch.rand(1), measure_entropy=True).entropy
+    entropy = drawn_with_entropy(draw, logits, 1.0, torch.rand(1)).entropy
     assert entropy.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -132,7 +146,7 @@ def test_the_draw_of_a_later_step_is_a_draw_of_its_own():
     for temperature in (1.0, 0.7, 0, rule):
         before = logits.clone()
         a, b = decoding.Draw()(logits, temperature, uniform), used(logits, temperature, uniform)
-        assert torch.equal(a.token, b.token) and torch.equal(logits, before)
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(logits, before)
         for x, y in zip(a, b):
             torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
     by_hand = torch.distributions.Categorical(logits=logits[[0, 2, 3]]).entropy()
@@ -145,8 +159,8 @@ def test_the_draw_of_a_later_step_is_a_draw_of_its_own():
 def test_matches_the_full_forward_pass(any_model, decode):
     """Every token's log-probability and entropy, for prompts of unequal length, equal those of an
     uncached, unpadded pass."""
-    rule, generator = lambda h: 0.9 + 0.1 * h.tanh(), torch.Generator().manual_seed(0)
-    rollout = decode(any_model, PROMPTS, 3, 6, [3], rule, generator=generator)
+    rule = lambda h: 0.9 + 0.1 * h.tanh()
+    rollout = decode(any_model, PROMPTS, 3, 6, [3], rule, uniform=draws_of(6, 9))
     for b, answer in enumerate(rollout.answers()):
         prompt = PROMPTS[b // 3]
         logits = full_logits(any_model, prompt + answer)[len(prompt) - 1 : -1]
@@ -183,7 +197,7 @@ class Chain(torch.nn.Module):
         self.calls.append((ids[:, -1].tolist(), kwargs["position_ids"][:, -1].tolist()))
         out.logits = torch.full_like(out.logits, -1e9)
         for row, token in enumerate(ids[:, -1].tolist()):
-            out.logits[row, -1, self.NEXT[token]] = 0.0
+            out.logits[row, -1, self.NEXT.get(token, token)] = 0.0
         return out
 
 
@@ -195,8 +209,12 @@ def test_rows_leave_when_they_end_and_every_eos_counts(decode):
     # the end-of-sequence token is inside the mask
     assert rollout.mask[1].tolist() == [True, False, False, False]
     # what the model was fed: last tokens and their positions; row 1 leaves after one token, row 2
-    # after three
-    assert model.calls == [([1, 5, 6], [0, 0, 2]), ([7, 10], [1, 3]), ([8, 11], [2, 4]), ([9], [3])]
+    # after three, where rows leave
+    fed = [([1, 5, 6], [0, 0, 2]), ([7, 10], [1, 3]), ([8, 11], [2, 4]), ([9], [3])]
+    if decode is sampling.generate:
+        fed = [([1, 5, 6], [0, 0, 2]), ([7, 2, 10], [1, 1, 3]), ([8, 2, 11], [2, 2, 4])]
+        fed += [([9, 2, 4], [3, 3, 5])]
+    assert model.calls == fed
 
 
 def test_keys_and_values_go_by_the_name_that_the_model_knows():
@@ -234,7 +252,7 @@ def test_length_cap_is_not_an_end(any_model, decode):
 def test_pad_equal_to_eos_is_trained_on():
     """Masks come from lengths: token 0 is drawn as an ordinary token, id 3 is both pad and end and
     still counts."""
-    rollout = Rollout.of_answers([[1]], [[0, 5, 3]])
+    rollout = rollout_of([[1]], [[0, 5, 3]])
     assert rollout.mask.tolist() == [[True, True, True]] and rollout.answers() == [[0, 5, 3]]
 
 
@@ -253,10 +271,10 @@ def test_padded_vocabulary_is_never_drawn(decode):
 
 def test_generation_config_does_not_leak(decode):
     model = random_model()
-    want = decode(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0))
+    want = decode(model, PROMPTS, 4, 6, uniform=draws_of(6, 12))
     settings = dict(top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1)
     model.generation_config = transformers.GenerationConfig(do_sample=True, **settings)
-    got = decode(model, PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0))
+    got = decode(model, PROMPTS, 4, 6, uniform=draws_of(6, 12))
     assert torch.equal(got.tokens, want.tokens)
 
 
@@ -265,11 +283,11 @@ def test_training_mode_and_checkpointing_do_not_change_answers(decode):
     put the modes back."""
     model = random_model(vocab=384)
     model.eval()
-    want = decode(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
+    want = decode(model, PROMPTS, 4, 10, uniform=draws_of(10, 12))
     checkpoint_layers(model)
     model.train()
     model.model.norm.eval()
-    got = decode(model, PROMPTS, 4, 10, generator=torch.Generator().manual_seed(0))
+    got = decode(model, PROMPTS, 4, 10, uniform=draws_of(10, 12))
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logp, want.logp)
     assert model.training and not model.model.norm.training
     assert model.model.layers[0].gradient_checkpointing and torch.is_grad_enabled()
@@ -307,9 +325,9 @@ def test_non_finite_logits_are_refused(decode):
 def test_select_and_join_keep_rows_together():
     a = generate(random_model(), PROMPTS, 2, 5, [3])
     b = generate(random_model(), [[1, 2, 3, 4, 5, 6]], 2, 7, [3])
-    joined = Rollout.join([a, b])
+    joined = join([a, b])
     assert joined.answers() == a.answers() + b.answers()
-    picked = joined.select([3, 1])
+    picked = select(joined, [3, 1])
     assert picked.answers() == b.answers() + a.answers()[2:4]
     ids, mask, predicts = picked.sequences([2, 0])
     line = PROMPTS[1] + a.answers()[2]
@@ -323,13 +341,26 @@ def test_select_and_join_keep_rows_together():
 
 def test_micro_batches_cover_every_row_once():
     lengths = (1, 9, 2, 8, 3, 7)
-    rollout = Rollout.of_answers([[1, 1]] * 6, [[5] * n for n in lengths])
-    assert micro_batches(rollout, range(6), sequences=4) == [[0, 1, 2, 3], [4, 5]]
-    parts = micro_batches(rollout, range(6), tokens=20)
+    rollout = rollout_of([[1, 1]] * 6, [[5] * n for n in lengths])
+    assert split_rows(rollout, list(range(6)), 4) == [[0, 1, 2, 3], [4, 5]]
+    assert split_rows(rollout, list(range(6))) == [[0, 1, 2, 3, 4, 5]]
+    parts = passes_of_tokens(rollout, range(6), tokens=20)
     assert sorted(sum(parts, [])) == list(range(6))
     assert all(len(p) == 1 or len(p) * (2 + max(lengths[r] for r in p)) <= 20 for p in parts)
     # one answer longer than the limit still goes through
-    assert micro_batches(rollout, [1], tokens=3) == [[1]]
+    assert passes_of_tokens(rollout, [1], tokens=3) == [[1]]
+
+
+def test_every_rank_makes_the_same_number_of_passes():
+    """A rank with two passes where another has four cuts its longest ones in two."""
+
+    class Other:
+        def max(self, count):
+            return max(count, 4)
+
+    parts = even_passes(lambda rollout, rows: [[0, 1, 2, 3, 4], [5]], Other(), None, range(6))
+    assert len(parts) == 4 and sorted(sum(parts, [])) == list(range(6)) and all(parts)
+    assert even_passes(split_rows, Other(), None, [0, 1, 2, 3]) == [[0], [1], [2], [3]]
 
 
 # --------------------------------------------------------------------------- transformers' generate

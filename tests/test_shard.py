@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from program.errors import BadInput
-from scale.shard import check_world
+from scale.shard import check_ranks
 
 # HAPO with BuPO, unequal micro-batches, layers checkpointed, and dynamic sampling, whose live
 # groups two processes deal out as one does. Behind the resume lie an aligned and a full step.
@@ -140,4 +140,4 @@ def test_more_processes_than_prompts_is_one_line():
         ".more ranks than prompts."
     )
     with pytest.raises(BadInput, match=message):
-        check_world(o, world)
+        check_ranks(o, world)

@@ -12,12 +12,12 @@ from conftest import TINY
 import losses
 import sampling
 import train
-from fast import decoding
+from fast import decoding, forward
+from grading.answers import Grade
 from program.errors import BadInput
 from run import options, report
+from run.machine import OneProcess
 from run.opening import open_run
-from scale.shard import World
-from tasks import Grade
 
 # --------------------------------------------------------------------------- entropies, row by row
 
@@ -43,10 +43,13 @@ def exact(logits, targets):
     return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
+SCORERS = {False: losses.token_logprobs_and_entropy, True: losses.plain_logprobs_and_entropy}
+
+
 def eye_scores(plain):
     def scores(logits, targets):
         eye = torch.eye(logits.shape[1])
-        return losses.token_logprobs_and_entropy(logits, eye, targets, plain=plain)
+        return SCORERS[plain](logits, eye, targets)
 
     return scores
 
@@ -54,7 +57,7 @@ def eye_scores(plain):
 def drawn(draw):
     def scores(logits, targets):
         # u picks the likeliest id, which is the target here
-        one = draw(logits, 1.0, torch.full((len(logits),), 0.5), measure_entropy=True)
+        one = draw(logits, 1.0, torch.full((len(logits),), 0.5))
         return losses.row_logprobs_and_entropy(logits, targets)[0], one.entropy
 
     return scores
@@ -63,7 +66,7 @@ def drawn(draw):
 WAYS = {
     "scorer": eye_scores(False),
     "plain scorer": eye_scores(True),
-    "sampler": drawn(lambda *args, **kwargs: decoding.Draw()(*args, **kwargs)),
+    "sampler": drawn(lambda *args: decoding.Draw()(*args, measure_entropy=True)),
     "plain sampler": drawn(sampling.draw),
 }
 
@@ -87,7 +90,7 @@ def test_entropies_under_autocast_are_those_of_its_own_logits(plain):
     hidden *= torch.linspace(0.1, 4, 300)[:, None]
     targets = torch.randint(0, 500, (300,))
     with torch.autocast("cpu", torch.bfloat16):
-        got = losses.token_logprobs_and_entropy(hidden, weight, targets, 0.8, plain=plain)
+        got = SCORERS[plain](hidden, weight, targets, 0.8)
         logits = hidden @ weight.T
     assert logits.dtype == torch.bfloat16 and got[1].dtype == torch.float32
     logp, entropy = exact(logits.float() / 0.8, targets)
@@ -114,7 +117,7 @@ def test_a_bad_logit_shows(draw, bad):
     """It must not travel: `generate` looks at what is drawn and names the position."""
     logits = torch.randn(3, 9)
     logits[1, 4] = bad
-    logp = draw(logits, 1.0, torch.full((3,), 0.3), measure_entropy=True).logp
+    logp = draw(logits, 1.0, torch.full((3,), 0.3)).logp
     assert logp.isfinite().tolist() == [True, False, True]
 
 
@@ -122,7 +125,7 @@ def test_the_drawn_log_probability_is_exact():
     logits = rows_of_entropy()
     for draw in (decoding.Draw(), sampling.draw):
         one = draw(logits, 0.7, torch.full((len(logits),), 1e-9))
-        expected, _ = exact(logits / 0.7, one.token)
+        expected, _ = exact(logits / 0.7, one.tokens)
         assert ((one.logp - expected).abs() / expected.abs()).max() < 1e-4
 
 
@@ -134,7 +137,7 @@ def test_a_low_precision_replica_is_sampled_at_its_products():
     ids = torch.tensor([[5, 6, 7]])
     cache, position = sampling.DynamicCache(), torch.arange(3)[None]
     with torch.no_grad():
-        logits = sampling._next_logits(model, ids, None, position, cache)
+        logits = forward.next_logits(model, ids, None, position, cache)
         states = model.model(ids).last_hidden_state[:, -1]
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, (states @ model.lm_head.weight.T).float())
@@ -177,7 +180,7 @@ def opened(tmp_path, monkeypatch):
     def open_one(*more):
         where = ["--out", str(tmp_path / str(len(list(tmp_path.iterdir()))))]
         where += ["--model", str(TINY), "--data", str(tmp_path / "q.jsonl")]
-        return open_run(options.parse([*SMALL, *where, *more], ""), World("cpu"))[0]
+        return open_run(options.parse([*SMALL, *where, *more], ""), OneProcess("cpu"))[0]
 
     return open_one
 
@@ -188,23 +191,22 @@ PASSES += ["autocast", "autocast --micro-tokens 120"]
 
 @pytest.mark.parametrize("more", PASSES)
 def test_the_first_ratios_are_exactly_one(opened, monkeypatch, more):
-    if "autocast" in more:
-        more = more.removeprefix("autocast")
-        monkeypatch.setattr(
-            train.Run, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16)
-        )
-    run = opened(*more.split())
+    low = "autocast" in more
+    run = opened(*more.removeprefix("autocast").split())
+    if low:
+        run.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
     for number in (1, 2):
         step = train.train_step(number, run)
-        metrics = report.step_metrics(step, report.weight_sample(run.policy), run)
+        metrics = report.step_metrics(step, report.weight_sample(run), run)
         assert metrics["updates"] == 1 and metrics["ratio_max"] == 1
         assert metrics["outside_before_update"] == metrics["ratio_off_before_update"] == 0
 
 
 def test_the_first_ratios_of_several_updates(opened):
     run = opened("--prompts-per-step", "4", "--updates-per-rollout", "2")
-    first, second = train.train_step(1, run).updates
-    assert first.ratio_off == 0 and second.ratio_off > 0
+    step = train.train_step(1, run)
+    first, second = [report.largest_ratio(u, step.batch, run)[1] for u in step.updates]
+    assert first == 0 and second > 0
 
 
 def test_ratios_beyond_the_limit_are_counted(opened, monkeypatch):
@@ -214,7 +216,8 @@ def test_ratios_beyond_the_limit_are_counted(opened, monkeypatch):
     )
     step = train.train_step(1, run)
     (update,) = step.updates
-    assert update.clamped == update.tokens > 0 and update.outcome == "applied"
+    counts = report.clip_counts(update, step.batch)
+    assert counts["clamped"] == counts["tokens"] > 0 and update.outcome == "applied"
 
 
 # ------------------------------------------------------------------- a whole step, against a naive
@@ -344,7 +347,8 @@ def test_a_whole_step_against_a_naive_one(opened, monkeypatch, setting):
     done = train.train_step(1, run)
     (update,) = done.updates
     loss, gradients = naive_loss(run, done.batch, noise, done.layer)
-    assert update.outcome == "applied" and update.clip_low + update.clip_high > 0
+    counts = report.clip_counts(update, done.batch)
+    assert update.outcome == "applied" and counts["clip_low"] + counts["clip_high"] > 0
     assert update.loss == pytest.approx(loss, abs=1e-5, rel=1e-5)
     ours = torch.cat([seen[name].flatten() for name in seen]).double()
     theirs = torch.cat([gradients[name].flatten() for name in seen])
@@ -369,7 +373,7 @@ def test_a_fifth_of_the_tokens_is_heated_at_any_temperature(opened, T):
 def test_the_statistics_are_logged(opened):
     run = opened()
     step = train.train_step(1, run)
-    metrics = report.step_metrics(step, report.weight_sample(run.policy), run)
+    metrics = report.step_metrics(step, report.weight_sample(run), run)
     x = step.batch.entropy[step.batch.rollout.mask].clamp_min(1e-8).log()
     assert metrics["h_max"] == pytest.approx((x.max() - metrics["pivot"]).item(), rel=1e-5)
     assert metrics["h_min"] == pytest.approx((x.min() - metrics["pivot"]).item(), rel=1e-5)
@@ -379,10 +383,10 @@ def test_the_statistics_are_logged(opened):
 def test_sampler_against_scorer(opened, monkeypatch):
     run = opened("--algo", "dapo")
     step = train.train_step(1, run)
-    metrics = report.step_metrics(step, report.weight_sample(run.policy), run)
+    metrics = report.step_metrics(step, report.weight_sample(run), run)
     assert metrics["sampler_off"] < 1e-4 and abs(metrics["sampler_kl"]) < 1e-8
     step.batch.rollout.logp -= 0.1 * step.batch.rollout.mask  # a sampler that is off by 0.1 nats
-    metrics = report.step_metrics(step, report.weight_sample(run.policy), run)
+    metrics = report.step_metrics(step, report.weight_sample(run), run)
     assert metrics["sampler_off"] == pytest.approx(0.1, rel=1e-3)
     assert metrics["sampler_kl"] == pytest.approx(math.exp(0.1) - 1.1, rel=1e-2)
 
@@ -390,11 +394,14 @@ def test_sampler_against_scorer(opened, monkeypatch):
 def test_the_correction_weighs_tokens(opened):
     for excess, weight in ((0.0, 1.0), (0.5, math.exp(0.5)), (3.0, 2.0)):
         run = opened("--algo", "dapo", "--sampler-correction")
-        batch = train.collect(1, run)
+        batch = train.collect(1, None, run)
         parts = [list(range(12))]
         batch.old_logp, batch.entropy = train.score(run.policy, batch.rollout, parts, None, run)
         batch.rollout.logp = batch.old_logp - excess
         batch.advantages = torch.ones_like(batch.old_logp) * batch.loss_mask
+        batch.clip_low, batch.clip_high = train.clip_range(batch, run)
+        for arm in run.arms:
+            arm(batch, run)
         assert train.update(batch, parts[0], None, run).loss == pytest.approx(-weight, rel=1e-5)
     for more in ([], ["--algo", "dapo", "--bupo-layer", "1"]):
         with pytest.raises(BadInput, match="--sampler-correction True: it would undo"):

@@ -12,19 +12,13 @@ from conftest import TINY
 from transformers import AutoTokenizer
 
 import tasks
+from grading import answers
+from grading.answers import Grade, grade
 from grading.countdown import evaluate_expression, random_expression
-from grading.latex import LATEX
+from grading.latex import LATEX, latex_equal
 from grading.numbers import last_number, parse_number
 from program.errors import BadInput
-from tasks import (
-    Grade,
-    Problem,
-    grade,
-    load_problems,
-    read_problems,
-    render_prompt,
-    render_prompts,
-)
+from tasks import Problem, load_problems, read_problems, render_prompt, render_prompts
 
 EIGHT = Problem("q", "8")
 GAME = Problem("q", "16", "countdown", (3, 5, 2))
@@ -281,6 +275,11 @@ def test_arithmetic_answers():
 # -------------------------------------------------------------------------------------------- files
 
 
+def without_math_verify(monkeypatch, installed=False):
+    for module in (answers, tasks):
+        monkeypatch.setattr(module, "has_math_verify", lambda: installed)
+
+
 def write(path, *rows):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(line + "\n" for line in lines))
@@ -319,7 +318,7 @@ def test_jsonl(tmp_path):
     ],
 )
 def test_bad_files_name_file_and_line(tmp_path, rows, message, monkeypatch):
-    monkeypatch.setattr(tasks, "has_math_verify", lambda: False)
+    without_math_verify(monkeypatch)
     path = write(tmp_path / "bad.jsonl", *rows)
     with pytest.raises(BadInput, match=message) as error:
         read_problems(path)
@@ -352,7 +351,7 @@ def test_a_part_of_an_answer_is_not_the_answer(tmp_path, monkeypatch, capsys):
     )
     words = [("4 apples", "number"), ("no idea", "text")]
     for installed, kept in ((False, words), (True, [("(3, 4)", "latex"), *words])):
-        monkeypatch.setattr(tasks, "has_math_verify", lambda: installed)
+        without_math_verify(monkeypatch, installed)
         assert [(p.answer, p.kind) for p in read_problems(path)] == kept
         assert f"{4 - len(kept)} of 4 rows skipped" in capsys.readouterr().out
 
@@ -365,7 +364,7 @@ def test_missing_file():
 
 
 def test_unusable_rows_are_counted_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tasks, "has_math_verify", lambda: False)
+    without_math_verify(monkeypatch)
     path = write(
         tmp_path / "a.jsonl",
         {"question": "a", "answer": "\\frac{\\pi}{2}"},
@@ -391,7 +390,7 @@ def test_parquet(tmp_path):
 
 def test_latex_in_a_killable_process():
     pytest.importorskip("math_verify")
-    assert tasks.latex_equal("\\frac{1}{2}", "0.5") and not tasks.latex_equal("x+1", "x+2")
+    assert latex_equal("\\frac{1}{2}", "0.5") and not latex_equal("x+1", "x+2")
     difference = Problem("q", "p - q", "latex")
     for text, verdict in {
         "so it is \\boxed{-q+p}": (True, True),
@@ -405,7 +404,7 @@ def test_latex_in_a_killable_process():
         assert grade(difference, text) == verdict
     before = LATEX.failures
     # a truth that cannot be read is counted
-    assert not tasks.latex_equal("\\frac{1}{2}", "") and LATEX.failures == before + 1
+    assert not latex_equal("\\frac{1}{2}", "") and LATEX.failures == before + 1
 
 
 # ------------------------------------------------------------------------------------------ prompts

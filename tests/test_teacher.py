@@ -6,10 +6,11 @@ import pytest
 from conftest import TINY
 
 import evaluate
+from grading.answers import grade
 from program.models import load_model
 from sampling import eos_ids_of
 from scripts.pretrain_tiny import bare, numbers_of, worked
-from tasks import BUILT_IN, Problem, grade, load_problems
+from tasks import BUILT_IN, Problem, load_problems
 
 
 def test_worked_by_hand():

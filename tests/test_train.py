@@ -15,15 +15,18 @@ import transformers
 from conftest import TINY, write_questions
 from safetensors.torch import load_file, save_file
 
+import losses
 import train
 from evaluate import Answer
 from fast import lines
+from grading.answers import Grade
 from program.command import run_main
 from program.errors import BadInput
 from run import checkpoint, options, report
+from run.machine import OneProcess, Weights
 from run.opening import open_run
-from scale.shard import World
-from tasks import Grade, Problem
+from scale.half import ScaledWeights
+from tasks import Problem
 
 FAST = (
     "--prompts-per-step 4 --answers-per-prompt 4 --updates-per-rollout 2 --max-new-tokens 8 "
@@ -199,11 +202,12 @@ def one_update(tmp_path):
     def loss(advantage, shift, *args, h=0.0, ref=None):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         o = options.parse([*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], "")
-        run, _ = open_run(o, World("cpu"))
-        batch = train.collect(1, run)
+        run, _ = open_run(o, OneProcess("cpu"))
+        batch = train.collect(1, None, run)
         logp, batch.entropy = train.score(run.policy, batch.rollout, [list(range(16))], None, run)
         batch.old_logp = logp - shift
         batch.advantages, batch.h = (x * torch.ones_like(logp) for x in (advantage, h))
+        batch.clip_low, batch.clip_high = train.clip_range(batch, run)
         batch.ref_logp = None if ref is None else logp + ref
         return train.update(batch, list(range(16)), None, run).loss
 
@@ -234,14 +238,16 @@ def test_warm_up_is_linear(tmp_path):
 
 
 def test_the_overlong_penalty_is_part_of_the_reward_and_not_of_the_accuracy(tmp_path, monkeypatch):
-    seen, original = [], train.collect
-    monkeypatch.setattr(train, "collect", lambda *args: seen.append(original(*args)) or seen[-1])
+    kept, original = [], train.collect
+    monkeypatch.setattr(train, "collect", lambda *args: kept.append(original(*args)) or kept[-1])
     _, rows = run(tmp_path / "run", "--overlong-buffer", "4", steps=1)
-    batch = seen[0]
+    batch = kept[0]
     penalty = [max(-1.0, min(0.0, (4 - n) / 4)) for n in batch.rollout.lengths.tolist()]
     right = batch.rewards - torch.tensor(penalty)
     assert set(right.tolist()) <= {0.0, 1.0} and (batch.rewards < 0).any()
-    assert rows[1]["reward"] == pytest.approx(right.mean().item())
+    assert rows[1]["right"] == pytest.approx(right.mean().item())
+    assert rows[1]["reward"] == pytest.approx(batch.rewards.mean().item())
+    assert rows[1]["reward"] < rows[1]["right"]
 
 
 def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
@@ -249,10 +255,10 @@ def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
     answers = [[Answer("", Grade(g, g), 3, True)] for g in (True, True, False, False)]
     monkeypatch.setattr(report, "sample_answers", lambda *args, **kwargs: answers)
     fake = SimpleNamespace(
-        options=SimpleNamespace(max_new_tokens=4, answers_per_step=8, plain=False, capture=True),
-        together=lambda function, *args, **kwargs: function(*args, **kwargs),
-        world=World("cpu"),
-        actor=None,
+        options=SimpleNamespace(max_new_tokens=4, answers_per_step=8),
+        ranks=OneProcess("cpu"),
+        actor=lambda: None,
+        generate=None,
         tokenizer=None,
         eos_ids=[],
     )
@@ -465,10 +471,10 @@ def test_the_tiny_model_s_learning_rate_is_named_beside_a_large_model(
     estimate = SimpleNamespace(parameters=494e6, peak=1e9)
     monkeypatch.setattr("run.opening.memory.estimate", lambda *args: estimate)
     monkeypatch.setattr("run.opening.memory.check_fit", lambda *args: None)
-    open_run(options.parse([*FAST, *SMALL, "--out", str(tmp_path / "a")], ""), World("cpu"))
+    open_run(options.parse([*FAST, *SMALL, "--out", str(tmp_path / "a")], ""), OneProcess("cpu"))
     assert "warning: --lr" not in capsys.readouterr().out  # FAST gives one
     default = [x for x in FAST if x not in ("--lr", "1e-3")]
-    open_run(options.parse([*default, *SMALL, "--out", str(tmp_path / "b")], ""), World("cpu"))
+    open_run(options.parse([*default, *SMALL, "--out", str(tmp_path / "b")], ""), OneProcess("cpu"))
     assert "warning: --lr 0.0002 is for the shipped tiny model" in capsys.readouterr().out
 
 
@@ -483,13 +489,13 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, capsys)
 
 def poison(monkeypatch, at, times=1):
     """From the at-th update on, `times` losses are NaN."""
-    count, original = [0], train.mean_loss
+    count, original = [0], losses.masked_mean
 
-    def mean_loss(*args):
+    def masked_mean(*args):
         count[0] += 1
         return original(*args) * (float("nan") if at <= count[0] < at + times else 1.0)
 
-    monkeypatch.setattr(train, "mean_loss", mean_loss)
+    monkeypatch.setattr(losses, "masked_mean", masked_mean)
 
 
 def test_a_nan_never_reaches_the_optimiser(tmp_path, monkeypatch, capsys):
@@ -527,14 +533,14 @@ def test_broken_weights_end_the_run(tmp_path, monkeypatch):
 
 
 def test_a_nan_reward_is_refused(tmp_path, monkeypatch):
-    original = train.sample_round
+    original = train.collect
 
-    def sample_round(*args):
+    def collect(*args):
         batch = original(*args)
         batch.rewards[0] = torch.nan
         return batch
 
-    monkeypatch.setattr(train, "sample_round", sample_round)
+    monkeypatch.setattr(train, "collect", collect)
     with pytest.raises(BadInput, match="bad steps in a row"):
         run(tmp_path / "run", "--max-bad-steps", 2, steps=9)
     bad = [json.loads(line) for line in open(tmp_path / "run" / "bad-step-2.jsonl")]
@@ -577,12 +583,28 @@ def test_guard_alarms():
         guard.good_step({"step": step, **usual})
     guard.good_step({"step": 29, **usual, "response_length": 200})
     assert len(said) == 1 and "answer length 200 at step 29, 10.0 times" in said[0]
-    assert guard.judge(float("inf"), 1.0) == guard.judge(0.0, float("nan")) == "skipped"
-    assert guard.judge(0.0, 0.0) == "applied"
-    # float16: an overflow under a loss scale that can still fall is no fault; a NaN loss is
-    assert guard.judge(0.0, float("inf"), scale=1024.0) == "rescaled"
-    assert guard.judge(float("nan"), float("nan"), scale=1024.0) == "skipped"
-    assert guard.judge(0.0, float("inf"), scale=1.0) == "skipped"
+
+
+def test_what_becomes_of_an_update():
+    """By loss and gradient norm; under float16 an overflow is no fault as long as the loss scale
+    can still fall, a NaN loss is."""
+    inf, nan = math.inf, math.nan
+    settings = options.parse(["--estimate"], "")
+    cases = [(0.0, 1.0, "applied"), (inf, 1.0, "skipped"), (0.0, nan, "skipped")]
+    scaled = [(0.0, 1.0, "applied"), (0.0, inf, "rescaled"), (nan, nan, "skipped")]
+    for kind, rows in (("float32", cases), ("float16", scaled), ("at scale 1", cases)):
+        for loss, gradient, outcome in rows:
+            p = torch.nn.Parameter(torch.ones(2))
+            module = torch.nn.Module()
+            module.p = p
+            weights = Weights(module, [{"params": [p]}], settings)
+            if kind != "float32":
+                weights = ScaledWeights(module, [{"params": [p]}], settings, "cpu", lambda x: None)
+                weights.scaler._init_scale = 1024.0 if kind == "float16" else 1.0
+                weights.scaler.scale(torch.ones(1))
+            p.grad = torch.tensor([gradient, 0.0])
+            assert weights.step(loss)[0] == outcome, (kind, loss, gradient)
+            assert (p != 1).any() == (outcome == "applied") and p.grad is None
 
 
 # -------------------------------------------------------------------------------------- bad options

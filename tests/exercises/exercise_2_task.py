@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tasks import BUILT_IN, grade, load_problems
+from grading.answers import grade
+from tasks import BUILT_IN, load_problems
 
 
 @pytest.mark.parametrize("level, digits", [(1, 2), (2, 3)])

@@ -8,7 +8,7 @@ from run import report
 
 def test_both_means(tmp_path):
     step, run = first_step(tmp_path, with_run=True)
-    metrics = report.step_metrics(step, report.weight_sample(run.policy), run)
+    metrics = report.step_metrics(step, report.weight_sample(run), run)
     h, mask, right = step.batch.h, step.batch.rollout.mask, step.batch.right
     assert right.any() and not right.all()
     for name, rows in (("h_right", right), ("h_wrong", ~right)):
@@ -17,7 +17,7 @@ def test_both_means(tmp_path):
 
 def test_other_algorithms_have_no_h(tmp_path):
     step, run = first_step(tmp_path, "--algo", "grpo", with_run=True)
-    assert "h_right" not in report.step_metrics(step, report.weight_sample(run.policy), run)
+    assert "h_right" not in report.step_metrics(step, report.weight_sample(run), run)
 
 
 def test_a_panel():

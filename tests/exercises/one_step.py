@@ -7,10 +7,10 @@ import transformers
 from conftest import TINY, random_model
 
 import train
+from grading.answers import Grade
 from run import options
+from run.machine import OneProcess
 from run.opening import open_run
-from scale.shard import World
-from tasks import Grade
 
 SMALL = (
     "--prompts-per-step 4 --answers-per-prompt 4 --updates-per-rollout 1 --max-new-tokens 8 "
@@ -28,7 +28,7 @@ def first_step(folder, *more, with_run=False):
     for part in (small, tokenizer):
         part.save_pretrained(model)
     arguments = [*SMALL, "--model", str(model), "--out", str(folder / "run"), *more]
-    run, _ = open_run(options.parse(arguments, ""), World("cpu"))
+    run, _ = open_run(options.parse(arguments, ""), OneProcess("cpu"))
     before = {name: p.detach().clone() for name, p in run.policy.named_parameters()}
     torch.save(before, folder / "before.pt")
     grade, train.grade = train.grade, lambda problem, text: Grade(*[len(text) % 2 == 0] * 2)

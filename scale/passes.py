@@ -1,0 +1,34 @@
+"""Forward passes of at most so many tokens, and the same number of them on every rank."""
+
+from scale.shard import exchange_gradients
+
+
+def passes_of_tokens(rollout, rows, tokens):
+    """Rows in lists of at most `tokens` tokens each, padding included, or of one row."""
+    lengths, prompt, parts = rollout.lengths.tolist(), rollout.prompt.shape[1], [[]]
+    for row in sorted(rows, key=lengths.__getitem__):  # neighbours of like length: little padding
+        if parts[-1] and (len(parts[-1]) + 1) * (prompt + lengths[row]) > tokens:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
+def even_passes(passes, ranks, rollout, rows):
+    """As many passes as the rank with the most: a pass of a sharded model is a collective call, so
+    every rank must make the same number of them. All have as many rows."""
+    parts = passes(rollout, rows)
+    needed = int(ranks.max(len(parts)))
+    while len(parts) < needed:  # cut the longest in two
+        longest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        part = parts[longest]
+        half = len(part) // 2
+        parts[longest : longest + 1] = [part[:half], part[half:]]
+    return parts
+
+
+def one_exchange(passes, policy, rollout, rows):
+    """Gradients go down to main memory once, behind the last pass."""
+    parts = passes(rollout, rows)
+    for i, part in enumerate(parts, 1):
+        exchange_gradients(policy, i == len(parts))
+        yield part

@@ -1,0 +1,153 @@
+"""run/arms.py: what is only there to be compared with, each by hand and in a step."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import random_model, verdicts
+
+import train
+from hapo import EntropyStats
+from run import arms, report
+
+# ------------------------------------------------------------------------------ what entropy steers
+
+
+@pytest.mark.parametrize(
+    "name, args",
+    [
+        ("forking_token_mask", ("entropy", "mask", 0.2, "pool")),
+        ("archer_bounds", ("entropy", "mask", 0.8, 0.5, 0.2)),
+        ("entropy_advantage", ("logp", "entropy")),
+        ("edge_weight", ("pool", 2)),
+        ("truncated_weight", ("logp", "entropy")),
+    ],
+)
+def test_no_function_changes_its_inputs(unchanged, name, args):
+    tensors = {
+        "logp": torch.randn(4, 5),
+        "entropy": torch.rand(4, 5),
+        "mask": torch.rand(4, 5) < 0.7,
+        "pool": torch.rand(4),
+    }
+    args = [tensors[a] if isinstance(a, str) else a for a in args]
+    unchanged(getattr(arms, name), *args)
+
+
+def test_forking_tokens_keep_the_top_share(unchanged):
+    entropy = torch.tensor([[0.1, 0.9, 0.2, 7.0], [0.8, 0.3, 7.0, 7.0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    kept = unchanged(arms.forking_token_mask, entropy, mask, 0.4)  # 5 valid tokens: 2 stay
+    assert kept.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    pool = torch.tensor([0.25, 0.1, 0.1, 0.1, 0.1])
+    kept = arms.forking_token_mask(entropy, mask, 0.2, pool=pool)
+    assert kept.tolist() == [[0, 1, 0, 0], [1, 1, 0, 0]]
+    assert arms.forking_token_mask(entropy, mask * 0).sum() == 0
+
+
+def test_archer_has_two_classes():
+    entropy, classes = torch.arange(5.0)[None], dict(clip_high_entropy=0.5, clip_low_entropy=0.2)
+    bounds = arms.archer_bounds(entropy, torch.ones(1, 5), quantile=0.5, **classes)
+    assert bounds.tolist() == [pytest.approx([0.2, 0.2, 0.2, 0.5, 0.5])]
+
+
+def test_entropy_advantage_cannot_turn_a_sign():
+    advantages, entropy = torch.tensor([1.0, -1.0, 0.0]), torch.tensor([0.5, 100.0, 5.0])
+    result = arms.entropy_advantage(advantages, entropy, alpha=0.4, kappa=2.0)
+    assert result.tolist() == pytest.approx([1.2, -0.5, 0.0])
+
+
+def test_edge_divides_by_relative_entropy():
+    # entropies 1 and 3, mean 2: relative 0.5 and 1.5
+    weight = arms.edge_weight(torch.tensor([1.0, 3.0]), 2)
+    assert weight.tolist() == pytest.approx([2.0, 1 / 1.5])
+
+
+def test_forking_divides_by_all_tokens(opened, monkeypatch):
+    """Wang et al.: tokens below the threshold add nothing, and stay in the mean."""
+    verdicts(monkeypatch, True, False)
+    run = opened("--algo", "dapo", "--comparison", "forking")
+    step = train.train_step(1, run)
+    batch = step.batch
+    keeps = arms.forking_token_mask(batch.entropy, batch.loss_mask.float())
+    assert torch.equal(batch.advantages != 0, keeps.bool())
+    tokens = report.clip_counts(step.updates[0], batch)["tokens"]
+    assert tokens == int(batch.rollout.mask.sum()) > 3 * int(keeps.sum())
+    # before the first update every ratio is 1: the loss is minus the mean of A over all tokens
+    expected = -(batch.advantages.sum() / batch.rollout.mask.sum()).item()
+    assert step.updates[0].loss == pytest.approx(expected, abs=1e-6)
+
+
+def test_archer_compares_a_token_with_its_own_answer():
+    # medians 2 and 20; the third entry of the second row is padding
+    entropy = torch.tensor([[1.0, 2.0, 3.0], [20.0, 30.0, 99.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    bounds = arms.archer_bounds(entropy, mask, 0.5, 0.9, 0.1)
+    assert bounds[0].tolist() == pytest.approx([0.1, 0.1, 0.9])
+    assert bounds[1, :2].tolist() == pytest.approx([0.1, 0.9])
+
+
+def test_edge_is_bounded_where_an_entropy_vanishes():
+    weight = arms.edge_weight(torch.tensor([0.0, 3.0, 3.0]), 3)
+    assert weight.tolist() == pytest.approx([10, 2 / 3, 2 / 3])
+    assert arms.edge_weight(torch.zeros(2), 2).isfinite().all()
+
+
+# ------------------------------------------------------------------------- which layers move, when
+
+
+def test_layers_above_the_layer_learn_at_a_tenth():
+    model = random_model(layers=3)
+    groups = arms.groups_by_layer(model)
+    assert [g["layer"] for g in groups] == [0, 1, 2, 3]
+    everything = [p for g in groups for p in g["params"]]
+    assert {id(p) for p in everything} == {id(p) for p in model.parameters()}
+    assert len(everything) == len(list(model.parameters()))
+    for g in groups:
+        g["peak_lr"] = 1e-3
+    optimizer = SimpleNamespace(param_groups=groups)
+    run = SimpleNamespace(layer=1, options=SimpleNamespace(lr=1e-3))
+    run.weights = SimpleNamespace(optimizer=optimizer)
+    arms.layer_lr(1, run)
+    assert [g["peak_lr"] for g in groups] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
+
+
+def test_what_keeps_still_in_the_first_phase():
+    model = random_model(layers=3)
+    run = SimpleNamespace(policy=model, layer=2, options=SimpleNamespace(bupo_steps=1))
+    layers = [set(map(id, block.parameters())) for block in model.model.layers]
+    for mover, still in ((arms.freeze, {0, 1}), (arms.one_layer, {0, 2, None})):
+        mover(1, run)
+        for name, p in model.named_parameters():
+            home = next((i for i, own in enumerate(layers) if id(p) in own), None)
+            assert p.requires_grad == (home not in still), name
+        mover(2, run)
+        assert all(p.requires_grad for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------- the others
+
+
+def test_two_temperatures_by_hand():
+    x = torch.tensor([-3.0, -1.0, 0.5])  # of a pivot at -1
+    stats = EntropyStats(torch.tensor(-1.0), None, None, None)
+    heat = arms.two_temperatures(x.exp(), stats, base=2.0, tau=0.1)
+    assert heat.tolist() == pytest.approx([1.8, 2.0, 2.2])
+    assert arms.two_temperatures(x.exp(), None, base=0.7, tau=0.1).tolist() == pytest.approx(
+        [0.7] * 3
+    )
+
+
+def test_every_arm_is_an_option_and_every_option_an_arm():
+    from run.options import Options
+
+    choices = lambda name: set(Options.__dataclass_fields__[name].metadata["choices"])
+    assert choices("comparison") == arms.ARMS.keys() | {"none"}
+    assert choices("bupo_arm") == arms.MOVERS.keys() | {"align"}
+    assert choices("temperature_form") == arms.TEMPERATURES.keys() | {"bounded", "zscore"}
+
+
+def test_a_default_run_enters_no_arm(opened):
+    run = opened()
+    assert list(run.arms) == list(run.movers) == []
+    assert run.temperature.func.__module__ == "hapo"
