@@ -25,21 +25,21 @@ SMALL = (
 ).split()
 
 NAN_LOSS = """
-old, calls = train.mean_loss, [0]
+old, calls = train.losses.masked_mean, [0]
 def new(*a):
     calls[0] += 1
     return old(*a) * (float('nan') if calls[0] {when} 4 else 1)
-train.mean_loss = new
+train.losses.masked_mean = new
 """
 PATCHES = {
     "NaN in a reward": """
-old = train.sample_round
+old = train.collect
 def new(step, *a):
     batch = old(step, *a)
     if step >= 3:
         batch.rewards[0] = float('nan')
     return batch
-train.sample_round = new
+train.collect = new
 """,
     "NaN in a weight": """
 old = train.update

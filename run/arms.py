@@ -123,10 +123,11 @@ def layer_lr(step, run):
 
 def final_norm(step, run):
     """--bupo-norm: phase 1 applies the final norm to layer l's policy and leaves it as it is."""
-    norm = decoder_body(run.policy).norm
+    norm = decoder_body(run.policy).norm  # BuPO 9: an ablation
     norm.requires_grad_(run.schedule(step) is None)
 
 
+# BuPO 10: the paper's baselines, and one of ours (one-layer)
 MOVERS = {"freeze": freeze, "one-layer": one_layer, "layer-lr": layer_lr}
 
 

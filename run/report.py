@@ -182,7 +182,7 @@ def signal_metrics(batch, layer, run):
         metrics["at_floor"] = run.ranks.sum(floor.sum()).item() / run.ranks.sum(mask.sum()).item()
     same = mask & (batch.rollout.temperature == run.options.temperature)
     tokens = int(run.ranks.sum(same.sum()))
-    if layer is None and tokens:
+    if layer is None and tokens:  # BuPO 7: an internal policy is not what the sampler drew from
         new, drawn = batch.old_logp[same], batch.rollout.logp[same]
         metrics["sampler_kl"] = run.ranks.sum(kl_k3(drawn, new).sum()).item() / tokens
         off = (new - drawn).abs().max() if len(new) else 0.0
@@ -199,7 +199,7 @@ def console_line(m, options):
     seconds = {part: m[f"seconds_{part}"] for part in ("generate", "score", "update")}
     parts = [
         f"step {m['step']:>{len(str(options.steps))}}/{options.steps}"
-        + (f" layer {m['layer']}" if m["phase"] == "internal" else ""),
+        + (f" layer {m['layer']}" if m["phase"] == "internal" else ""),  # BuPO 7
         f"reward {m['reward']:.3f}",
         f"loss {m['loss']:+.4f}",
         f"grad {m['grad_norm']:.2f}",

@@ -79,6 +79,17 @@ def column(rows, key):
     return [float("nan") if r.get(key) is None else r[key] for r in rows]
 
 
+def spans(steps):
+    """[(first, last)] of the stretches of steps that follow each other."""
+    found = []
+    for step in steps:
+        if found and step == found[-1][1] + 1:
+            found[-1] = (found[-1][0], step)
+        else:
+            found.append((step, step))
+    return found
+
+
 def plot(runs, out=None):
     """One picture of all PANELS; returns its path (curves.png in the first run's folder)."""
     rows = (len(PANELS) + 1) // 2
@@ -88,11 +99,11 @@ def plot(runs, out=None):
         lines = [json.loads(line) for line in open(run / "metrics.jsonl", encoding="utf-8")]
         steps = [r for r in lines if "reward" in r]
         held = [r for r in lines if "eval_accuracy" in r]
-        inner = [r["step"] for r in steps if r["phase"] == "internal"]
+        inner = spans([r["step"] for r in steps if r["phase"] == "internal"])
         for panel, (_, draw) in zip(axes.flat, PANELS):
             draw(panel, steps, held, run.name, color)
-            if inner:
-                panel.axvspan(0.5, inner[-1] + 0.5, color=color, alpha=0.07)
+            for first, last in inner:  # BuPO 8: steps of phase 1 are shaded
+                panel.axvspan(first - 0.5, last + 0.5, color=color, alpha=0.07)
     for panel, (title, _) in zip(axes.flat, PANELS):
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("step")

@@ -369,3 +369,47 @@ def test_answers_that_are_words(gold, text, verdict):
 def test_formulas_are_no_words(gold):
     problem = _problem_of("q", gold)
     assert problem is None or problem.kind == "latex"
+
+
+# ------------------------------------------------------------- the built-in tasks: integers alone
+
+INTEGERS = [
+    ("385", "RR"),
+    ("7+8=15,4+3+1=8,2+1=3 #### 385", "RR"),
+    ("#### 385\n", "RR"),
+    ("\\boxed{385}", "RR"),
+    ("**385**", "RR"),
+    ("$385.", "RR"),
+    ("The sum is 385.", "wR"),
+    ("247 + 138 = **385**", "wR"),
+    ("It is 385, of course.", "wR"),
+    ("#### 385 apples", "wR"),
+    ("385.5", "ww"),
+    ("3385", "ww"),
+    ("-385", "ww"),
+    ("1,385", "ww"),
+    ("0.385", "ww"),
+    ("385 + 1", "ww"),
+    ("1 + 385", "ww"),
+    ("770/2 or 385/1", "ww"),
+    ("7:385", "ww"),
+    ("x385", "ww"),
+    ("385 or 386", "ww"),
+    ("#### 386\nso 385", "ww"),  # what is marked counts
+    ("386\n#### 385", "RR"),
+    ("", "ww"),
+    ("9" * 400, "ww"),
+]
+
+
+@pytest.mark.parametrize("text, verdict", INTEGERS)
+def test_integers(text, verdict):
+    problem = Problem("What is 247 + 138?", "385", "integer")
+    assert "".join("Rw"[not right] for right in grade(problem, text)) == verdict
+
+
+def test_integers_with_thousands():
+    problem = Problem("What is 9000 + 3345?", "12345", "integer")
+    for text in ("12345", "12,345", "#### 12,345", "It is 12,345."):
+        assert grade(problem, text).lenient, text
+    assert not grade(problem, "12,34,5").lenient

@@ -99,6 +99,18 @@ def test_the_readme_is_short_and_its_files_exist():
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_the_marks_are_counted_right():
+    """# HAPO A to D in train.py; # BuPO 1 to N wherever it differs, N as the README says."""
+    texts = {p: source(p) for p in FILES if "tests" not in p.parts}
+    hapo = [m for text in texts.values() for m in re.findall(r"# HAPO ([A-D])\b", text)]
+    assert sorted(hapo) == list("ABCD")
+    assert len(re.findall(r"# HAPO ([A-D])\b", source("train.py"))) == 4
+    bupo = {int(m) for text in texts.values() for m in re.findall(r"# BuPO (\d+)\b", text)}
+    assert bupo == set(range(1, max(bupo) + 1))
+    assert f"`# BuPO 1` to `# BuPO {max(bupo)}`" in source("README.md")
+    assert f"BuPO 1 to {max(bupo)}" in source("train.py")
+
+
 def test_every_function_named_in_the_equations_exists():
     """docs/equations.md: `module.function` is there, and so is each `test_file.py::test_name`."""
     text = (ROOT / "docs" / "equations.md").read_text()

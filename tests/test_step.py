@@ -221,6 +221,13 @@ def test_every_panel_is_drawn(tmp_path):
     assert curves.plot([tmp_path]).stat().st_size > 10_000
 
 
+def test_stretches_of_steps():
+    pytest.importorskip("matplotlib")
+    from scripts.curves import spans
+
+    assert spans([1, 2, 3, 7, 10, 11]) == [(1, 3), (7, 7), (10, 11)] and spans([]) == []
+
+
 def test_curves_without_matplotlib_say_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as stopped:

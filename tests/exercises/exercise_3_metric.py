@@ -20,6 +20,28 @@ def test_other_algorithms_have_no_h(tmp_path):
     assert "h_right" not in report.step_metrics(step, report.weight_sample(run), run)
 
 
-def test_a_panel():
-    curves = pytest.importorskip("scripts.curves")
-    assert len(curves.PANELS) >= 6
+def drawn(rows):
+    """The y values of every line that some panel draws of these rows."""
+    import matplotlib.pyplot as plt
+
+    from scripts import curves
+
+    lines = []
+    for _, draw in curves.PANELS:
+        figure, panel = plt.subplots()
+        draw(panel, rows, [], "run", "black")
+        lines += [list(line.get_ydata()) for line in panel.lines]
+        plt.close(figure)
+    return lines
+
+
+def test_a_panel_draws_both():
+    pytest.importorskip("matplotlib")
+    usual = {"phase": "full", "reward": 0.5, "entropy": 0.4, "response_length": 9}
+    usual |= {"grad_norm": 1.5, "dead_groups": 1, "groups": 4}
+    without = [usual | {"step": step} for step in (1, 2)]
+    right, wrong = [-0.31, -0.32], [0.21, 0.22]
+    rows = [r | {"h_right": a, "h_wrong": b} for r, a, b in zip(without, right, wrong)]
+    lines = drawn(rows)
+    assert right in lines and wrong in lines
+    assert not any(values in drawn(without) for values in (right, wrong))  # and runs without h
