@@ -146,11 +146,11 @@ def figures(a, o, run, step, peak, card):
     rollout, seconds = step.batch.rollout, step.seconds
     answers = int(rollout.mask.sum())
     whole = answers + int(rollout.prompt_mask.sum()) * a.answers
-    most = next((v for k, v in PEAK.items() if k in card), None)
+    per_second = next((v for k, v in PEAK.items() if k in card), None)
     need = memory.estimate(run.policy.config, o, a.prompt, 1, not a.rehearse)
 
     def share(operations, time):
-        return operations * parameters / time / most if most else None
+        return operations * parameters / time / per_second if per_second else None
 
     return {
         "shape": a.shape,

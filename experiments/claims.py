@@ -1,8 +1,9 @@
 """The papers' claims, tested again on the shipped model: python experiments/claims.py
 
 Runs what is missing, two at a time with one thread each, and then makes docs/evidence.md and its
-plots from experiments/claims_runs/. Which arms, claims and seeds there are stands in claims.json;
-learning rates and level in claims_pilot.json, which `--pilot` makes on other seeds.
+plots from experiments/claims_runs.jsonl, a line a run. Which arms, claims and seeds there are
+stands in claims.json; learning rates and level in claims_pilot.json, which `--pilot` makes on other
+seeds.
 
     --list           what is there and what is missing
     --dry-run        the same with the time it would take
@@ -12,8 +13,8 @@ learning rates and level in claims_pilot.json, which `--pilot` makes on other se
                      if all are the same bit for bit, the results count for this commit too
     --cost           time claim 6 on the same answers, seed by seed; the machine should be idle
 
-A run leaves one small file; one that is killed leaves nothing and is run again. On the same machine
-a file that is deleted and made again is the same, bit for bit: how long runs took stands apart.
+A run leaves one line; one that is killed leaves nothing and is run again. On the same machine a
+line that is deleted and made again is the same, bit for bit: how long runs took stands apart.
 """
 
 import argparse
@@ -36,8 +37,9 @@ from program.command import run_main  # noqa: E402
 from program.errors import BadInput  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
-PLAN, PILOT, RUNS = HERE / "claims.json", HERE / "claims_pilot.json", HERE / "claims_runs"
-TIMES, COST = RUNS / "times.json", HERE / "claims_cost.json"
+PLAN, PILOT, RUNS = HERE / "claims.json", HERE / "claims_pilot.json", HERE / "claims_runs.jsonl"
+TIMES, COST = HERE / "claims_times.json", HERE / "claims_cost.json"
+AGAIN = ROOT / "runs" / "claims" / "again.jsonl"  # what --again has made so far
 SAME = HERE / "claims_same.json"  # {commit: the commit whose numbers it gives}
 # what a run's numbers come from: a commit that touches nothing of it is the same commit here
 SOURCES = (
@@ -83,9 +85,24 @@ def one_thread(command):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def run_one(name, options, seed, folder, made_of):
-    """Train in a process of its own; write folder/NAME.json. Returns its seconds."""
-    out, path = ROOT / "runs" / "claims" / name, folder / f"{name}.json"
+def read_runs(path):
+    """{name: result} of a file of runs."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(run := json.loads(line)).pop("name"): run for line in lines}
+
+
+def write_runs(path, runs):
+    """A line a run, sorted by name; a reader finds the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    lines = [json.dumps({"name": name} | runs[name]) + "\n" for name in sorted(runs)]
+    aside.write_text("".join(lines))
+    os.replace(aside, path)
+
+
+def run_one(name, options, seed, made_of):
+    """Train in a process of its own: (result, seconds)."""
+    out = ROOT / "runs" / "claims" / name
     command = [sys.executable, "train.py", *shlex.split(options), "--seed", str(seed)]
     command += ["--out", str(out), "--overwrite"]
     started = time.time()
@@ -96,12 +113,9 @@ def run_one(name, options, seed, folder, made_of):
     asked = int(re.findall(r"--steps (\d+)", options)[-1])  # the last one is the one that counts
     if lines[-1]["step"] != asked:  # a run that is told to stop ends with 0 all the same
         raise BadInput(f"run {name} was stopped at step {lines[-1]['step']} of {asked}")
-    result = {"options": options, "commit": made_of, "seed": seed, **curves(lines)}
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(result) + "\n")
-    os.replace(aside, path)
     shutil.rmtree(out)
-    return time.time() - started
+    result = {"options": options, "commit": made_of, "seed": seed, **curves(lines)}
+    return result, time.time() - started
 
 
 def curves(lines):
@@ -112,47 +126,45 @@ def curves(lines):
     kept["pass_at_8"] = [  # of the groups that were trained on
         [m["step"], round(1 - m["all_wrong"] / m["groups"], 6)] for m in lines if "groups" in m
     ]
-    seen = [m for m in lines if "diagnose_cosine" in m]
-    kept["similarity"] = [[m["step"], round(m["diagnose_cosine"][-1], 6)] for m in seen]
+    watched = [m for m in lines if "diagnose_cosine" in m]
+    kept["similarity"] = [[m["step"], round(m["diagnose_cosine"][-1], 6)] for m in watched]
     steps = [m for m in lines if "seconds_update" in m]
     kept["updates"] = sum(m["updates"] for m in steps)
     kept["tokens"] = int(sum(m["response_length"] * 8 * m["groups"] for m in steps))
     return kept
 
 
-def load(path, options, made_of, mixed):
+def checked(runs, name, options, made_of, mixed):
     """A result, or None where there is none; BadInput if it is of other options or commit."""
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text())
+    result = runs.get(name)
     for what, value in (("options", options), ("commit", made_of)):
-        if result[what] != value and not mixed:
+        if result and result[what] != value and not mixed:
             raise BadInput(
-                f"{path.relative_to(ROOT)}: made with other {what} ({result[what]}) than now "
-                f"({value}); delete it, or use it with --mixed"
+                f"{RUNS.name}, run {name}: made with other {what} ({result[what]}) than now "
+                f"({value}); delete its line, or use it with --mixed"
             )
     return result
 
 
-def run_missing(jobs, folder, made_of):
-    """Run [(name, options, seed)], two at a time, and note how long each took."""
-    folder.mkdir(exist_ok=True)
+def run_missing(jobs, path, made_of):
+    """Run [(name, options, seed)], two at a time, into a file of runs; note how long each took."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        waiting = {pool.submit(run_one, *job, folder, made_of): job[0] for job in jobs}
+        waiting = {pool.submit(run_one, *job, made_of): job[0] for job in jobs}
         try:
             for n, future in enumerate(concurrent.futures.as_completed(waiting), 1):
-                note_time(waiting[future], future.result())
-                print(f"{n}/{len(jobs)}  {waiting[future]}  {future.result():.0f} s", flush=True)
+                name, (result, seconds) = waiting.pop(future), future.result()
+                keep(path, name, result, seconds)
+                print(f"{n}/{len(jobs)}  {name}  {seconds:.0f} s", flush=True)
         finally:  # after a failure or Ctrl-C nothing new starts; what is in flight may still end
             pool.shutdown(cancel_futures=True)
             for future, name in waiting.items():
                 if not future.cancelled() and not future.exception():
-                    note_time(name, future.result())
+                    keep(path, name, *future.result())
 
 
-def note_time(name, seconds):
-    """Into times.json; a run that is made again keeps its first time."""
-    RUNS.mkdir(exist_ok=True)
+def keep(path, name, result, seconds):
+    """A finished run: its line, and its time; one that is made again keeps its first time."""
+    write_runs(path, read_runs(path) | {name: result})
     times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
     times.setdefault(name, round(seconds, 3))
     TIMES.write_text(json.dumps(times, indent=0, sort_keys=True) + "\n")
@@ -169,12 +181,12 @@ def pilot(plan):
             for rate in p["learning_rates"]:
                 options = options_of(plan, base, level, dict.fromkeys(p["baselines"], rate))
                 for seed in p["seeds"]:
-                    jobs[level, base, rate, seed] = (f"{base}-{level}-{rate}-{seed}", options, seed)
-    folder = RUNS / "pilot"
-    folder.parent.mkdir(exist_ok=True)
-    path = lambda job: folder / f"{job[0]}.json"
-    run_missing([job for job in jobs.values() if not path(job).exists()], folder, made_of)
-    found = {key: json.loads(path(job).read_text()) for key, job in jobs.items()}
+                    name = f"pilot-{base}-{level}-{rate}-{seed}"
+                    jobs[level, base, rate, seed] = (name, options, seed)
+    there = read_runs(RUNS)
+    run_missing([job for job in jobs.values() if job[0] not in there], RUNS, made_of)
+    runs = read_runs(RUNS)
+    found = {key: runs[job[0]] for key, job in jobs.items()}
     table, choices = {}, {}
     for level in p["difficulties"]:
         for base in p["baselines"]:
@@ -235,26 +247,28 @@ def time_steps(plan, chosen):
 def run_again(plan, chosen, now):
     """One run of every arm with the code as it is, against the results; notes in SAME that they are
     the same, bit for bit, or raises BadInput with the first that is not."""
-    jobs, folder = [], RUNS / "again"
+    jobs = []
     for i, (arm, seed) in enumerate(wanted(plan)[: len(plan["arms"])]):
         seed += i % len(plan["common"]["seeds"])  # another seed for every arm
         options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
         jobs.append((f"{arm}-{seed}", options, seed))
-    before = {name: json.loads((RUNS / f"{name}.json").read_text()) for name, _, _ in jobs}
+    runs, begun = read_runs(RUNS), read_runs(AGAIN)
+    before = {name: runs[name] for name, _, _ in jobs}
     made_of = {result["commit"] for result in before.values()}
     if len(made_of) > 1:
         raise BadInput(f"the results are of several commits: {', '.join(sorted(made_of))}")
-    if any(json.loads(path.read_text())["commit"] != now for path in folder.glob("*.json")):
-        shutil.rmtree(folder)  # begun with other code
-    run_missing([job for job in jobs if not (folder / f"{job[0]}.json").exists()], folder, now)
+    if any(result["commit"] != now for result in begun.values()):
+        AGAIN.unlink()  # begun with other code
+        begun = {}
+    run_missing([job for job in jobs if job[0] not in begun], AGAIN, now)
+    again = read_runs(AGAIN)
     for name, result in before.items():
-        again = json.loads((folder / f"{name}.json").read_text())
         for key in result.keys() - {"commit"}:
-            if again[key] != result[key]:
+            if again[name][key] != result[key]:
                 raise BadInput(f"{name}: {key} is not what it was; the results are of other code")
     same = json.loads(SAME.read_text()) if SAME.exists() else {}
     SAME.write_text(json.dumps(same | {now: made_of.pop()}, indent=0) + "\n")
-    shutil.rmtree(folder)
+    AGAIN.unlink()
     print(f"{len(jobs)} runs of {len(plan['arms'])} arms came out the same, bit for bit")
 
 
@@ -274,10 +288,11 @@ def main():
     chosen, made_of, jobs = json.loads(PILOT.read_text()), commit(), []
     if a.cost or a.again:
         return time_steps(plan, chosen) if a.cost else run_again(plan, chosen, made_of)
+    runs = read_runs(RUNS)
     for arm, seed in wanted(plan, a.only):
         options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
         name = f"{arm}-{seed}"
-        there = load(RUNS / f"{name}.json", options, made_of, a.mixed) is not None
+        there = checked(runs, name, options, made_of, a.mixed) is not None
         if a.list:
             print(f"{'there  ' if there else 'missing'}  {name}")
         if not there:
@@ -288,14 +303,14 @@ def main():
         print(f"{len(jobs)} runs missing, about {hours:.1f} hours, two at a time")
         return
     run_missing(jobs, RUNS, made_of)
-    found, times = {}, {}
+    found, times, runs = {}, {}, read_runs(RUNS)
     for path in (TIMES, COST):
         times |= json.loads(path.read_text()) if path.exists() else {}
     for arm, seed in wanted(plan):
-        path = RUNS / f"{arm}-{seed}.json"
-        if path.exists():
-            options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
-            found[arm, seed] = load(path, options, made_of, a.mixed)
+        options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
+        result = checked(runs, f"{arm}-{seed}", options, made_of, a.mixed)
+        if result is not None:
+            found[arm, seed] = result
     print(f"the page: {claims_page.write(plan, chosen, found, times, a.mixed)}")
 
 

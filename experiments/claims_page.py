@@ -17,9 +17,9 @@ ENOUGH = 0.5  # the held-out accuracy of "steps to 0.5"
 
 HEAD = """# What holds: the papers' claims, tested again on a toy
 
-Made by `python experiments/claims.py` from the files in `experiments/claims_runs/`. What is tested
-stands in `experiments/claims.json`, written before the runs but for what is marked as added later;
-the three sections from "What these runs are not" on are written by hand.
+Made by `python experiments/claims.py` from `experiments/claims_runs.jsonl`, a line a run. What is
+tested stands in `experiments/claims.json`, written before the runs but for what is marked as added
+later; the three sections from "What these runs are not" on are written by hand.
 
 **What toy results are worth.** A model of 0.7 million parameters that learns to add says nothing
 about 7 billion that learn mathematics. What a verdict here can show is whether an effect is so

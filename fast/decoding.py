@@ -101,8 +101,8 @@ def decode(model, logits, cache, prompt_mask, G, cap, eos, draw_next):
             row, token, position, visible = drop_finished(
                 ended, cache, row, token, position, visible
             )
-        seen = visible[:, : S + t + 1] if padded else None
-        logits = next_logits(model, token[:, None], seen, position, cache)
+        mask_so_far = visible[:, : S + t + 1] if padded else None
+        logits = next_logits(model, token[:, None], mask_so_far, position, cache)
         position = position + 1
     return {"tokens": tokens, "mask": mask, "finished": finished, **kept}
 

@@ -36,9 +36,9 @@ def chunked_logprobs_and_entropy(
     if torch.is_autocast_enabled(kind):
         compute = torch.get_autocast_dtype(kind)
     flat, targets_flat = hidden.reshape(-1, hidden.shape[-1]).to(compute), targets.reshape(-1)
-    how = (float(temperature), chunk_tokens, measure_entropy)
+    settings = (float(temperature), chunk_tokens, measure_entropy)
     with torch.autocast(kind, enabled=False):  # nothing below runs in less than float32
-        logp, entropy = _ChunkedLogProb.apply(flat, unembedding, targets_flat, *how)
+        logp, entropy = _ChunkedLogProb.apply(flat, unembedding, targets_flat, *settings)
     return logp.view(targets.shape), entropy.view(targets.shape) if measure_entropy else None
 
 
@@ -79,8 +79,9 @@ class _ChunkedLogProb(torch.autograd.Function):
             rows = slice(i, i + ctx.chunk)
             logits = _logits(hidden[rows], low, ctx.temperature, dtype)
             grad = None if grad_entropy is None else grad_entropy[rows]
-            seen = (targets[rows], logsumexp[rows], entropy[rows], grad_logp[rows], grad)
-            grad_logits = exact.row_gradients(logits, *seen)
+            grad_logits = exact.row_gradients(
+                logits, targets[rows], logsumexp[rows], entropy[rows], grad_logp[rows], grad
+            )
             del logits  # compiled, it is not in place
             if ctx.temperature != 1.0:
                 grad_logits.div_(ctx.temperature)

@@ -98,9 +98,10 @@ CHECKS = {
 }
 _DIGITS = r"(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40}))"
 _INTEGER = re.compile(_DIGITS)
-# no part of a decimal, an expression or a time, and no other figure behind it
+# not a part of a decimal, an expression, a time or a range, and no other figure behind it
 _LAST_INTEGER = re.compile(
-    rf"(?<![\w.,:/*+^-])(?<![-+*/^] ){_DIGITS}(?![\w/*+^(]|[.,:][0-9]| ?[-+*/^=] ?[0-9])[^0-9]*\Z"
+    r"(?<![\w.,:/*+^-])(?<![-+*/^] )(?<![0-9] (?:or|to) )(?<![0-9] and )"
+    rf"{_DIGITS}(?![\w/*+^(]|[.,:][0-9]| ?[-+*/^=] ?[0-9])[^0-9]*\Z"
 )
 _NEGATIONS = (["not"], ["isn't"], ["never"], ["no"])
 _LETTERS = r"[^\W\d_]"

@@ -71,8 +71,8 @@ def _latex_worker(pipe):
                 for text in (truth, answer)
             )
             # a truth it cannot read is a failure too
-            how = dict(timeout_seconds=None, raise_on_error=True)
-            pipe.send(verify(gold, found, **how) if gold else None)
+            right = verify(gold, found, timeout_seconds=None, raise_on_error=True) if gold else None
+            pipe.send(right)
         except Exception:  # noqa: BLE001 - whatever fails there means "could not tell"
             pipe.send(None)
 

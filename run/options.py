@@ -150,7 +150,7 @@ class Options:
 
     @property
     def verdict(self):
-        """What is measured on held-out questions: the verdict that is paid, if one is."""
+        """What is measured on held-out questions: the verdict used as reward, if one is."""
         return "lenient" if self.reward == "random" else self.reward
 
     @property

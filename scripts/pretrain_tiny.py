@@ -159,9 +159,8 @@ def make_model(tokenizer, layers, hidden):
 def look(model, tokenizer, held_out, seed):
     """What the model answers to held-out problems, as a line."""
     eos_ids, cap = eos_ids_of(model, tokenizer), BUILT_IN["addition"].cap
-    how = (1, cap, eos_ids)
-    sampled = sample_answers(model, tokenizer, held_out, *how, seed=seed)
-    greedy = sample_answers(model, tokenizer, held_out, *how, temperature=0.0)
+    sampled = sample_answers(model, tokenizer, held_out, 1, cap, eos_ids, seed=seed)
+    greedy = sample_answers(model, tokenizer, held_out, 1, cap, eos_ids, temperature=0.0)
     answers = [row[0] for row in sampled]
     with_steps = [a for a in answers if "####" in a.text]
     right = sum(a.grade.strict for a in with_steps) / max(1, len(with_steps))

@@ -394,7 +394,10 @@ INTEGERS = [
     ("770/2 or 385/1", "ww"),
     ("7:385", "ww"),
     ("x385", "ww"),
-    ("385 or 386", "ww"),
+    ("384 or 385", "ww"),
+    ("between 17 and 385 somewhere", "ww"),
+    ("from 0 to 385", "ww"),
+    ("17 is not it, and 385 is", "wR"),
     ("#### 386\nso 385", "ww"),  # what is marked counts
     ("386\n#### 385", "RR"),
     ("", "ww"),

@@ -127,11 +127,12 @@ def laid_out(tools, monkeypatch, tmp_path):
 
     `stop` maps a seed to the step at which its training stops too early."""
     claims, _ = tools
-    runs, pilot = tmp_path / "claims_runs", tmp_path / "claims_pilot.json"
+    runs, pilot = tmp_path / "claims_runs.jsonl", tmp_path / "claims_pilot.json"
     trained, stop = [], {}
     monkeypatch.setattr(claims, "ROOT", tmp_path)
     monkeypatch.setattr(claims, "RUNS", runs)
-    monkeypatch.setattr(claims, "TIMES", runs / "times.json")
+    monkeypatch.setattr(claims, "TIMES", tmp_path / "claims_times.json")
+    monkeypatch.setattr(claims, "AGAIN", tmp_path / "again.jsonl")
     monkeypatch.setattr(claims, "COST", tmp_path / "claims_cost.json")
     monkeypatch.setattr(claims, "PILOT", pilot)
     monkeypatch.setattr(claims, "SAME", tmp_path / "claims_same.json")
@@ -173,19 +174,23 @@ def laid_out(tools, monkeypatch, tmp_path):
     return run, runs, trained, stop
 
 
+def names_in(runs):
+    lines = runs.read_text().splitlines() if runs.exists() else []
+    return {json.loads(line)["name"] for line in lines}
+
+
 def test_only_what_is_missing_runs_and_comes_out_the_same(laid_out, capsys):
     run, runs, trained, _ = laid_out
     run("--only", "1")
-    names = {f"{arm}-{seed}.json" for arm in ("hapo", "dapo") for seed in range(101, 111)}
-    assert {p.name for p in runs.iterdir()} == names | {"times.json"} and len(trained) == 20
-    before = {p.name: p.read_bytes() for p in runs.iterdir()}
+    names = {f"{arm}-{seed}" for arm in ("hapo", "dapo") for seed in range(101, 111)}
+    before = runs.read_text()
+    assert names_in(runs) == names and len(trained) == 20
+    assert set(json.loads((runs.parent / "claims_times.json").read_text())) == names
     rates = {c[c.index("--lr") + 1] for c in trained}
     assert rates == {"0.0002"} and all("--difficulty" in c for c in trained)
-    for name in sorted(names)[:10]:
-        (runs / name).unlink()
+    runs.write_text("".join(before.splitlines(True)[::2]))  # every second line is lost
     run("--only", "1")
-    assert len(trained) == 30
-    assert {p.name: p.read_bytes() for p in runs.iterdir()} == before
+    assert len(trained) == 30 and runs.read_text() == before
     # hapo is 0.3 better in all ten seeds: p = 2 / 1024, and the smallest effect is 0.01
     page = (runs.parent / "evidence.md").read_text()
     claim = next(line for line in page.splitlines() if line.startswith("| 1. HAPO beats DAPO"))
@@ -219,19 +224,20 @@ def test_a_run_that_was_stopped_is_no_result(laid_out):
     stop[101] = 24  # the first two of twenty; a training that is told to stop ends with 0
     with pytest.raises(BadInput, match="101 was stopped at step 24 of 48"):
         run("--only", "1")
-    assert not list(runs.glob("*-101.json")) and len(trained) < 20
-    ended = {p.stem for p in runs.glob("*apo-*.json")}  # one that was in flight may have ended
-    assert not ended or set(json.loads((runs / "times.json").read_text())) == ended
+    ended = names_in(runs)  # one that was in flight may have ended
+    assert not any(name.endswith("-101") for name in ended) and len(trained) < 20
+    times = runs.parent / "claims_times.json"
+    assert not ended or set(json.loads(times.read_text())) == ended
     stop.clear()
     run("--only", "1")
-    assert len(list(runs.glob("*apo-*.json"))) == 20
+    assert len(names_in(runs)) == 20
 
 
 def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
     run, runs, _, _ = laid_out
     run("--only", "1")
     monkeypatch.setattr(tools[0], "commit", lambda: "decaf")
-    with pytest.raises(BadInput, match=r"hapo-101.json: made with other commit \(c0ffee\)"):
+    with pytest.raises(BadInput, match=r"run hapo-101: made with other commit \(c0ffee\)"):
         run("--only", "1")
     run("--only", "1", "--mixed")
     assert "**Mixed**" in (runs.parent / "evidence.md").read_text()
@@ -255,22 +261,22 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     monkeypatch.setattr(claims, "commit", claims.commit.__defaults__[0])  # the real one
     with pytest.raises(BadInput, match="made with other commit"):
         run()
-    changed = runs / "dapo-102.json"  # one of those that are made again
-    whole = changed.read_text()
-    changed.write_text(whole.replace('"tokens": ', '"tokens": 1'))
+    whole = runs.read_text()
+    lines = whole.splitlines(True)  # dapo-102 is one of those that are made again
+    changed = [x.replace('"tokens": ', '"tokens": 1') if '"dapo-102"' in x else x for x in lines]
+    runs.write_text("".join(changed))
     with pytest.raises(BadInput, match="dapo-102: tokens is not what it was"):
         run("--again")
     assert not claims.SAME.exists() and claims.commit() == "decaf"
-    changed.write_text(whole)
+    runs.write_text(whole)
     run("--again")  # what was made again is still there
     assert len(trained) == 275
     arms = {c[c.index("--out") + 1].split("/")[-1].rpartition("-")[0] for c in trained[250:]}
     assert len(trained) == 275 and len(arms) == 25
-    assert claims.commit() == "c0ffee" and not (runs / "again").exists()
+    assert claims.commit() == "c0ffee" and not claims.AGAIN.exists()
     run()  # nothing is refused, nothing is missing
-    stale = json.loads((runs / "hapo-101.json").read_text()) | {"commit": "begun before"}
-    (runs / "again").mkdir()
-    (runs / "again" / "hapo-101.json").write_text(json.dumps(stale))
+    stale = claims.read_runs(runs)["hapo-101"] | {"commit": "begun before"}
+    claims.write_runs(claims.AGAIN, {"hapo-101": stale})
     run("--again")  # does not certify this code by another's runs
     assert len(trained) == 300 and "**Mixed**" not in (runs.parent / "evidence.md").read_text()
 
