@@ -19,6 +19,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import program.threads  # before torch
+
+# isort: split
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -97,7 +100,7 @@ def sample_answers(
     """
     answers, chunk = [], max(1, rows_at_once // samples)
     numbers = range(len(problems)) if numbers is None else numbers
-    with tqdm(total=len(problems), desc=progress, disable=progress is None, leave=False) as bar:
+    with tqdm(total=len(problems), desc=progress, disable=not progress or None, leave=False) as bar:
         for i in range(0, len(problems), chunk):
             part = problems[i : i + chunk]
             prompts = [render_prompt(p.question, tokenizer)[1] for p in part]
@@ -182,6 +185,7 @@ def parse(argv: list[str] | None) -> object:
     add("--limit", type=int, default=None, metavar="N", help="only the first N questions")
     add("--seed", type=int, default=0)
     add("--rows-at-once", type=int, default=512, help="answers decoded together")
+    add("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: as PyTorch likes")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", default=None, metavar="FILE.json")
     args = parser.parse_args(argv)
@@ -192,6 +196,7 @@ def parse(argv: list[str] | None) -> object:
             limit = " and at most 256" if name == "samples" else ""
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1{limit}")
     check_device(args.device)
+    program.threads.use_threads(args.threads)
     if args.out and (pathlib.Path(args.out).is_dir() or pathlib.Path(args.out).parent.is_file()):
         raise BadInput(
             f"--out {args.out}: not a file that can be written; name one, such as result.json"

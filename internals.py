@@ -26,6 +26,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import program.threads  # noqa: F401 - before torch
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -255,7 +258,7 @@ def internal_entropy(
     """
     total, count = None, 0
     starts = range(0, len(input_ids), batch)
-    for i in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+    for i in tqdm(starts, desc=progress, disable=not progress or None, leave=False):
         rows = slice(i, i + batch)
         stream = residual_stream(model, input_ids[rows], attention_mask[rows])
         weight = unembedding(model)[:vocab_size]  # a sharded model has gathered it by now

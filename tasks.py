@@ -244,7 +244,7 @@ def fit_context(
     context = getattr(config, "max_position_embeddings", None) or math.inf
     room = context - max_new_tokens
     items, together = [], 500
-    bar = tqdm(total=len(problems), desc="rendering prompts", leave=False, delay=1)
+    bar = tqdm(total=len(problems), desc="rendering prompts", leave=False, delay=1, disable=None)
     for i in range(0, len(problems), together):
         some = problems[i : i + together]
         items += zip(some, render_prompts([p.question for p in some], tokenizer))

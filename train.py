@@ -19,6 +19,9 @@ Shapes: P prompts a step, G answers each, B = P G answers, T positions of the lo
 
 import contextlib
 
+import program.threads  # before torch
+
+# isort: split
 import torch
 from torch import Tensor, nn
 
@@ -291,7 +294,9 @@ def advantage_at(ratio: Tensor, batch: Batch, rows: list, run: Run) -> Tensor:
 
 def train(options: Options) -> None:
     """Set a run up (or pick it up where it stopped), take its steps, leave its files."""
-    run, step = open_run(options, open_ranks(options.device))
+    ranks = open_ranks(options.device)
+    program.threads.use_threads(options.threads, print if ranks.main else str)
+    run, step = open_run(options, ranks)
     lock = run.lock or contextlib.nullcontext()
     with lock, StopRequest(run.say) as stop:
         if step is None:

@@ -29,8 +29,8 @@ HOSTILE = [
 # presses keys, moves the slider, chooses each quantity, and notes what the page then says
 DRIVE = """
 <script>
-const seen = {};
-const note = (k, v) => { seen[k] = v; document.body.dataset.seen = JSON.stringify(seen); };
+const told = {};
+const note = (k, v) => { told[k] = v; document.body.dataset.seen = JSON.stringify(told); };
 const box = document.querySelector(".tokens"), key = k => box.dispatchEvent(
   new KeyboardEvent("keydown", {key: k, bubbles: true, cancelable: true}));
 box.focus(); key("ArrowRight"); note("second", document.querySelector(".token.here").dataset.i);
@@ -92,6 +92,53 @@ def check(name, condition):
 check.faults = 0
 
 
+LEGEND = ("reward of the answers", "held out, sampled", "held out, greedy")
+
+
+def charts_in(dom):
+    return dom.count('<svg viewBox="0 0 340 170"')
+
+
+def look_at_two(run, folder):
+    """The run beside a copy of it: other answers to its questions, one spike, a step missing."""
+    other = pathlib.Path(folder) / "other"
+    other.mkdir()
+    shutil.copy(run / "config.json", other)
+    metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    metrics[-1]["grad_norm"] = 1e4
+    (other / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    rows = [json.loads(line) for line in open(run / "samples.jsonl")]
+    last = rows[-1]["step"]
+    for row in rows:
+        row["question"] += "?" if row["step"] == last else ""
+    (other / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_page([run, other], pathlib.Path(folder) / "two.html")
+    for size in ("1200,1400", "400,800"):
+        driven = page.with_name("two-driven.html")
+        driven.write_text(page.read_text().replace("</body>", DRIVE_TWO + "</body>"))
+        dom, console, _ = rendered(driven, size)
+        told = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom).group(1)))
+        check(f"two, {size}: both answers to one question", told["sections"] == 2 and not console)
+        check(f"two, {size}: a step without a common question is left out", told["step"] < last)
+        check(f"two, {size}: a spike does not flatten its chart", told["spikes"] == 1)
+        check(f"two, {size}: six accuracies in the legend", told["legend"] == 6)
+        check(f"two, {size}: nothing sticks out sideways", told["wide"])
+
+
+DRIVE_TWO = """
+<script>
+const told = {};
+const s = document.getElementById("step"); s.value = s.max; s.dispatchEvent(new Event("input"));
+told.step = +document.getElementById("number").textContent;
+told.sections = document.querySelectorAll("#groups > section").length;
+told.spikes = document.querySelectorAll(".spikes").length;
+told.legend = document.querySelector("#charts figure").querySelectorAll(".key > span").length;
+told.wide = document.documentElement.scrollWidth <= innerWidth;
+document.body.dataset.seen = JSON.stringify(told);
+</script>
+"""
+
+
 def look_at_run(run, folder):
     copy, rows = spoil(run, folder)
     page = write_page([copy])
@@ -105,26 +152,27 @@ def look_at_run(run, folder):
     check("markup is shown as text", HOSTILE[0] in texts and HOSTILE[1] in texts)
     check("direction marks are spelled out", "\\u202ereversed\\u0007" in texts)
     check("nothing has run", "<title>A run, token by token</title>" in dom and "<img" not in dom)
-    check("five curves", dom.count("<svg") == 5 and dom.count("<polyline") >= 7)
+    check("five curves", charts_in(dom) == 5 and dom.count("<polyline") >= 7)
+    check("a legend for the three accuracies", all(x in dom for x in LEGEND))
     check(f"opens in {seconds:.1f} s, the browser's start included", seconds < 10)
-    for size in ("1200,1400", "380,800"):
+    for size in ("1200,1400", "400,800"):
         driven = page.with_name("driven.html")
         driven.write_text(page.read_text().replace("</body>", DRIVE + "</body>"))
         dom, _, _ = rendered(driven, size)
-        seen = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom).group(1)))
-        check(f"{size}: arrow keys walk", seen["second"] == "1" and seen["last"])
+        told = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom).group(1)))
+        check(f"{size}: arrow keys walk", told["second"] == "1" and told["last"])
         names = ("entropy", "temperature", "h ", "advantage", "ratio", "clipped")
-        check(f"{size}: the detail names all", all(name in seen["detail"] for name in names))
+        check(f"{size}: the detail names all", all(name in told["detail"] for name in names))
         # nothing is clipped in the first step and nothing heated: those two may look alike
-        check(f"{size}: quantities shade anew", seen["quantities"] == 6 and seen["shadings"] >= 5)
-        check(f"{size}: the slider reaches the last step", seen["step"] == str(rows[-1]["step"]))
-        check(f"{size}: nothing sticks out sideways", seen["wide"])
+        check(f"{size}: quantities shade anew", told["quantities"] == 6 and told["shadings"] >= 5)
+        check(f"{size}: the slider reaches the last step", told["step"] == str(rows[-1]["step"]))
+        check(f"{size}: nothing sticks out sideways", told["wide"])
 
 
 DRIVE_MODEL = """
 <script>
-const seen = {};
-const note = (k, v) => { seen[k] = v; document.body.dataset.seen = JSON.stringify(seen); };
+const told = {};
+const note = (k, v) => { told[k] = v; document.body.dataset.seen = JSON.stringify(told); };
 const box = document.querySelector("table"), key = k => box.dispatchEvent(
   new KeyboardEvent("keydown", {key: k, bubbles: true, cancelable: true}));
 box.focus(); key("ArrowDown"); key("ArrowRight");
@@ -150,18 +198,21 @@ def look_at_model(model, folder):
     dom, console, _ = rendered(out / "page.html")
     layers = len(json.loads((out / "internals.json").read_text())[str(model)]["attention"])
     check("model: the page draws itself", 'data-drawn="yes"' in dom and not console)
-    check("model: two charts, a row a layer", dom.count("<svg") == 2)
+    check("model: two charts", charts_in(dom) == 2)
+    menu = re.search(r'<select id="answer">(.*?)</select>', dom, re.S).group(1)
+    check("model: the menu shows questions alone", "user" not in menu and "What is" in menu)
+    check("model: nothing is called darker", "darker" not in dom)
     check("model: a row a layer", len(re.findall('<th scope="row">', dom)) == layers + 1)
-    for size in ("1200,1400", "380,800"):
+    for size in ("1200,1400", "400,800"):
         driven = out / "driven.html"
         text = (out / "page.html").read_text()
         driven.write_text(text.replace("</body>", DRIVE_MODEL + "</body>"))
         dom, _, _ = rendered(driven, size)
-        seen = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom).group(1)))
-        check(f"model {size}: arrows walk", (seen["column"], seen["below"]) == ("1", layers - 1))
-        check(f"model {size}: the detail names all", "KL" in seen["detail"])
-        check(f"model {size}: policies and measures shade anew", seen["shadings"] >= 6)
-        check(f"model {size}: nothing sticks out sideways", seen["wide"])
+        told = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom).group(1)))
+        check(f"model {size}: arrows walk", (told["column"], told["below"]) == ("1", layers - 1))
+        check(f"model {size}: the detail names all", "KL" in told["detail"])
+        check(f"model {size}: policies and measures shade anew", told["shadings"] >= 6)
+        check(f"model {size}: nothing sticks out sideways", told["wide"])
 
 
 def main():
@@ -172,6 +223,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         look_at_run(args.run, folder)
+        look_at_two(args.run, folder)
         look_at_model((args.run / "final").resolve(), folder)
     page = write_page([args.run]).resolve()
     check(f"{page.stat().st_size / 1e6:.1f} MB are at most 3", page.stat().st_size <= 3e6)

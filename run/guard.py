@@ -4,10 +4,24 @@ politely when asked to."""
 import signal
 
 ALARM_FACTOR = 4.0  # how far from its running mean a watched number may be before a line says so
-WATCHED = {
-    "grad_norm": "gradient norm",
-    "entropy": "entropy",
-    "response_length": "answer length",
+WATCHED = {  # name, what to do where it jumps up, where it falls
+    "grad_norm": (
+        "gradient norm",
+        "one such step is harmless, since it is clipped; if they go on, lower --lr",
+        "look at dead_groups: little is left to learn from",
+    ),
+    "entropy": (
+        "entropy",
+        "the policy becomes random; lower --lr",
+        "the policy commits itself; if reward falls too it collapses: lower --lr, or raise "
+        "--clip-high",
+    ),
+    "response_length": (
+        "answer length",
+        "look at clipped_ratio and samples.jsonl: do answers run on? lower --lr, or try "
+        "--overlong-buffer",
+        "look at samples.jsonl: are answers still answers? lower --lr if reward falls too",
+    ),
 }
 
 
@@ -17,6 +31,7 @@ class Guard:
 
     def __init__(self, say):
         self.say, self.bad_in_a_row, self.means = say, 0, {}
+        self.away = set()  # watched numbers that are off their mean, and have been named
 
     def bad_step(self, reason):
         self.bad_in_a_row += 1
@@ -25,21 +40,33 @@ class Guard:
     def good_step(self, metrics):
         """Compare the step with the running means of the steps before it."""
         self.bad_in_a_row = 0
-        for key, name in WATCHED.items():
+        for key, (name, above, below) in WATCHED.items():
             value, mean, step = metrics[key], self.means.get(key), metrics["step"]
-            known = mean is not None and step > 10 and mean > 1e-3
-            if known and not mean / ALARM_FACTOR < value < mean * ALARM_FACTOR:
-                self.say(
-                    f"alarm: {name} {value:.3g} at step {step}, {value / mean:.1f} times its "
-                    f"running mean {mean:.3g}; look at samples.jsonl, consider a lower --lr"
-                )
-            self.means[key] = value if mean is None else 0.9 * mean + 0.1 * value
+            if mean is None:
+                self.means[key] = value
+                continue
+            low, high = mean / ALARM_FACTOR, mean * ALARM_FACTOR
+            known = step > 10 and mean > 1e-3
+            if known and not low < value < high:
+                if key not in self.away:
+                    self.say(
+                        f"alarm: {name} {value:.3g} at step {step}, {value / mean:.1f} times its "
+                        f"running mean {mean:.3g}; {above if value > mean else below}"
+                    )
+                self.away.add(key)
+            else:
+                self.away.discard(key)
+            if known:  # a jump moves the mean no further than its bound, and so leaves no echo
+                value = min(max(value, low), high)
+            self.means[key] = 0.9 * mean + 0.1 * value
 
     def state(self):
-        return {"bad_in_a_row": self.bad_in_a_row, "means": self.means}
+        away = sorted(self.away)
+        return {"bad_in_a_row": self.bad_in_a_row, "means": self.means, "away": away}
 
     def restore(self, state):
         self.bad_in_a_row, self.means = state["bad_in_a_row"], dict(state["means"])
+        self.away = set(state.get("away", ()))
 
 
 class StopRequest:

@@ -58,6 +58,7 @@ class Options:
     )
     plain: bool = opt(False, "the readable version of everything in fast/ (for small models)")
     capture: bool = opt(True, "on CUDA, replay decoding steps as graphs")
+    threads: int = opt(0, "CPU threads; 0: as PyTorch likes. Beside other programs 1 may be faster")
 
     # the batch
     prompts_per_step: int = opt(32, "P, prompts a step")
@@ -222,7 +223,15 @@ def flag_of(name):
 
 
 MAY_CHANGE = {  # on resume: these change no result
-    *("steps", "device", "plain", "micro_batch", "micro_tokens", "gradient_checkpointing"),
+    *(
+        "steps",
+        "device",
+        "threads",
+        "plain",
+        "micro_batch",
+        "micro_tokens",
+        "gradient_checkpointing",
+    ),
     *(
         "offload",
         "capture",

@@ -110,8 +110,9 @@ def plot(runs, out=None):
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend(fontsize=7)
-    for panel in list(axes.flat)[len(PANELS) :]:
-        panel.set_visible(False)
+    for panel in axes.flat:
+        if not panel.lines:  # no run has anything to draw there
+            panel.set_visible(False)
     out = pathlib.Path(out or pathlib.Path(runs[0]) / "curves.png")
     figure.savefig(out, dpi=110)
     plt.close(figure)

@@ -16,6 +16,7 @@ from internals import boundary_layer, decoder_body, internal_entropy
 from program.command import OneLineParser
 from program.errors import BadInput
 from program.models import check_device, load_model
+from program.threads import use_threads
 from run.batch import join, rollout_of
 from sampling import eos_ids_of
 from scripts.model_page import write_model_page
@@ -23,10 +24,11 @@ from tasks import BUILT_IN, fit_context, instruct, load_problems, read_problems,
 
 
 def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):
-    """One answer to each problem, drawn from the model at T = 1, as a Rollout."""
-    prompts = [ids for _, ids in fit_context(problems, tokenizer, model.config, max_new_tokens)]
+    """One answer to each problem, drawn from the model at T = 1: (questions, Rollout)."""
+    items = fit_context(problems, tokenizer, model.config, max_new_tokens)
+    questions, prompts = [problem.question for problem, _ in items], [ids for _, ids in items]
     eos_ids, parts = eos_ids_of(model, tokenizer), []
-    for i in tqdm(range(0, len(prompts), 32), desc="answering", leave=False):
+    for i in tqdm(range(0, len(prompts), 32), desc="answering", leave=False, disable=None):
         some = prompts[i : i + 32]
         generator = torch.Generator().manual_seed(seed + i)
         draws = torch.rand(max_new_tokens, len(some), generator=generator)
@@ -40,17 +42,18 @@ def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):
             uniform=draws,
         )
         parts.append(rollout)
-    return join(parts)
+    return questions, join(parts)
 
 
 def finished_answers(path, tokenizer, limit, max_new_tokens, context):
     """Answers from a JSONL file with `question` and `answer` (a run's samples.jsonl, for example),
-    as a Rollout."""
+    as (questions, Rollout)."""
     end = [i for i in [tokenizer.eos_token_id] if i is not None]
-    prompts, answers = [], []
+    questions, prompts, answers = [], [], []
     for number, line in enumerate(open_lines(path), 1):
         question, answer = question_and_answer(line, f"--answers {path}, line {number}")
         ids = tokenizer(answer, add_special_tokens=False).input_ids[: max_new_tokens - 1] + end
+        questions.append(question)
         prompts.append(render_prompt(question, tokenizer)[1])
         answers.append(ids)
         tokens = len(prompts[-1]) + len(ids)
@@ -63,7 +66,7 @@ def finished_answers(path, tokenizer, limit, max_new_tokens, context):
             break
     if not answers:
         raise BadInput(f"--answers {path}: the file is empty")
-    return rollout_of(prompts, answers)
+    return questions, rollout_of(prompts, answers)
 
 
 def open_lines(path):
@@ -142,7 +145,8 @@ def arguments(argv):
     option("seed", type=int, default=0)
     option("device", default="cuda" if torch.cuda.is_available() else "cpu")
     text = "internals.json, entropy_flow.png, entropy_change.png"
-    option("out", text, default="internals", metavar="DIR")
+    option("out", text, default="runs/internals", metavar="DIR")
+    option("threads", "CPU threads; 0: as PyTorch likes", type=int, default=0, metavar="N")
     args = parser.parse_args(argv)
     for name in ("samples", "max_new_tokens"):
         if getattr(args, name) < 1:
@@ -151,7 +155,7 @@ def arguments(argv):
 
 
 def answers_for(args, model, tokenizer):
-    """The answers that every model is asked about, as a Rollout."""
+    """The answers that every model is asked about: (questions, Rollout)."""
     if args.answers:
         context = getattr(model.config, "max_position_embeddings", None) or math.inf
         return finished_answers(args.answers, tokenizer, args.samples, args.max_new_tokens, context)
@@ -194,9 +198,10 @@ def write(record, out):
 def main(argv=None):
     args = arguments(argv)
     check_device(args.device)
+    use_threads(args.threads)
     model, tokenizer = load_model(model_folder(args.model), args.device)
     decoder_body(model)
-    rollout = answers_for(args, model, tokenizer)
+    questions, rollout = answers_for(args, model, tokenizer)
     inputs = [x.to(args.device) for x in rollout.with_response_mask(args.samples)]
     if not int(rollout.mask.sum()):
         raise BadInput(f"--model {args.model}: its answers are empty; nothing can be asked about")
@@ -215,5 +220,7 @@ def main(argv=None):
         print(f"\n{name}: {size}; entropies in nats\n{table(entropy)}")
         record[name], models[name] = record_of(entropy, rollout, args.seed), model
     write(record, pathlib.Path(args.out))
-    page = write_model_page(pathlib.Path(args.out), models.items(), tokenizer, rollout, record)
+    page = write_model_page(
+        pathlib.Path(args.out), models.items(), tokenizer, questions, rollout, record
+    )
     print(f"what every layer would have said: open {page} in a browser")

@@ -72,9 +72,9 @@ def shown_answers(rollout, layers, models):
     return rows
 
 
-def write_model_page(out, named_models, tokenizer, rollout, record):
+def write_model_page(out, named_models, tokenizer, questions, rollout, record):
     """out/page.html. named_models: (name, model) one after another; record: internals.json."""
-    models, chosen, questions, used = [], [], [], set()
+    models, chosen, asked, used = [], [], [], set()
     for name, model in named_models:
         layers = len(record[name]["feed_forward_change"])
         shown, cells = shown_answers(rollout, layers, len(record)), []
@@ -86,7 +86,7 @@ def write_model_page(out, named_models, tokenizer, rollout, record):
             cells.append(cells_of(model, *inputs, len(tokenizer)))
             if not models:
                 chosen.append(ids[0, start:end].tolist())
-                questions.append(tokenizer.decode(ids[0, :start], skip_special_tokens=True))
+                asked.append(questions[row])
         for one in cells:
             layers_of = [layer for policy_cells in one.values() for layer in policy_cells]
             used |= {i for layer in layers_of for cell in layer for i, _ in cell["top"]}
@@ -97,7 +97,7 @@ def write_model_page(out, named_models, tokenizer, rollout, record):
     data = {
         "models": models,
         "chosen": chosen,
-        "questions": questions,
+        "questions": asked,
         "texts": {i: tokenizer.decode([i]) for i in sorted(used)},
         "vocab": len(tokenizer),
         "answers": len(rollout.tokens),

@@ -96,6 +96,19 @@ def fill(template, data):
     return page.replace("/*data*/", in_script(data))
 
 
+def keep_common(runs, folders):
+    """Of two runs, the steps at which both show answers to the same question."""
+    asked = [{(s["step"], s["question"]) for s in run["steps"]} for run in runs]
+    common = asked[0] & asked[1]
+    if not common:
+        raise BadInput(
+            f"--compare {folders[1]}: no step shows the same question as in {folders[0]}; compare "
+            "runs of the same seed and the same --prompts-per-step"
+        )
+    for run in runs:
+        run["steps"] = [s for s in run["steps"] if (s["step"], s["question"]) in common]
+
+
 def write_page(folders, out=None):
     """Write the page of one run, or of two side by side; returns its path."""
     runs, options = zip(*(read_run(folder) for folder in folders))
@@ -105,14 +118,17 @@ def write_page(folders, out=None):
             f"--compare {folders[1]}: another task or file than {folders[0]}; answers to different "
             "questions cannot stand side by side"
         )
-    tau = options[0]["tau"] or 0.05
-    data = {"runs": runs, "base": options[0]["temperature"], "tau": tau}
+    tau, steps = options[0]["tau"] or 0.05, len(runs[0]["steps"])
+    if len(runs) > 1:
+        keep_common(runs, folders)
+    data = {"runs": runs, "base": options[0]["temperature"], "tau": tau, "all": steps}
     page = fill("run.html", data)
     while len(page) > LARGEST and len(runs[0]["steps"]) > 2:
         for run in runs:  # every second step, the last one kept
             run["steps"] = run["steps"][::-1][::2][::-1]
         page = fill("run.html", data)
-    out = pathlib.Path(out or pathlib.Path(folders[0]) / "page.html")
+    name = "page.html" if len(runs) == 1 else f"page-beside-{runs[1]['name']}.html"
+    out = pathlib.Path(out or pathlib.Path(folders[0]) / name)
     out.write_text(page, encoding="utf-8")
     return out
 
@@ -121,7 +137,9 @@ def main(argv=None):
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("--compare", metavar="RUN", help="a second run, beside the first")
-    parser.add_argument("--out", metavar="FILE", help="default RUN/page.html")
+    parser.add_argument(
+        "--out", metavar="FILE", help="default RUN/page.html, or RUN/page-beside-NAME.html"
+    )
     args = parser.parse_args(argv)
     folders = [args.run] + ([args.compare] if args.compare else [])
     path = write_page(folders, args.out)

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import re
 import sys
 
 import pytest
@@ -106,9 +107,28 @@ def checkpoint_layers(model):
     getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
 
+def named_beside_equations():
+    """The tests of docs/equations.md's last column: {(file, test)}; a file alone is all of it."""
+    named = set()
+    for line in (ROOT / "docs" / "equations.md").read_text(encoding="utf-8").splitlines():
+        file = None
+        for word in re.findall(r"`(test_\w+(?:\.py)?(?:::test_\w+)?)`", line.split("|")[-2:][0]):
+            if word.endswith(".py"):
+                named.add((word, None))
+                continue
+            file, name = word.split("::") if "::" in word else (file, word)
+            named.add((file, name))
+    return named
+
+
 def pytest_collection_modifyitems(items):
-    """First of all comes the test that starts other processes: they work beside the tests that
-    follow."""
+    """Tests beside equations are marked. First of all comes the test that starts other processes:
+    they work beside the tests that follow."""
+    named = named_beside_equations()
+    for item in items:
+        file, name = item.path.name, item.name.partition("[")[0]
+        if (file, name) in named or (file, None) in named:
+            item.add_marker("mathematics")
     items.sort(key=lambda item: item.name != "test_one_process_hands_over_to_two")
 
 

@@ -109,6 +109,29 @@ def test_a_long_run_is_thinned_out_until_it_fits(a_run, monkeypatch):
     assert len(path.read_text()) <= page.LARGEST and steps[-1] == 40 and 5 < len(steps) < 40
 
 
+def test_two_runs_show_the_same_questions_on_a_page_of_their_own(a_run, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("metrics.jsonl", "samples.jsonl", "config.json"):
+        (other / name).write_text((a_run.out / name).read_text())
+    samples = other / "samples.jsonl"
+    rows = [json.loads(line) for line in open(samples)]
+    for row in rows:
+        row["question"] += "?" if row["step"] == 2 else ""
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    single = page.write_page([a_run.out])
+    before = single.read_text()
+    both = page.write_page([a_run.out, other])
+    assert both == a_run.out / "page-beside-other.html" and single.read_text() == before
+    data = data_of(both)
+    assert [[s["step"] for s in run["steps"]] for run in data["runs"]] == [[1], [1]]
+    assert data["all"] == 2 and len({run["steps"][0]["question"] for run in data["runs"]}) == 1
+    samples.write_text("".join(json.dumps(r | {"question": "new"}) + "\n" for r in rows))
+    with pytest.raises(BadInput, match="no step shows the same question") as error:
+        page.write_page([a_run.out, other])
+    assert "\n" not in str(error.value)
+
+
 def test_bad_input_is_one_line(a_run, tmp_path):
     with pytest.raises(BadInput, match="metrics.jsonl: no such file"):
         page.write_page([tmp_path / "nothing"])

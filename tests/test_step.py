@@ -279,3 +279,34 @@ def test_the_reference_is_scored_without_an_entropy(opened, monkeypatch):
     monkeypatch.setattr(train, "token_scores", spy)
     train.train_step(1, run)
     assert asked == [(False, True), (True, False), (False, False)]
+
+
+# ------------------------------------------------------------------------------------------ threads
+
+
+def test_threads_spin_briefly_unless_told_otherwise():
+    """Set before torch is imported, and only where the user has set nothing."""
+    say = "import os, train; print(os.environ.get('GOMP_SPINCOUNT'))"
+    base = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    cases = [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+    for given, expected in cases:
+        command = [sys.executable, "-c", say]
+        done = subprocess.run(command, cwd=ROOT, env=base | given, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
+
+
+def test_a_busy_machine_is_named(monkeypatch):
+    from program.threads import use_threads
+
+    said = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.2, 0, 0), raising=False)
+    use_threads(0, said.append)
+    assert not said
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.1, 0, 0), raising=False)
+    use_threads(0, said.append)
+    assert len(said) == 1 and "--threads 1" in said[0]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    use_threads(0, said.append)  # one thread waits for nobody
+    assert len(said) == 1

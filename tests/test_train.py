@@ -583,6 +583,20 @@ def test_guard_alarms():
         guard.good_step({"step": step, **usual})
     guard.good_step({"step": 29, **usual, "response_length": 200})
     assert len(said) == 1 and "answer length 200 at step 29, 10.0 times" in said[0]
+    assert "clipped_ratio" in said[0]
+    for step in range(30, 40):  # back to normal: no echo
+        guard.good_step({"step": step, **usual})
+    assert len(said) == 1
+    guard.good_step({"step": 40, **usual, "entropy": 0.05})
+    assert len(said) == 2 and "collapses" in said[1]
+    guard.good_step({"step": 41, **usual, "entropy": 0.05})  # known by now, a resume included
+    resumed = Guard(said.append)
+    resumed.restore(json.loads(json.dumps(guard.state())))
+    resumed.good_step({"step": 42, **usual, "entropy": 0.05})
+    assert len(said) == 2
+    old = guard.state()
+    del old["away"]  # a checkpoint of before
+    resumed.restore(old)
 
 
 def test_what_becomes_of_an_update():
@@ -665,6 +679,8 @@ def test_what_becomes_of_an_update():
         (["--decode-rows", "3"], "--decode-rows 3: the 4 answers to a prompt"),
         (["--diagnose-every", "1"], "--diagnose-every 1: needs --bupo-layer"),
         (["--device", "gpu"], "--device gpu: must be cpu, cuda or cuda:N"),
+        (["--threads", "-1"], "--threads -1: this machine has"),
+        (["--threads", "9999"], "--threads 9999: this machine has"),
         (["--device", "cuda:99"], "--device cuda:99: no such CUDA device"),
         (["--dual-clip", "nan"], "--dual-clip nan"),
         (["--data", "", "--difficulty", "7"], "--difficulty 7: addition has the levels"),

@@ -66,7 +66,23 @@ function walk(box, show) {
   });
 }
 
-/** Lines over steps as an svg. lines: [{points: [[x, y]], color, dash, dots}]. */
+/** What a line looks like, in small. */
+function sample(line) {
+  const svg = el("svg:svg", {viewBox: "0 0 26 10", "aria-hidden": "true"},  null,
+    el("svg:line", {x1: 0, x2: 26, y1: 5, y2: 5, stroke: `var(${line.color})`, "stroke-width": 2,
+      "stroke-dasharray": line.dash || "none", opacity: line.opacity || 1}));
+  if (line.dots) svg.append(el("svg:circle", {cx: 13, cy: 5, r: 3, fill: `var(${line.color})`}));
+  return svg;
+}
+
+/** The highest y that a chart shows: a lone spike must not flatten the rest. */
+function ceiling(ys) {
+  const sorted = [...ys].sort((a, b) => a - b), high = sorted[Math.floor(0.9 * (sorted.length - 1))];
+  const top = sorted[sorted.length - 1];
+  return sorted.length > 9 && high > 0 && top > 3 * high ? 1.5 * high : top;
+}
+
+/** Lines over steps as an svg. lines: [{points: [[x, y]], color, dash, dots, label}]. */
 function chart(title, lines, note = "") {
   const W = 340, H = 170, L = 42, R = 8, T = 8, B = 22;
   const points = lines.flatMap(l => l.points).filter(p => p[1] !== null);
@@ -74,10 +90,10 @@ function chart(title, lines, note = "") {
   if (!points.length) return {figure, cursor() {}};
   const xs = points.map(p => p[0]), ys = points.map(p => p[1]);
   const x0 = Math.min(...xs), x1 = Math.max(...xs, x0 + 1);
-  let y0 = Math.min(...ys), y1 = Math.max(...ys);
+  let y0 = Math.min(...ys), y1 = ceiling(ys);
   if (y0 >= 0 && y0 < 0.5 * y1) y0 = 0;
   if (y0 === y1) y1 = y0 + 1;
-  const X = x => L + (x - x0) / (x1 - x0) * (W - L - R), Y = y => T + (y1 - y) / (y1 - y0) * (H - T - B);
+  const X = x => L + (x - x0) / (x1 - x0) * (W - L - R), Y = y => T + (y1 - Math.min(y, y1)) / (y1 - y0) * (H - T - B);
   const svg = el("svg:svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title});
   for (const y of [y0, (y0 + y1) / 2, y1]) {
     svg.append(el("svg:line", {class: "axis", x1: L, x2: W - R, y1: Y(y), y2: Y(y)}),
@@ -90,7 +106,7 @@ function chart(title, lines, note = "") {
     const real = line.points.filter(p => p[1] !== null);
     const path = real.map(p => `${X(p[0]).toFixed(1)},${Y(p[1]).toFixed(1)}`).join(" ");
     svg.append(el("svg:polyline", {points: path, fill: "none", stroke: `var(${line.color})`,
-      "stroke-width": 1.6, "stroke-dasharray": line.dash || "none"}));
+      "stroke-width": 1.6, "stroke-dasharray": line.dash || "none", opacity: line.opacity || 1}));
     if (line.dots) for (const p of real) {
       svg.append(el("svg:circle", {cx: X(p[0]), cy: Y(p[1]), r: 3, fill: `var(${line.color})`}));
     }
@@ -98,6 +114,16 @@ function chart(title, lines, note = "") {
   const mark = el("svg:line", {class: "cursor", y1: T, y2: H - B, x1: -9, x2: -9});
   svg.append(mark);
   figure.append(svg);
+  const spikes = points.filter(p => p[1] > y1);
+  for (const p of spikes) {
+    svg.append(el("svg:path", {class: "spike", d: `M${X(p[0]) - 4},${T + 7} h8 l-4,-7 z`}));
+  }
+  const labelled = lines.filter(l => l.label && l.points.some(p => p[1] !== null));
+  if (labelled.length > 1) figure.append(el("figcaption", {class: "key"}, null,
+    ...labelled.map(l => el("span", {}, null, sample(l), l.label))));
+  if (spikes.length) figure.append(el("figcaption", {class: "spikes"}, "beyond the frame: "
+    + spikes.slice(0, 4).map(p => `${number(p[1], 1)} at ${p[0]}`).join(", ")
+    + (spikes.length > 4 ? ", \u2026" : "")));
   if (note) figure.append(el("figcaption", {}, note));
   return {figure, svg, at: px => x0 + (px - L) / (W - L - R) * (x1 - x0), width: W, cursor(x) {
     mark.setAttribute("x1", X(x));
