@@ -148,25 +148,28 @@ def checked(runs, name, options, made_of, mixed):
 
 def run_missing(jobs, path, made_of):
     """Run [(name, options, seed)], two at a time, into a file of runs; note how long each took."""
+    runs = read_runs(path)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         waiting = {pool.submit(run_one, *job, made_of): job[0] for job in jobs}
         try:
             for n, future in enumerate(concurrent.futures.as_completed(waiting), 1):
                 name, (result, seconds) = waiting.pop(future), future.result()
-                keep(path, name, result, seconds)
+                runs[name] = result
+                keep(path, runs, name, seconds)
                 print(f"{n}/{len(jobs)}  {name}  {seconds:.0f} s", flush=True)
         finally:  # after a failure or Ctrl-C nothing new starts; what is in flight may still end
             pool.shutdown(cancel_futures=True)
             for future, name in waiting.items():
                 if not future.cancelled() and not future.exception():
-                    keep(path, name, *future.result())
+                    runs[name], seconds = future.result()
+                    keep(path, runs, name, seconds)
 
 
-def keep(path, name, result, seconds):
-    """A finished run: its line, and its time; one that is made again keeps its first time."""
-    write_runs(path, read_runs(path) | {name: result})
+def keep(path, runs, name, seconds):
+    """A finished run among the others, and its time; one that is made again keeps its first."""
+    write_runs(path, runs)
     times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
-    times.setdefault(name, round(seconds, 3))
+    times.setdefault(name, max(0.001, round(seconds, 3)))
     TIMES.write_text(json.dumps(times, indent=0, sort_keys=True) + "\n")
 
 

@@ -10,7 +10,7 @@ import os
 from program.errors import BadInput
 
 if "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["GOMP_SPINCOUNT"] = "10000"  # turns of an empty loop, some 10 to 100 microseconds
+    os.environ["GOMP_SPINCOUNT"] = "4000"  # turns of an empty loop
 
 
 def use_threads(count, say=print):

@@ -10,6 +10,7 @@ import transformers
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import tasks  # noqa: E402
 import train  # noqa: E402
 from grading.answers import Grade  # noqa: E402
 from run import options  # noqa: E402
@@ -23,6 +24,12 @@ torch.set_num_threads(1)  # the models are tiny: a second thread costs more than
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fewer_questions(monkeypatch):
+    """A built-in task draws 20,000 questions; a run of two steps needs no more than these."""
+    monkeypatch.setattr(tasks, "QUESTIONS", 1_000)
 
 
 @pytest.fixture

@@ -30,6 +30,11 @@ COMPARED = (
 ).split()
 
 
+@pytest.fixture(autouse=True)
+def fewer_questions():
+    """All of them: the other processes draw all."""
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -286,9 +286,12 @@ def test_the_reference_is_scored_without_an_entropy(opened, monkeypatch):
 
 def test_threads_spin_briefly_unless_told_otherwise():
     """Set before torch is imported, and only where the user has set nothing."""
-    say = "import os, train; print(os.environ.get('GOMP_SPINCOUNT'))"
+    for program in ("train", "evaluate", "internals"):
+        text = (ROOT / f"{program}.py").read_text()
+        assert text.index("\nimport program.threads") < text.index("\nimport torch")
+    say = "import os, program.threads; print(os.environ.get('GOMP_SPINCOUNT'))"
     base = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    cases = [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+    cases = [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
     for given, expected in cases:
         command = [sys.executable, "-c", say]
         done = subprocess.run(command, cwd=ROOT, env=base | given, capture_output=True, text=True)

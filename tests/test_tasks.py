@@ -275,6 +275,11 @@ def test_arithmetic_answers():
 # -------------------------------------------------------------------------------------------- files
 
 
+@pytest.fixture(autouse=True)
+def fewer_questions():
+    """All of them, here."""
+
+
 def without_math_verify(monkeypatch, installed=False):
     for module in (answers, tasks):
         monkeypatch.setattr(module, "has_math_verify", lambda: installed)
