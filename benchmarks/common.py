@@ -3,6 +3,7 @@
 Both sides of a comparison are timed in turn, so that a noisy machine hits them alike.
 """
 
+import gc
 import pathlib
 import statistics
 import sys
@@ -57,6 +58,7 @@ def ratio(seconds, a, b):
 def peak_on_cpu(function, *holders):
     """(what the function returns, largest number of bytes allocated while it ran): what the models
     and optimisers in `holders` held before, and what PyTorch's profiler saw on top."""
+    gc.collect()  # what is freed meanwhile would be taken off
     held = {}
     for holder in holders:
         tensors = list(holder.parameters()) if isinstance(holder, torch.nn.Module) else []
