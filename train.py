@@ -309,19 +309,19 @@ def train(options: Options) -> None:
             metrics, bad = guarded_step(step, run)
             report.record(step, metrics, bad, run)
             bad_steps = run.guard.bad_in_a_row
-            if bad and bad_steps >= options.max_bad_steps:
+            last = step == options.steps
+            if bad and (last or bad_steps >= options.max_bad_steps):
                 give_up(run, step)
             stopped = run.ranks.any(stop.asked)
             due = step % options.save_every == 0
-            last = step == options.steps
             if not bad and (due or last or stopped):
                 checkpoint.save(run, step)
-    if step == options.steps:
-        finish(run)
-    else:
-        again = f"python train.py --resume --out {options.out}"
-        where = f"stopped after step {step}"
-        run.say(f"{where}; go on with: {again}")
+        if step == options.steps:
+            finish(run)
+        else:
+            again = f"python train.py --resume --out {options.out}"
+            where = f"stopped after step {step}"
+            run.say(f"{where}; go on with: {again}")
     run.ranks.close()
 
 
@@ -334,6 +334,7 @@ def guarded_step(step: int, run: Run) -> tuple:
     try:
         before = report.weight_sample(run)
         done = train_step(step, run)
+        run.check_finite(report.weight_norms(run), "a weight")
         report.say_skipped(done.updates, run)
         metrics = report.step_metrics(done, before, run)
         run.shown = inspect_group(done, run)

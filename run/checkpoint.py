@@ -2,7 +2,8 @@
 
 checkpoint-N/ is an ordinary Hugging Face folder (config, weights, tokenizer) plus
     optimizer.pt     AdamW's moments by weight name (torch.load(weights_only=True))
-    run.json         step, data position, BuPO layer, entropy statistics, guard: all but tensors
+    run.json         step, data position, BuPO layer, entropy statistics, guard, a sum of the
+                     options: all but tensors
     checksums.json   SHA-256 of every other file, written last
 It is written under another name, flushed to the disk and renamed, so a kill at any moment leaves
 either no checkpoint-N or a whole one. Reading checks every sum and takes the newest folder that
@@ -10,17 +11,21 @@ passes. There is no random state to save: every draw is seeded by (seed, step).
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
+import tempfile
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from program.errors import BadInput
+from run.options import MAY_CHANGE
 from scale.shard import whole
 
 SHAPE = (
@@ -54,7 +59,8 @@ def save(run, step):
         save_model(run, aside, weights)
         torch.save(moments, aside / "optimizer.pt")
         made_of = fingerprint(run.policy.config, run.tokenizer)
-        state = {"step": step, "fingerprint": made_of, **run.state()}
+        options = sum_of_options(run.options)
+        state = {"step": step, "fingerprint": made_of, "options": options, **run.state()}
         (aside / "run.json").write_text(json.dumps(state))
         files = sorted(p for p in aside.iterdir() if p.is_file())
         for path in files:
@@ -85,15 +91,28 @@ def disk_faults_in_one_line(out, what, unfinished):
 
 
 def save_model(run, folder, weights):
-    """An ordinary Hugging Face folder of the policy's weights."""
-    run.policy.save_pretrained(folder, state_dict=weights)
-    if not run.tokenizer_files:
-        run.tokenizer.save_pretrained(folder)
-        made = {"model", "config", "generation_config"}
-        files = [p for p in folder.iterdir() if p.stem.split(".")[0] not in made]
-        run.tokenizer_files = {p.name: p.read_bytes() for p in files}
+    """An ordinary Hugging Face folder of the policy's weights. One of them is read back."""
+    run.policy.save_pretrained(folder, state_dict=dict(weights))  # which it may empty
+    config = folder / "config.json"  # the library writes down what the model computes in
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
+    check_written(folder, weights)
+    if not run.tokenizer_files:  # the same every time, and half a second
+        with tempfile.TemporaryDirectory() as apart:
+            run.tokenizer.save_pretrained(apart)
+            files = pathlib.Path(apart).iterdir()
+            run.tokenizer_files = {p.name: p.read_bytes() for p in files}
     for name, content in run.tokenizer_files.items():
         (folder / name).write_bytes(content)
+
+
+def check_written(folder, weights):
+    """OSError if a weight is not what was to be written: of one file, or of several large ones."""
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+    name = min(places or weights, key=lambda name: weights[name].numel())
+    with safe_open(folder / places.get(name, "model.safetensors"), "pt") as file:
+        if not torch.equal(file.get_tensor(name), weights[name]):
+            raise OSError(f"{name} reads back as something else")
 
 
 def gather(run):
@@ -138,6 +157,18 @@ def newest_whole(out, say):
     return None
 
 
+def to_resume(out, say):
+    """The newest whole checkpoint; None where a run had made none yet. BadInput where there are
+    checkpoints and none is whole: they may be readable again tomorrow, and nothing is deleted."""
+    found = newest_whole(out, say)
+    if found is None and folders(out):
+        raise BadInput(
+            f"--resume: none of the {len(folders(out))} checkpoints in {out} is whole (see above); "
+            "nothing was changed. Mend the disk, or start again with --overwrite or another --out"
+        )
+    return found
+
+
 def _fault(folder):
     try:
         sums = json.loads((folder / "checksums.json").read_text())
@@ -152,9 +183,20 @@ def _fault(folder):
     return None if listed else "it lists no run.json or optimizer.pt"
 
 
+def sum_of_options(options):
+    """SHA-256 of the options that a resumed run may not change."""
+    kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in MAY_CHANGE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def restore(run, folder):
     """Put back everything but the weights; returns the step the checkpoint was written at."""
     state = json.loads((folder / "run.json").read_text())
+    if state.get("options", sum_of_options(run.options)) != sum_of_options(run.options):
+        raise BadInput(
+            f"--resume: {folder} is of a run with other options than {run.out / 'config.json'}; "
+            "move away what does not belong there, or start a new run in another --out"
+        )
     if lacking := run.state().keys() - state.keys():
         raise BadInput(
             f"--resume: {folder} is of an older version of this code (no {min(lacking)} in its "

@@ -1,5 +1,7 @@
 """How a run ends: with a model and its curves, or with the last good checkpoint and the reason."""
 
+import shutil
+
 import torch
 
 from program.errors import BadInput
@@ -35,7 +37,8 @@ def finish(run):
 
 
 def give_up(run, step):
-    """Too many bad steps in a row: leave the last answers on disk and stop with BadInput."""
+    """Too many bad steps in a row, or a bad step as the last: leave the last answers on disk, and
+    as final/ the last good checkpoint where the run has got to its end; stop with BadInput."""
     where, batch, options = run.out / f"bad-step-{step}.jsonl", run.last_batch, run.options
     if batch is not None and run.ranks.main:
         worst = torch.argsort(batch.rollout.logp.sum(1))[:32].tolist()
@@ -44,8 +47,14 @@ def give_up(run, step):
         f"the last answers are in {where}" if batch is not None else "no answer could be drawn"
     )
     newest = checkpoint.folders(run.out, step)[0]
+    kept = f"the last good checkpoint is {newest}"
+    if step == options.steps:
+        kept += ", and so is final/"
+        if run.ranks.main:
+            beside = shutil.ignore_patterns("optimizer.pt", "run.json", "checksums.json")
+            shutil.copytree(newest, run.out / "final", ignore=beside, dirs_exist_ok=True)
     raise BadInput(
         f"{run.guard.bad_in_a_row} bad steps in a row (NaN or infinity), stopped at step {step}; "
-        f"the last good checkpoint is {newest}, {answers}. Lower --lr {options.lr:g} or "
+        f"{kept}, {answers}. Lower --lr {options.lr:g} or "
         f"--grad-clip {options.grad_clip:g} and start again from that checkpoint with --model"
     )

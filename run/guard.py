@@ -41,6 +41,8 @@ class Guard:
         """Compare the step with the running means of the steps before it."""
         self.bad_in_a_row = 0
         for key, (name, above, below) in WATCHED.items():
+            if key == "grad_norm" and not metrics.get("updates", 1):
+                continue  # every group was dead, and its line says so
             value, mean, step = metrics[key], self.means.get(key), metrics["step"]
             if mean is None:
                 self.means[key] = value

@@ -30,7 +30,7 @@ def open_run(options, ranks):
     shard.check_ranks(options, ranks)
     say = print if ranks.main else lambda *args, **kwargs: None
     out = pathlib.Path(options.out)
-    found = checkpoint.newest_whole(out, say) if options.resume else None
+    found = checkpoint.to_resume(out, say) if options.resume else None
     if options.resume and found is None:
         say(f"no whole checkpoint in {out}: starting from the beginning")
     source = str(found or options.model)
@@ -87,12 +87,22 @@ def open_policy(options, source, ranks):
         getattr(policy, "activation_checkpointing_enable", older)({"use_reentrant": False})
     policy.train()
     no_dropout(policy)
+    mend_generation_config(policy)
     internals.decoder_body(policy)
     if options.bupo_layer and options.bupo_layer != "auto":
         internals.check_layer(policy, int(options.bupo_layer), "--bupo-layer")
     if options.bupo_layer:
         check_blocks(policy, ranks)
     return policy, tokenizer
+
+
+def mend_generation_config(policy):
+    """A generation_config that contradicts itself, a temperature without sampling for example,
+    cannot be saved; ours samples."""
+    try:
+        policy.generation_config.validate(strict=True)
+    except ValueError:
+        policy.generation_config.do_sample = True
 
 
 @torch.no_grad()
@@ -224,11 +234,18 @@ def prepare_folder(run, step):
     out.mkdir(parents=True, exist_ok=True)
     run.lock = lock(out)
     if options.overwrite and (out / "config.json").exists():
-        for old in out.iterdir():
-            if old.is_dir():
+        for old in sorted(out.iterdir(), key=lambda p: p.name == "config.json"):
+            if old.is_dir():  # config.json goes last: until then the folder holds the old run
                 shutil.rmtree(old)
             elif old.name != LOCK:
                 old.unlink()
+    if step < 0 and not options.resume and checkpoint.folders(out):
+        raise BadInput(
+            f"--out {out}: holds checkpoints of a run without its config.json; delete them, or "
+            "name another folder"
+        )
+    if step < options.steps:  # a finished run that is continued is not finished
+        shutil.rmtree(out / "final", ignore_errors=True)
     config = json.dumps(dataclasses.asdict(options), indent=1) + "\n"
     checkpoint.write_file(out / "config.json", config)
     for name in ("metrics.jsonl", "samples.jsonl"):

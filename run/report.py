@@ -21,6 +21,13 @@ def weight_sample(run):
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def weight_norms(run):
+    """The norm of every weight: one that is NaN or infinite must not be saved as good."""
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in run.policy.parameters()]
+    return torch.stack([norm.float().cpu() for norm in torch._foreach_norm(local)])
+
+
 def tally(batch):
     """Sums over the answers of a batch."""
     rollout, right = batch.rollout, batch.right
