@@ -185,7 +185,7 @@ def parse(argv: list[str] | None) -> object:
     add("--limit", type=int, default=None, metavar="N", help="only the first N questions")
     add("--seed", type=int, default=0)
     add("--rows-at-once", type=int, default=512, help="answers decoded together")
-    add("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: as PyTorch likes")
+    add("--threads", type=int, default=None, metavar="N", help="CPU threads")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", default=None, metavar="FILE.json")
     args = parser.parse_args(argv)

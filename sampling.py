@@ -219,7 +219,8 @@ class AdaptiveTemperature(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores.float()
-        temperature = self.rule(entropy_of(logits))
+        entropy = entropy_of(logits)
+        temperature = self.rule(entropy)
         logits = logits / temperature[:, None]
         return logits.to(scores.dtype)
 

@@ -14,14 +14,14 @@ if "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
 
 
 def use_threads(count, say=print):
-    """Compute with `count` threads (0: as many as PyTorch likes); a line where the machine is busy
-    with something else."""
+    """Compute with `count` threads (None: as many as PyTorch likes); a line where the machine is
+    busy with something else."""
     import torch
 
     cores = os.cpu_count() or 1
-    if not 0 <= count <= cores:
-        raise BadInput(f"--threads {count}: this machine has {cores} cores; give 1 to {cores}")
-    if count:
+    if count is not None:
+        if not 1 <= count <= cores:
+            raise BadInput(f"--threads {count}: this machine has {cores} cores; give 1 to {cores}")
         torch.set_num_threads(count)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     threads = torch.get_num_threads()

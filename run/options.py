@@ -58,7 +58,7 @@ class Options:
     )
     plain: bool = opt(False, "the readable version of everything in fast/ (for small models)")
     capture: bool = opt(True, "on CUDA, replay decoding steps as graphs")
-    threads: int = opt(0, "CPU threads; 0: as PyTorch likes. Beside other programs 1 may be faster")
+    threads: int = opt(None, "CPU threads; default PyTorch's. Beside other programs 1 may be best")
 
     # the batch
     prompts_per_step: int = opt(32, "P, prompts a step")

@@ -146,7 +146,7 @@ def arguments(argv):
     option("device", default="cuda" if torch.cuda.is_available() else "cpu")
     text = "internals.json, entropy_flow.png, entropy_change.png"
     option("out", text, default="runs/internals", metavar="DIR")
-    option("threads", "CPU threads; 0: as PyTorch likes", type=int, default=0, metavar="N")
+    option("threads", "CPU threads", type=int, default=None, metavar="N")
     args = parser.parse_args(argv)
     for name in ("samples", "max_new_tokens"):
         if getattr(args, name) < 1:

@@ -305,11 +305,11 @@ def test_a_busy_machine_is_named(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.2, 0, 0), raising=False)
-    use_threads(0, said.append)
+    use_threads(None, said.append)
     assert not said
     monkeypatch.setattr(os, "getloadavg", lambda: (2.1, 0, 0), raising=False)
-    use_threads(0, said.append)
+    use_threads(None, said.append)
     assert len(said) == 1 and "--threads 1" in said[0]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    use_threads(0, said.append)  # one thread waits for nobody
+    use_threads(None, said.append)  # one thread waits for nobody
     assert len(said) == 1

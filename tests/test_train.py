@@ -681,6 +681,7 @@ def test_what_becomes_of_an_update():
         (["--decode-rows", "3"], "--decode-rows 3: the 4 answers to a prompt"),
         (["--diagnose-every", "1"], "--diagnose-every 1: needs --bupo-layer"),
         (["--device", "gpu"], "--device gpu: must be cpu, cuda or cuda:N"),
+        (["--threads", "0"], "--threads 0: this machine has"),
         (["--threads", "-1"], "--threads -1: this machine has"),
         (["--threads", "9999"], "--threads 9999: this machine has"),
         (["--device", "cuda:99"], "--device cuda:99: no such CUDA device"),
