@@ -295,7 +295,8 @@ def advantage_at(ratio: Tensor, batch: Batch, rows: list, run: Run) -> Tensor:
 def train(options: Options) -> None:
     """Set a run up (or pick it up where it stopped), take its steps, leave its files."""
     ranks = open_ranks(options.device)
-    program.threads.use_threads(options.threads, print if ranks.main else str)
+    say = print if ranks.main else str
+    program.threads.use_threads(options.threads, say)
     run, step = open_run(options, ranks)
     lock = run.lock or contextlib.nullcontext()
     with lock, StopRequest(run.say) as stop:
