@@ -77,7 +77,7 @@ def modulation(
     """Eq. 6: h = (x - pivot) / h_max above the pivot, (x - pivot) / |h_min| below.
     In [-1, 1], 0 where `mask` is 0. The clamp only bites with another batch's statistics."""
     h = log_entropy(entropy) - stats.pivot
-    below = h / stats.h_min if released else -h / stats.h_min  # h and h_min are both negative here
+    below = h / stats.h_min if released else -h / stats.h_min  # h, h_min < 0: to -1, or to +1
     h = torch.where(h > 0, h / stats.h_max, below).clamp(-1.0, 1.0)
     return h if mask is None else torch.where(mask.bool(), h, 0.0)
 

@@ -83,7 +83,7 @@ def first_layers(model: nn.Module, layer: int | None, norm: bool) -> Iterator[No
     body, head = model.base_model, model.get_output_embeddings()
     layers, final_norm = body.layers, body.norm
     try:
-        if layer is not None:
+        if layer is not None:  # BuPO 6: nothing above layer l runs, nor gets a gradient
             check_layer(model, layer)
             body.layers = layers[:layer]
         if not norm:

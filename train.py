@@ -44,7 +44,8 @@ from sampling import Rollout
 from scale import memory
 from scale.shard import open_ranks
 
-Layer = int | None  # whose policy: layer l's, counted from 1, or the model's own
+# whose policy: layer l's, counted from 1 ("auto" until step 1 has measured it), or the model's own
+Layer = int | None
 
 # ---------------------------------------------------------------------------------------- one step
 
@@ -65,17 +66,17 @@ def train_step(step: int, run: Run) -> Step:
         layer = run.schedule(step)
 
     # 3. Score every token under the policy that learns, before its first update: the denominator of
-    # the ratio. (Not rollout.logp: there every token has a temperature of its own.) An update takes
-    # whole groups and is scored in the passes that it will make: its first ratios are exactly 1.
+    # the ratio. (Not rollout.logp, which is at the sampler's temperature.) Each update takes whole
+    # groups, scored in the passes that it will make: in the first one every ratio is exactly 1.
     parts = torch.arange(len(batch.texts)).view(options.updates_per_rollout, -1).tolist()
     batch.old_logp, batch.trained_entropy = score(run.policy, batch.rollout, parts, layer, run)
-    # BuPO 3: in phase 1 the full policy's entropy is the sampler's, at temperature 1, not T_base
+    # BuPO 3: phase 1 scores layer l alone; the full policy's entropy is the sampler's, at T = 1
     batch.entropy = batch.trained_entropy if layer is None else batch.rollout.entropy
     run.check_finite(batch.old_logp + batch.entropy, "an old log-probability or entropy")
     if run.reference is not None and layer is None:  # BuPO 4: no KL to the initial model in phase 1
         batch.ref_logp, _ = score(run.reference, batch.rollout, parts, None, run)
 
-    # 4. One h in [-1, 1] a token, from the statistics of all entropies: how sure, how uncertain?
+    # 4. One h in [-1, 1] a token, from the statistics of the batch: how sure, how uncertain?
     if options.algo == "hapo":
         batch.stats = statistics(batch.entropy, batch, run)
         batch.h = hapo.modulation(batch.entropy, batch.stats, batch.loss_mask, options.released)
@@ -193,7 +194,7 @@ def token_scores(
 
 
 def statistics(entropy: Tensor, batch: Batch, run: Run) -> hapo.EntropyStats:
-    """Of every sampled token, over all processes; also in dead groups: all right or all wrong."""
+    """Of every token of the batch, over all processes; dead groups that are left count, too."""
     pool = run.ranks.gather(entropy[batch.rollout.mask])
     return hapo.entropy_stats(pool, torch.ones_like(pool), run.options.rho)
 
@@ -238,8 +239,8 @@ def share_of_peak(step: int, options: Options) -> float:
 
 
 def update(batch: Batch, rows: list, layer: Layer, run: Run) -> Update:
-    """One optimiser step on some of the answers; none, weight decay included, if all are dead. The
-    loss is divided by the whole update's tokens, counted before it is cut into passes."""
+    """One optimiser step on some of the answers; no step at all, not even weight decay, where no
+    token learns. The loss is divided by the whole update's tokens, counted before the passes."""
     mask = batch.loss_mask[rows]
     learns = mask if batch.ref_logp is not None else batch.advantages[rows]  # KL: from any token
     answers = batch.in_loss[rows].sum()

@@ -18,6 +18,7 @@ line that is deleted and made again is the same, bit for bit: how long runs took
 """
 
 import argparse
+import ast
 import concurrent.futures
 import json
 import os
@@ -41,7 +42,7 @@ PLAN, PILOT, RUNS = HERE / "claims.json", HERE / "claims_pilot.json", HERE / "cl
 TIMES, COST = HERE / "claims_times.json", HERE / "claims_cost.json"
 AGAIN = ROOT / "runs" / "claims" / "again.jsonl"  # what --again has made so far
 SAME = HERE / "claims_same.json"  # {commit: the commit whose numbers it gives}
-# what a run's numbers come from: a commit that touches nothing of it is the same commit here
+# what a run's numbers come from: a commit that touches no code of it is the same commit here
 SOURCES = (
     "train.py losses.py hapo.py bupo.py sampling.py internals.py tasks.py evaluate.py "
     "fast grading program run scale assets/tiny-qwen3"
@@ -51,11 +52,36 @@ CURVES = ("eval_accuracy", "eval_greedy", "eval_length", "reward", "entropy", "r
 
 def commit():
     """The last commit that touched the sources; BadInput where they are not committed."""
-    git = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True).stdout
+    run = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True)
+    git = lambda *a: run(*a).stdout
     if git("status", "--porcelain", "--", *SOURCES).strip():
         raise BadInput("the sources have changes that are not committed; a result names its commit")
     now = git("log", "-1", "--format=%H", "--", *SOURCES).strip() or "unknown"
-    return (json.loads(SAME.read_text()) if SAME.exists() else {}).get(now, now)
+    same = json.loads(SAME.read_text()) if SAME.exists() else {}
+    for known in (now, *reversed(same)):
+        if known in same and code_of(known, git) == code_of(now, git):
+            return same[known]
+    return now
+
+
+def code_of(made_of, git):
+    """{file: its code} of the sources at a commit: a comment or a docstring changes no number."""
+    code = {}
+    for path in git("ls-tree", "-r", "--name-only", made_of, "--", *SOURCES).split():
+        text = git("show", f"{made_of}:{path}") if path.endswith(".py") else None
+        code[path] = git("rev-parse", f"{made_of}:{path}") if text is None else without_words(text)
+    return code
+
+
+def without_words(text):
+    """A module's syntax tree as text, its docstrings taken out."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(getattr(body[0], "value", None), ast.Constant):
+                del body[0]
+    return ast.dump(tree)
 
 
 def options_of(plan, arm, difficulty, rates):

@@ -281,6 +281,24 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     assert len(trained) == 300 and "**Mixed**" not in (runs.parent / "evidence.md").read_text()
 
 
+def test_comments_and_docstrings_change_no_number(tools):
+    claims, _ = tools
+    before = 'def f(x):\n    """Doubles."""\n    return 2 * x  # twice\n'
+    same = 'def f(x):\n    """x, two times."""\n    # as often\n    return 2 * x\n'
+    other = before.replace("2 * x", "3 * x")
+    assert claims.without_words(before) == claims.without_words(same)
+    assert claims.without_words(before) != claims.without_words(other)
+    files = {"a.py": before, "b.py": same}
+    commits = {"old": files, "new": files | {"a.py": same}, "odd": files | {"b.py": other}}
+
+    def git(what, *args):
+        if what == "ls-tree":
+            return "\n".join(commits[args[2]])
+        return commits[args[0].split(":")[0]][args[0].split(":")[1]]
+
+    assert claims.code_of("old", git) == claims.code_of("new", git) != claims.code_of("odd", git)
+
+
 def test_a_run_s_measures(tools):
     claims, _ = tools
     run = {"eval_accuracy": [[0, 0.1], [12, 0.2], [24, 0.4], [36, 0.6], [48, 0.8]]}
