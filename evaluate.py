@@ -32,19 +32,15 @@ from grading.latex import LATEX
 from program.command import OneLineParser, run_main
 from program.errors import BadInput
 from program.models import check_device, load_model, run_config
-from sampling import eos_ids_of
-from tasks import (
-    BUILT_IN,
+from questions.prompts import (
     FILE_INSTRUCTION,
-    Problem,
-    default_cap,
     default_instruction,
     fit_context,
     instruct,
-    load_problems,
-    read_problems,
     render_prompt,
 )
+from sampling import eos_ids_of
+from tasks import BUILT_IN, Problem, default_cap, load_problems, read_problems
 
 
 def valid_json(thing: object, **style) -> str:

@@ -7,23 +7,18 @@ The same `grade` (grading/answers.py) serves as reward and as evaluation. It ret
 strict and lenient. Parsers alone can move a score by tens of points, so both are always reported.
 """
 
-import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from tqdm import tqdm
-
-from grading.answers import explicit_answer, is_marked, kind_of
+from grading.answers import explicit_answer, kind_of
 from grading.countdown import random_expression
-from grading.files import rows_of
 from grading.latex import has_math_verify
 from program.errors import BadInput
+from questions.files import rows_of
 
-# what the questions of a file are followed by: a strict verdict measures what was asked for
-FILE_INSTRUCTION = "Finish with the final answer behind ####."
 FILE_CAP = 512  # tokens an answer to a file's question may have where nobody says
 QUESTIONS = 20_000  # drawn for a built-in task; many are equal
 HELD_OUT = 512  # rows of a file that are kept apart, at most a fifth of it
@@ -125,16 +120,18 @@ def load_problems(
     data: str | None = None,
     difficulty: int | None = None,
 ) -> tuple[list[Problem], list[Problem]]:
-    """(training problems, held-out problems), disjoint, and the same in every run.
+    """(training problems, held-out problems), disjoint by key_of, and the same in every run.
 
-    Built-in tasks draw QUESTIONS questions and hold out a fifth of the different ones (word order
-    apart). A file's rows are shuffled, and the last HELD_OUT of them (at most a fifth) are kept
-    apart. BadInput says in one line what to do.
+    Built-in tasks draw QUESTIONS questions and hold out a fifth of the different ones. A file's
+    rows are shuffled, and the last HELD_OUT of them (at most a fifth) are kept apart. BadInput says
+    in one line what to do.
     """
     rng = random.Random(f"{task} 0")
     if data is not None:
-        # a question stands on one side only
-        problems = list({p.question: p for p in read_problems(data)}.values())
+        rows = read_problems(data)
+        problems = list({key_of(p): p for p in rows}.values())
+        if repeated := len(rows) - len(problems):
+            print(f"{data}: {repeated} of {len(rows)} rows ask what another does; left out")
         rng.shuffle(problems)
         if len(problems) < 2:
             raise BadInput(
@@ -149,17 +146,20 @@ def load_problems(
             f"--difficulty {difficulty}: {task} has the levels {', '.join(map(str, levels))}"
         )
     drawn = list(dict.fromkeys(BUILT_IN[task].draw(rng, difficulty) for _ in range(QUESTIONS)))
-    bag_of = {p: _bag(p) for p in drawn}
-    bags = list(dict.fromkeys(bag_of.values()))
-    rng.shuffle(bags)
-    apart = set(bags[: max(1, len(bags) // 5)])
-    kept_apart = {bag_of[p]: p for p in drawn if bag_of[p] in apart}
-    return [p for p in drawn if bag_of[p] not in apart], list(kept_apart.values())
+    keys = list(dict.fromkeys(map(key_of, drawn)))
+    rng.shuffle(keys)
+    apart = set(keys[: max(1, len(keys) // 5)])
+    held_out = {key_of(p): p for p in drawn if key_of(p) in apart}
+    return [p for p in drawn if key_of(p) not in apart], list(held_out.values())
 
 
-def _bag(problem):
-    """Its words without their order: "3 plus 4" held out must not be trained on as "4 plus 3"."""
-    return tuple(sorted(re.findall(r"\w+", problem.question))), problem.answer
+def key_of(problem: Problem) -> tuple:
+    """The same for a question however it is spaced and written. In built-in tasks the order of the
+    words is no difference: "3 plus 4" held out must not be trained on as "4 plus 3"."""
+    question = problem.question.casefold()
+    if problem.kind in ("integer", "countdown"):
+        return *sorted(re.findall(r"\w+", question)), problem.answer
+    return tuple(question.split())
 
 
 def read_problems(path: str, flag: str = "--data") -> list[Problem]:
@@ -174,7 +174,7 @@ def read_problems(path: str, flag: str = "--data") -> list[Problem]:
     if unusable:
         why = "neither a number nor a word, and LaTeX needs: pip install math-verify"
         if has_math_verify():
-            why = "empty"
+            why = "empty, or of several lines without #### or \\boxed"
         print(
             f"{path}: {unusable} of {unusable + len(problems)} rows skipped, their answer is "
             f"{why}; the first is {example[0]}: {example[1][:60]!r}"
@@ -187,80 +187,6 @@ def read_problems(path: str, flag: str = "--data") -> list[Problem]:
 
 def _problem_of(question, answer):
     """The Problem of a row, or None where its answer cannot be checked."""
-    stated = explicit_answer(answer) if is_marked(answer) else answer.strip()
+    stated = explicit_answer(answer.strip())
     kind = kind_of(stated) if stated else None
     return Problem(question, stated, kind) if kind else None
-
-
-# ------------------------------------------------------------------------------------------ prompts
-
-
-def default_instruction(data: str | None) -> str:
-    """The instruction where nobody says: built-in questions ask for their form themselves."""
-    return FILE_INSTRUCTION if data else ""
-
-
-def instruct(problems: list[Problem], instruction: str) -> list[Problem]:
-    """The problems, each question followed by a line that says how to answer."""
-    if not instruction:
-        return problems
-    return [replace(p, question=f"{p.question}\n{instruction}") for p in problems]
-
-
-def render_prompt(question: str, tokenizer: object) -> tuple[str, list[int]]:
-    """(text, token ids) of one question: through the tokenizer's chat template if it has one."""
-    if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": question}], **TEMPLATE)
-        return text, tokenizer(text, add_special_tokens=False).input_ids
-    text = f"Question: {question}\nAnswer:"
-    return text, tokenizer(text).input_ids
-
-
-def render_prompts(questions: list[str], tokenizer: object) -> list[list[int]]:
-    """The token ids of many questions, as render_prompt's: together they take a quarter of the
-    time."""
-    if not getattr(tokenizer, "chat_template", None):
-        return tokenizer([f"Question: {question}\nAnswer:" for question in questions]).input_ids
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    texts = tokenizer.apply_chat_template(chats, **TEMPLATE)
-    return tokenizer(texts, add_special_tokens=False).input_ids
-
-
-# enable_thinking is Qwen3's switch; templates that do not know it ignore it
-TEMPLATE = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
-
-
-def fit_context(
-    problems: list[Problem],
-    tokenizer: object,
-    config: object,
-    max_new_tokens: int,
-    say: Callable[[str], None] = print,
-) -> list[tuple[Problem, list[int]]]:
-    """[(problem, prompt ids)] whose prompt leaves room for an answer in the model's context.
-
-    Says how many do not.
-    """
-    context = getattr(config, "max_position_embeddings", None) or math.inf
-    room = context - max_new_tokens
-    items, together = [], 500
-    bar = tqdm(total=len(problems), desc="rendering prompts", leave=False, delay=1, disable=None)
-    for i in range(0, len(problems), together):
-        some = problems[i : i + together]
-        items += zip(some, render_prompts([p.question for p in some], tokenizer))
-        bar.update(len(some))
-    bar.close()
-    fitting = [item for item in items if 0 < len(item[1]) <= room]
-    if not fitting:
-        shortest = min(len(ids) for _, ids in items)
-        raise BadInput(
-            f"--max-new-tokens {max_new_tokens}: no prompt fits the model's context of {context} "
-            f"tokens beside it; the shortest has {shortest}"
-            + (f": at most {context - shortest} are left" if shortest < context else "")
-        )
-    if len(fitting) < len(items):
-        say(
-            f"warning: {len(items) - len(fitting)} of {len(items)} prompts are longer than the "
-            f"model's context less --max-new-tokens ({room} tokens) and are left out"
-        )
-    return fitting

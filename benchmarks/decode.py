@@ -16,8 +16,9 @@ import torch
 from common import AutoModelForCausalLM, AutoTokenizer, in_turn, median, qwen3, ratio
 
 from hapo import EntropyStats, adaptive_temperature
+from questions.prompts import render_prompt
 from sampling import eos_ids_of, generate, pad_prompts
-from tasks import read_problems, render_prompt
+from tasks import read_problems
 
 STATS = EntropyStats(*map(torch.tensor, (-0.5, 1.0, 1.0, -3.0)))
 ADAPTIVE = "ours, adaptive T"

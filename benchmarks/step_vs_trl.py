@@ -18,10 +18,11 @@ from common import AutoTokenizer, median, qwen3, ratio
 
 import train
 from grading.answers import Grade
+from questions.prompts import render_prompt
 from run import options
 from run.machine import OneProcess
 from run.opening import open_run
-from tasks import load_problems, render_prompt
+from tasks import load_problems
 
 TINY = str(pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen3")
 STEP = (

@@ -1,7 +1,10 @@
-"""Is an answer right? Two verdicts on a text that a model wrote.
+"""Is an answer right? Two verdicts on a text that a model wrote (docs/grading.md has the rules).
 
     strict   the answer stands where it was asked for (after ####, in \\boxed{}, or alone)
     lenient  it may also end a sentence: the last number (or expression) of the text counts
+
+The rules find at most one answer in a text, and find it without a look at the right one: no text
+is right for two answers that exclude each other.
 
 An answer written by a model is hostile input. Nothing here is evaluated as code: numbers are
 matched by regular expressions and compared as integers or fractions, Countdown is a walk over a
@@ -19,6 +22,7 @@ from grading.latex import has_math_verify, latex_equal
 from grading.numbers import last_number, parse_number, plain
 
 LONGEST_TEXT = 20_000  # characters of an answer that are looked at, from its end
+MOST_MARKS = 20  # of #### and \\boxed, from the end
 
 
 class Grade(NamedTuple):
@@ -28,7 +32,61 @@ class Grade(NamedTuple):
 
 def grade(problem, text):
     """Strict and lenient verdict on an answer; bounded in time whatever the text is."""
+    text = text.rpartition("</think>")[2]
+    if "<think>" in text:  # it never came to an answer
+        return Grade(False, False)
     return CHECKS[problem.kind](problem, text[-LONGEST_TEXT:].strip())
+
+
+# ------------------------------------------------------------------------------- explicit answers
+
+_MARK = re.compile(r"#{4,}|\\f?box(?:ed)?(?![A-Za-z])\s*")
+_PROSE = re.compile(  # a word that is no command of a formula
+    r"(?<![\\A-Za-z{])(?:[A-Za-z]{3,}|[A-Za-z]{2} [A-Za-z]{2})"
+)
+
+
+def explicit_answer(text):
+    """The last of: an answer behind #### on its line, a \\boxed{} that is not empty. Without any,
+    a text of one line. Else None."""
+    marks = list(_MARK.finditer(text))
+    for mark in reversed(marks[-MOST_MARKS:]):
+        if mark[0][0] == "#":
+            line, _, more = text[mark.end() :].partition("\n")
+            stated = line.strip()
+            if stated and more.strip() and _is_heading(stated):
+                continue
+        else:
+            stated = _boxed(text, mark.end())
+        if stated:
+            return stated
+    return None if marks or "\n" in text else text or None
+
+
+def _is_heading(line):
+    """#### Step 2: multiply. Words that text follows, but for a number of things, and Yes."""
+    return bool(_PROSE.search(line)) and parse_number(line) is None and not _YES.fullmatch(line)
+
+
+def _boxed(text, start):
+    """The content of the braces that open at `start`, or one word; None if they never close."""
+    if text[start : start + 1] != "{":
+        return re.match(r"[^\s{}$]*", text[start:])[0].rstrip(".,;")
+    opened, closing = [], {}
+    for brace in re.finditer(r"(?<!\\)[{}]", text[start:]):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            closing[opened.pop()] = brace.start()
+        if not opened:
+            break
+    first, last = 0, closing.get(0)
+    while last and closing.get(first + 1) == last - 1:  # {{5}}
+        first, last = first + 1, last - 1
+    return last and text[start + first + 1 : start + last].strip()
+
+
+# -------------------------------------------------------------------------------- kinds of answers
 
 
 def _grade_integer(problem, text):
@@ -40,25 +98,49 @@ def _grade_integer(problem, text):
     return Grade(bool(alone) and right, right)
 
 
+_DIGITS = r"(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40}))"
+_INTEGER = re.compile(rf"\+?{_DIGITS}")
+# not a part of a decimal, an expression, a time or a range, and no other figure behind it
+_LAST_INTEGER = re.compile(
+    r"(?<![\w.,:/*+^-])(?<![-+*/^] )(?<![0-9] (?:or|to) )(?<![0-9] and )(?<!\bnot )"
+    rf"{_DIGITS}(?![\w/*+^(]|[.,:][0-9]| ?[-+*/^=] ?[0-9])[^0-9]*\Z"
+)
+
+
 def _grade_number(problem, text):
     explicit, target = explicit_answer(text), parse_number(problem.answer)
-    stated = parse_number(explicit) if explicit is not None else None
-    strict = stated is not None and stated == target
-    if stated is None:  # an answer that is marked and unreadable is looked through first
-        marked = explicit is not None and re.search("[0-9]", explicit)
-        stated = last_number(explicit if marked else text)
-    return Grade(strict, stated is not None and stated == target)
+    strict = explicit is not None and parse_number(explicit) == target
+    # what is marked and is no number is looked through
+    return Grade(strict, strict or last_number(text if explicit is None else explicit) == target)
 
 
 def _grade_latex(problem, text):
     stated = explicit_answer(text)
-    strict = stated is not None and (is_marked(text) or not _PROSE.search(stated))
-    if not strict:  # the last formula of the text, or its last line
-        formulas = _FORMULA.findall(text)
-        stated = "".join(formulas[-1]) if formulas else text.split("\n")[-1]
-    stated = (stated or "").strip("$ ")
-    right = bool(stated) and (stated == problem.answer or latex_equal(stated, problem.answer))
+    strict = stated is not None and (stated != text or not _PROSE.search(stated))
+    strict = strict or stated == problem.answer
+    stated = (stated if strict else _formula(text)).replace("**", "").strip("$ .:,\n")
+    hedged = _DOUBTED.search(stated) and not _DOUBTED.search(problem.answer)
+    equal = stated == problem.answer or (stated and latex_equal(stated, problem.answer))
+    right = bool(equal and not hedged)
     return Grade(strict and right, right)
+
+
+_FORMULA = re.compile(
+    r"(\b(?:not|never|or|and)\s+|n't\s+|(?<=[$)\]]),?\s*)?"  # one of two, or denied
+    r"(?:\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])(?=([\s,]*or\b)?)",
+    re.S,
+)
+
+
+def _formula(text):
+    """The last formula of a text in dollars or brackets; else what its last sentence says, if no
+    prose. "" if it is one of two, or denied."""
+    formulas = list(_FORMULA.finditer(text))
+    if formulas:
+        one_of_two, *formula, other = formulas[-1].groups()
+        return "" if one_of_two or other else "".join(filter(None, formula)).strip()
+    stated = _conclusion(text)
+    return "" if _PROSE.search(stated) else stated
 
 
 def _grade_countdown(problem, text):
@@ -69,24 +151,20 @@ def _grade_countdown(problem, text):
         return value == target and Counter(used) == Counter(problem.numbers)
 
     text = plain_signs(text)
-    explicit = explicit_answer(text)
-    if explicit is not None:
-        expression, equals, value = explicit.partition("=")
-        if right(expression) and (not equals or parse_number(value) == target):
-            return Grade(True, True)
+    expression, equals, value = (explicit_answer(text) or "").partition("=")
+    if right(expression) and (not equals or parse_number(value) == target):
+        return Grade(True, True)
     stated = last_expression(text)
     return Grade(False, stated is not None and right(stated))
 
 
 def _grade_text(problem, text):
-    gold = _words(problem.answer)
-    explicit = explicit_answer(text)
-    if explicit is not None and _words(explicit) == gold:
-        return Grade(True, True)
-    lines = [explicit] if is_marked(text) and explicit else text.strip().split("\n")
-    last, first = _words(lines[-1]), re.split(r"[.,:;!]", lines[0])[0]
-    ends = last[-len(gold) :] == gold and last[-len(gold) - 1 : -len(gold)] not in _NEGATIONS
-    return Grade(False, ends or _words(first) == gold)  # "so it is true"; "Yes, since 3 > 2"
+    gold, explicit = _words(problem.answer), explicit_answer(text)
+    strict = explicit is not None and _words(explicit) == gold
+    stated = text if explicit is None else explicit
+    family = next((f for f in _FAMILIES if re.fullmatch(f, gold)), None)
+    said = _choice(stated, family) if family else _words(_conclusion(stated))
+    return Grade(strict, strict or said == gold)
 
 
 CHECKS = {
@@ -96,17 +174,52 @@ CHECKS = {
     "countdown": _grade_countdown,
     "text": _grade_text,
 }
-_DIGITS = r"(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40}))"
-_INTEGER = re.compile(_DIGITS)
-# not a part of a decimal, an expression, a time or a range, and no other figure behind it
-_LAST_INTEGER = re.compile(
-    r"(?<![\w.,:/*+^-])(?<![-+*/^] )(?<![0-9] (?:or|to) )(?<![0-9] and )"
-    rf"{_DIGITS}(?![\w/*+^(]|[.,:][0-9]| ?[-+*/^=] ?[0-9])[^0-9]*\Z"
+
+# --------------------------------------------------------------------------- answers that are words
+
+_FAMILIES = ("yes|no", "true|false", "[a-z]")  # of each, one can be right
+_YES = re.compile(r"\W*(?:yes|no|true|false|[A-Z])\W*", re.I)
+_LEAD = r"\b(?:is|are|was|were|be|answer|result|option|choice|choose|say|so|thus|hence)\b"
+_BEHIND_LEAD = re.compile(rf"{_LEAD}:?|(?<=[a-z]{{3}}):", re.I)
+_DOUBT = (
+    r"(?:\b(?:not|never|neither|nor|or|if|whether|unless|maybe|perhaps|possibly|probably|might|"
+    r"may|cannot|doubt|false that|wrong|non)\b|n['\u2019]t\b)"
 )
-_NEGATIONS = (["not"], ["isn't"], ["never"], ["no"])
+_DOUBTED = re.compile(_DOUBT, re.I)
+
+
+def _words(text):
+    """A text without LaTeX's marks, case, and the punctuation and article around it: "(B)." is
+    "\\text{B}". Signs stay: "-yes", "yes!" and "1/yes" are not "yes"."""
+    text = " ".join(re.sub(r"(?<=\w)-(?=\w)", " ", plain(text)).casefold().split())
+    return re.sub(r"^(?:an?|the) (?=\w)", "", text.strip(" .,;:()[]{}*$\"'`_"))
+
+
+def _conclusion(text):
+    """What stands behind the last "is" (answer:, ...) of the last sentence; "" if it is doubted."""
+    sentence = re.split(r"\.\s|\n", text.rstrip(". \n"))[-1]
+    leads = list(_BEHIND_LEAD.finditer(sentence))
+    start = leads[-1].end() if leads else 0
+    return "" if _DOUBTED.search(sentence[:start].split(",")[-1]) else sentence[start:]
+
+
+def _choice(text, family):
+    """What the last line that names a member of the family names: alone between punctuation, or
+    behind "is"; None where it names two, or doubts one."""
+    edge = r"\s*(?:[.,:;?()\u2014]| - |\Z)"
+    named = re.compile(rf"(?:\A|[.,:;?()\u2014]| - |{_LEAD})\s*({family})(?={edge})", re.I)
+    doubted = re.compile(rf"{_DOUBT}[^.,:;?]*\b(?:not|{family})(?={edge})", re.I)
+    for line in reversed(text.split("\n")):
+        line = _words(line)
+        if found := set(named.findall(line)):
+            return found.pop() if len(found) == 1 and not doubted.search(line) else None
+    return None
+
+
 _LETTERS = r"[^\W\d_]"
 _IS_TEXT = re.compile(
-    rf"(?:Yes|No|[A-Z]|(?=.*{_LETTERS}{{3}}){_LETTERS}+(?:[ '.-]+{_LETTERS}+){{0,11}})\.?", re.I
+    rf"(?i:yes|no)|[A-Z]|(?=.*{_LETTERS}{{3}})(?!.*\b(?:sin|cos|tan|log|exp|sqrt|mod)\b)"
+    rf"(?:(?:{_LETTERS}{{2,}}|[A-Z]|a(?= ))(?:[ '.-]+|\Z)){{1,12}}"
 )
 
 
@@ -114,42 +227,6 @@ def kind_of(answer):
     """How a gold answer is checked, by CHECKS' names; None where that cannot be."""
     if parse_number(answer) is not None:
         return "number"
-    if _IS_TEXT.fullmatch(plain(answer).strip()):
+    if _IS_TEXT.fullmatch(plain(answer).strip(" .")):
         return "text"
     return "latex" if has_math_verify() else None
-
-
-def _words(text):
-    """Words without LaTeX's marks, brackets, punctuation and case: "(B)." is "\\text{B}"."""
-    return re.findall(r"[^\W_]+(?:'[a-z]+)?", plain(text).casefold())
-
-
-_PROSE = re.compile(
-    r"(?<![\\A-Za-z{])(?:[A-Za-z]{3,}|[A-Za-z]{2} [A-Za-z]{2})"
-)  # a word that is no command of a formula
-_FORMULA = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
-
-
-def is_marked(text):
-    return "####" in text or "\\boxed" in text
-
-
-def explicit_answer(text):
-    """What stands behind the last ####, in the last \\boxed{}, or a text of one line; or None."""
-    boxed = max(text.rfind("\\boxed{"), text.rfind("\\boxed "))
-    place, mark = max((text.rfind("####"), "####"), (boxed, "boxed"))
-    if place < 0:
-        return text if text and "\n" not in text else None
-    if mark == "####":
-        return text[place + 4 :].strip().split("\n")[0].strip()
-    return _braced(text, place + len("\\boxed"))
-
-
-def _braced(text, start):
-    """The content of the braces that open at `start`, nested or not; None if they never close."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start + 1 : i].strip() if i > start else None
-    return None

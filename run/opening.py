@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import random
 import shutil
 
 import torch
@@ -14,13 +15,14 @@ import internals
 from fast import captured
 from program.errors import BadInput, NonFinite
 from program.models import load_config, load_model, load_tokenizer
+from questions.prompts import fit_context, instruct
 from run import checkpoint
 from run.choices import choose
 from run.guard import Guard
 from run.state import Run
 from sampling import eos_ids_of
 from scale import memory, shard
-from tasks import fit_context, instruct, load_problems, read_problems
+from tasks import key_of, load_problems, read_problems
 
 LOCK = ".lock"
 
@@ -192,6 +194,7 @@ def load_data(options, tokenizer, config, say):
     if options.eval_data:
         train_set = read_problems(options.data)
         held_out = read_problems(options.eval_data, "--eval-data")
+        random.Random(0).shuffle(held_out)  # the first ones are asked, and a file may be sorted
         say_overlap(train_set, held_out, options, say)
     else:
         train_set, held_out = load_problems(options.task, options.data or None, options.difficulty)
@@ -203,8 +206,8 @@ def load_data(options, tokenizer, config, say):
 
 def say_overlap(train_set, held_out, options, say):
     """Questions that are trained on and asked in the evaluation are no held-out questions."""
-    known = {" ".join(p.question.split()) for p in train_set}
-    known_too = sum(" ".join(p.question.split()) in known for p in held_out)
+    known = set(map(key_of, train_set))
+    known_too = sum(key_of(p) in known for p in held_out)
     if known_too:
         say(
             f"warning: {known_too} of the {len(held_out)} questions of --eval-data "

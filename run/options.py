@@ -15,7 +15,8 @@ from losses import GROUP_RULES
 from program.command import OneLineParser
 from program.errors import BadInput
 from program.models import check_device, default_dtype
-from tasks import BUILT_IN, FILE_CAP, FILE_INSTRUCTION, default_cap, default_instruction
+from questions.prompts import FILE_INSTRUCTION, default_instruction
+from tasks import BUILT_IN, FILE_CAP, default_cap
 
 FORMS = ["bounded", "zscore", "two"]
 TASKS = "; ".join(f"{name}: {task.help}" for name, task in sorted(BUILT_IN.items()))

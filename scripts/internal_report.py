@@ -17,10 +17,11 @@ from program.command import OneLineParser
 from program.errors import BadInput
 from program.models import check_device, load_model
 from program.threads import use_threads
+from questions.prompts import fit_context, instruct, render_prompt
 from run.batch import join, rollout_of
 from sampling import eos_ids_of
 from scripts.model_page import write_model_page
-from tasks import BUILT_IN, fit_context, instruct, load_problems, read_problems, render_prompt
+from tasks import BUILT_IN, load_problems, read_problems
 
 
 def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):

@@ -27,8 +27,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from evaluate import sample_answers, summarise  # noqa: E402
+from questions.prompts import render_prompt  # noqa: E402
 from sampling import eos_ids_of  # noqa: E402
-from tasks import BUILT_IN, load_problems, render_prompt  # noqa: E402
+from tasks import BUILT_IN, load_problems  # noqa: E402
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

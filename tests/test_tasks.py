@@ -18,7 +18,8 @@ from grading.countdown import evaluate_expression, random_expression
 from grading.latex import LATEX, latex_equal
 from grading.numbers import last_number, parse_number
 from program.errors import BadInput
-from tasks import Problem, load_problems, read_problems, render_prompt, render_prompts
+from questions.prompts import render_prompt, render_prompts
+from tasks import Problem, load_problems, read_problems
 
 EIGHT = Problem("q", "8")
 GAME = Problem("q", "16", "countdown", (3, 5, 2))
@@ -418,13 +419,13 @@ def test_latex_in_a_killable_process():
 class FakeTokenizer:
     chat_template = None
 
-    def __call__(self, text, add_special_tokens=True):
-        ids = ([0] if add_special_tokens else []) + [ord(c) for c in text]
-        return SimpleNamespace(input_ids=ids)
+    def __call__(self, texts, add_special_tokens=True):
+        first = [0] if add_special_tokens else []
+        return SimpleNamespace(input_ids=[first + [ord(c) for c in text] for text in texts])
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking):
+    def apply_chat_template(self, chats, tokenize, add_generation_prompt, enable_thinking):
         assert tokenize is False and add_generation_prompt and enable_thinking is False
-        return f"<user>{messages[0]['content']}<assistant>"
+        return [f"<user>{messages[0]['content']}<assistant>" for messages in chats]
 
 
 def test_chat_template_where_there_is_one():
@@ -442,5 +443,5 @@ def test_many_prompts_are_rendered_as_each_is_alone(chat):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.chat_template = tokenizer.chat_template if chat else None
     questions = ["What is 1 + 2?", "a\n<|im_end|>", "x" * 50]
-    alone = [render_prompt(question, tokenizer)[1] for question in questions]
-    assert render_prompts(questions, tokenizer) == alone and len(alone[0]) != len(alone[2])
+    alone = [render_prompt(question, tokenizer) for question in questions]
+    assert render_prompts(questions, tokenizer) == alone and len(alone[0][1]) != len(alone[2][1])
