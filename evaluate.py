@@ -27,11 +27,11 @@ from torch import nn
 from tqdm import tqdm
 
 from fast.decoding import generate
-from grading.answers import Grade, grade
+from grading.answers import Grade, answer_texts, grade
 from grading.latex import LATEX
 from program.command import OneLineParser, run_main
 from program.errors import BadInput
-from program.models import check_device, load_model, run_config
+from program.models import check_device, load_model, run_config, vocabulary
 from questions.prompts import (
     FILE_INSTRUCTION,
     default_instruction,
@@ -94,7 +94,7 @@ def sample_answers(
     Problem i draws with random numbers of its own, a function of `seed` and numbers[i] (default i):
     how many are answered together, and in which process, changes no draw.
     """
-    answers, chunk = [], max(1, rows_at_once // samples)
+    answers, chunk, vocab_size = [], max(1, rows_at_once // samples), vocabulary(tokenizer)
     numbers = range(len(problems)) if numbers is None else numbers
     with tqdm(total=len(problems), desc=progress, disable=not progress or None, leave=False) as bar:
         for i in range(0, len(problems), chunk):
@@ -108,10 +108,10 @@ def sample_answers(
                 max_new_tokens,
                 eos_ids,
                 temperature,
-                len(tokenizer),
+                vocab_size,
                 uniform=torch.cat(draws, 1),
             )
-            texts = tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
+            texts = answer_texts(rollout.answers(), tokenizer)
             rows = list(zip(texts, rollout.lengths.tolist(), rollout.finished.tolist()))
             for j, problem in enumerate(part):
                 own = rows[j * samples : (j + 1) * samples]

@@ -93,8 +93,7 @@ def adaptive_temperature(
     """A, Eq. 8: the temperature of one decoding step, from the entropy of that step's raw logits.
         bounded (published runs)   T = base (1 + tau h)
         zscore  (as printed)       T = max(base (1 + tau z), base / 10),   z = (x - pivot) / sigma
-    Entropy of any shape; statistics of the batch before, None for the first: that is drawn at base.
-    """
+    Any shape; statistics of the batch before, None for the first, which is drawn at base."""
     if stats is None:
         return torch.zeros_like(entropy) + base
     if form == "bounded":
@@ -110,8 +109,7 @@ def token_group_advantages(
 ) -> Tensor:
     """B, Eq. 9: every token of response b carries R[b]; centre and scale over the group's tokens.
         A[b, t] = (R[b] - mu) / (s + 1e-6),   mu and s (population) over all valid tokens
-    So a long response weighs more. (B,), (B, T) -> (B, T), 0 where a group's rewards are equal.
-    """
+    A long response weighs more. (B,), (B, T) -> (B, T), 0 where a group's rewards are equal."""
     groups = split_groups(rewards, group_size)
     weight = mask.to(rewards.dtype).sum(1).view_as(groups)  # tokens of each response
     tokens = weight.sum(1, keepdim=True).clamp_min(1)
@@ -158,7 +156,6 @@ def adaptive_clip(
 ) -> tuple[Tensor, Tensor]:
     """D, Eq. 12-13: per-token clip distances (low, high), each (B, T).
     low  = clip_low (1 - h)  where h <= 0: sure tokens may fall further
-    high = clip_high (1 + h) where h > 0:  uncertain tokens may rise further
-    """
+    high = clip_high (1 + h) where h > 0:  uncertain tokens may rise further"""
     h = h.detach()
     return clip_low * (1 - h.clamp_max(0.0)), clip_high * (1 + h.clamp_min(0.0))

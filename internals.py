@@ -77,9 +77,8 @@ def unembedding(model: nn.Module) -> Tensor:
 
 @contextlib.contextmanager
 def first_layers(model: nn.Module, layer: int | None, norm: bool) -> Iterator[None]:
-    """While open, the model runs layers 1 ... layer, norms if asked to, and its `logits` are hidden
-    states. Modules are swapped, not copied: masks, positions, rotary embeddings, checkpointing and
-    sharding stay the model's own, for any architecture that walks through `layers`."""
+    """While open, the model runs layers 1 ... layer, norms if asked to; `logits` are hidden states.
+    Modules are swapped, not copied: masks, positions, checkpointing, sharding stay the model's."""
     body, head = model.base_model, model.get_output_embeddings()
     layers, final_norm = body.layers, body.norm
     try:

@@ -25,6 +25,7 @@ from transformers import DynamicCache, LogitsProcessor
 from losses import row_logprobs_and_entropy
 from program.errors import NonFinite
 from program.models import cache_argument
+from questions.prompts import end_of_turn
 
 Temperature = float | Callable[[Tensor], Tensor]  # T, or entropies (R,) -> temperatures (R,)
 
@@ -118,8 +119,7 @@ def generate(
     temperature      0 for greedy; see Temperature
     vocab_size       ids from here on (a padded vocabulary) have probability 0
     uniform          the random numbers, (max_new_tokens, B) in [0, 1)
-    measure_entropy  of every step, also where no temperature asks for it (here it always is)
-    """
+    measure_entropy  of every step, also where no temperature asks for it (here it always is)"""
     device = model.get_input_embeddings().weight.device
     prompt, prompt_mask = pad_prompts(prompts, device)
     ids = prompt.repeat_interleave(answers_per_prompt, 0)
@@ -226,8 +226,9 @@ class AdaptiveTemperature(LogitsProcessor):
 
 
 def eos_ids_of(model: nn.Module, tokenizer: object) -> list[int]:
-    """Every id that ends an answer: of generation_config, of config, and the tokenizer's own."""
-    found = set()
+    """Every id that ends an answer: of generation_config, of config, the tokenizer's own, and the
+    one that the chat template puts behind an answer."""
+    found = {end_of_turn(tokenizer)}
     for source in (model.generation_config, model.config, tokenizer):
         ids = getattr(source, "eos_token_id", None)
         several = isinstance(ids, (list, tuple))

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from grading.answers import explicit_answer, kind_of
-from grading.countdown import random_expression
 from grading.latex import has_math_verify
 from program.errors import BadInput
+from questions.countdown import random_expression
 from questions.files import rows_of
 
 FILE_CAP = 512  # tokens an answer to a file's question may have where nobody says

@@ -29,7 +29,7 @@ import bupo
 import hapo
 import internals
 import losses
-from grading.answers import Grade, grade
+from grading.answers import Grade, answer_texts, grade
 from program.command import run_main
 from program.errors import NonFinite
 from program.models import load_config
@@ -65,9 +65,8 @@ def train_step(step: int, run: Run) -> Step:
         run.layer = find_boundary(batch, run)
         layer = run.schedule(step)
 
-    # 3. Score every token under the policy that learns, before its first update: the denominator of
-    # the ratio. (Not rollout.logp, which is at the sampler's temperature.) Each update takes whole
-    # groups, scored in the passes that it will make: in the first one every ratio is exactly 1.
+    # 3. Score every token under the policy that learns: the ratio's denominator. (Not rollout.logp,
+    # at the sampler's temperature.) In the updates' own passes, first ratios are exactly 1.
     parts = torch.arange(len(batch.texts)).view(options.updates_per_rollout, -1).tolist()
     batch.old_logp, batch.trained_entropy = score(run.policy, batch.rollout, parts, layer, run)
     # BuPO 3: phase 1 scores layer l alone; the full policy's entropy is the sampler's, at T = 1
@@ -116,7 +115,7 @@ def collect(step: int, layer: Layer, run: Run, attempt: int = 0) -> Batch:
         uniform=run.uniform(step, attempt),
         measure_entropy=layer is not None,  # BuPO 5: h is made of it in phase 1
     )
-    texts = run.tokenizer.batch_decode(rollout.answers(), skip_special_tokens=True)
+    texts = answer_texts(rollout.answers(), run.tokenizer)
     grades = [grade(problems[row // G], text) for row, text in enumerate(texts)]
     strict, lenient = torch.tensor(grades, device=run.ranks.device).T
     right = run.verdict(Grade(strict, lenient), step, attempt)
@@ -164,10 +163,9 @@ def score(model: nn.Module, rollout: Rollout, parts: list, layer: Layer, run: Ru
     rows, will make. The entropy of the initial model is 0: nobody reads it."""
     logp = torch.zeros_like(rollout.logp)
     entropy = torch.zeros_like(rollout.logp)
-    own = model is run.policy
     for rows in parts:
         for part in run.passes(rollout, rows):
-            scores = token_scores(model, rollout, part, layer, run, measure_entropy=own)
+            scores = token_scores(model, rollout, part, layer, run, model is run.policy)
             logp[part], entropy[part] = scores
     run.ranks.reshard(model)
     return logp, entropy

@@ -6,20 +6,19 @@
 The rules find at most one answer in a text, and find it without a look at the right one: no text
 is right for two answers that exclude each other.
 
-An answer written by a model is hostile input. Nothing here is evaluated as code: numbers are
-matched by regular expressions and compared as integers or fractions, Countdown is a walk over a
-syntax tree that knows four operators, and LaTeX is compared in a process that is killed when its
-time is up.
+An answer written by a model is hostile input: nothing here is evaluated as code, and every verdict
+takes bounded time.
 """
 
+import itertools
 import re
 from collections import Counter
 from fractions import Fraction
 from typing import NamedTuple
 
-from grading.countdown import evaluate_expression, last_expression, plain_signs
 from grading.latex import has_math_verify, latex_equal
 from grading.numbers import last_number, parse_number, plain
+from questions.countdown import evaluate_expression, last_expression, plain_signs
 
 LONGEST_TEXT = 20_000  # characters of an answer that are looked at, from its end
 MOST_MARKS = 20  # of #### and \\boxed, from the end
@@ -30,63 +29,67 @@ class Grade(NamedTuple):
     lenient: bool
 
 
+def answer_texts(answers, tokenizer):
+    """What answers, lists of ids, say: the text before the first special token, not behind it."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    said = [list(itertools.takewhile(lambda i: i not in special, ids)) for ids in answers]
+    return tokenizer.batch_decode(said)
+
+
 def grade(problem, text):
     """Strict and lenient verdict on an answer; bounded in time whatever the text is."""
-    text = text.rpartition("</think>")[2]
-    if "<think>" in text:  # it never came to an answer
-        return Grade(False, False)
+    text = _behind_thinking(text) if "think>" in text else text
     return CHECKS[problem.kind](problem, text[-LONGEST_TEXT:].strip())
 
 
-# ------------------------------------------------------------------------------- explicit answers
+def _behind_thinking(text):
+    """What follows the last </think>; nothing, where thinking begins and does not end."""
+    text = text.rpartition("</think>")[2]
+    return "" if "<think>" in text else text
+
 
 _MARK = re.compile(r"#{4,}|\\f?box(?:ed)?(?![A-Za-z])\s*")
-_PROSE = re.compile(  # a word that is no command of a formula
-    r"(?<![\\A-Za-z{])(?:[A-Za-z]{3,}|[A-Za-z]{2} [A-Za-z]{2})"
-)
+_PROSE = re.compile(r"(?<![\\A-Za-z{])(?:[A-Za-z]{3,}|[A-Za-z]{2} [A-Za-z]{2})")  # no command
 
 
 def explicit_answer(text):
-    """The last of: an answer behind #### on its line, a \\boxed{} that is not empty. Without any,
-    a text of one line. Else None."""
+    """The last answer behind #### or in \\boxed{}; without a mark, a text of one line; or None."""
     marks = list(_MARK.finditer(text))
     for mark in reversed(marks[-MOST_MARKS:]):
-        if mark[0][0] == "#":
-            line, _, more = text[mark.end() :].partition("\n")
-            stated = line.strip()
-            if stated and more.strip() and _is_heading(stated):
-                continue
-        else:
-            stated = _boxed(text, mark.end())
-        if stated:
+        read = _on_line if mark[0][0] == "#" else _boxed
+        if stated := read(text[mark.end() :]):
             return stated
     return None if marks or "\n" in text else text or None
 
 
+def _on_line(text):
+    """The first line, unless it is a heading: words that more text follows ("Step 2: multiply")."""
+    line, _, more = text.partition("\n")
+    return "" if more.strip() and _is_heading(line) else line.strip()
+
+
 def _is_heading(line):
-    """#### Step 2: multiply. Words that text follows, but for a number of things, and Yes."""
+    """Words, but for a number of things, and Yes."""
     return bool(_PROSE.search(line)) and parse_number(line) is None and not _YES.fullmatch(line)
 
 
-def _boxed(text, start):
-    """The content of the braces that open at `start`, or one word; None if they never close."""
-    if text[start : start + 1] != "{":
-        return re.match(r"[^\s{}$]*", text[start:])[0].rstrip(".,;")
-    opened, closing = [], {}
-    for brace in re.finditer(r"(?<!\\)[{}]", text[start:]):
+def _boxed(text):
+    """The content of the braces that a text begins with, or its first word; None if they never
+    close."""
+    if not text.startswith("{"):
+        return re.match(r"[^\s{}$]*", text)[0].rstrip(".,;")
+    opened, pairs = [], {}
+    for brace in re.finditer(r"(?<!\\)[{}]", text):
         if brace[0] == "{":
             opened.append(brace.start())
-        elif opened:
-            closing[opened.pop()] = brace.start()
+        else:
+            pairs[opened.pop()] = brace.start()
         if not opened:
             break
-    first, last = 0, closing.get(0)
-    while last and closing.get(first + 1) == last - 1:  # {{5}}
-        first, last = first + 1, last - 1
-    return last and text[start + first + 1 : start + last].strip()
-
-
-# -------------------------------------------------------------------------------- kinds of answers
+    depth = 0
+    while depth + 1 in pairs and pairs[depth + 1] == pairs.get(0, 0) - depth - 1:  # {{5}}
+        depth += 1
+    return text[depth + 1 : pairs[0] - depth].strip() if 0 in pairs else None
 
 
 def _grade_integer(problem, text):
@@ -116,19 +119,18 @@ def _grade_number(problem, text):
 
 def _grade_latex(problem, text):
     stated = explicit_answer(text)
-    strict = stated is not None and (stated != text or not _PROSE.search(stated))
-    strict = strict or stated == problem.answer
+    prose = stated == text != problem.answer and _PROSE.search(stated)
+    strict = stated is not None and not prose
     stated = (stated if strict else _formula(text)).replace("**", "").strip("$ .:,\n")
-    hedged = _DOUBTED.search(stated) and not _DOUBTED.search(problem.answer)
+    hedged = re.search(_DOUBT, stated) and not re.search(_DOUBT, problem.answer)
     equal = stated == problem.answer or (stated and latex_equal(stated, problem.answer))
     right = bool(equal and not hedged)
     return Grade(strict and right, right)
 
 
-_FORMULA = re.compile(
-    r"(\b(?:not|never|or|and)\s+|n't\s+|(?<=[$)\]]),?\s*)?"  # one of two, or denied
-    r"(?:\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])(?=([\s,]*or\b)?)",
-    re.S,
+_FORMULA = re.compile(  # the first group and the last: one of two, or denied
+    r"(?s)(\b(?:not|never|or|and)\s+|n't\s+|(?<=[$)\]]),?\s*)?"
+    r"(?:\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])(?=([\s,]*or\b)?)"
 )
 
 
@@ -175,17 +177,14 @@ CHECKS = {
     "text": _grade_text,
 }
 
-# --------------------------------------------------------------------------- answers that are words
-
 _FAMILIES = ("yes|no", "true|false", "[a-z]")  # of each, one can be right
 _YES = re.compile(r"\W*(?:yes|no|true|false|[A-Z])\W*", re.I)
 _LEAD = r"\b(?:is|are|was|were|be|answer|result|option|choice|choose|say|so|thus|hence)\b"
 _BEHIND_LEAD = re.compile(rf"{_LEAD}:?|(?<=[a-z]{{3}}):", re.I)
 _DOUBT = (
-    r"(?:\b(?:not|never|neither|nor|or|if|whether|unless|maybe|perhaps|possibly|probably|might|"
+    r"(?i:\b(?:not|never|neither|nor|or|if|whether|unless|maybe|perhaps|possibly|probably|might|"
     r"may|cannot|doubt|false that|wrong|non)\b|n['\u2019]t\b)"
 )
-_DOUBTED = re.compile(_DOUBT, re.I)
 
 
 def _words(text):
@@ -200,19 +199,18 @@ def _conclusion(text):
     sentence = re.split(r"\.\s|\n", text.rstrip(". \n"))[-1]
     leads = list(_BEHIND_LEAD.finditer(sentence))
     start = leads[-1].end() if leads else 0
-    return "" if _DOUBTED.search(sentence[:start].split(",")[-1]) else sentence[start:]
+    return "" if re.search(_DOUBT, sentence[:start].split(",")[-1]) else sentence[start:]
 
 
 def _choice(text, family):
     """What the last line that names a member of the family names: alone between punctuation, or
     behind "is"; None where it names two, or doubts one."""
-    edge = r"\s*(?:[.,:;?()\u2014]| - |\Z)"
-    named = re.compile(rf"(?:\A|[.,:;?()\u2014]| - |{_LEAD})\s*({family})(?={edge})", re.I)
-    doubted = re.compile(rf"{_DOUBT}[^.,:;?]*\b(?:not|{family})(?={edge})", re.I)
-    for line in reversed(text.split("\n")):
-        line = _words(line)
-        if found := set(named.findall(line)):
-            return found.pop() if len(found) == 1 and not doubted.search(line) else None
+    edge = r"[.,:;?()\u2014]| - "
+    named = rf"(?:\A|{edge}|{_LEAD})\s*({family})(?=\s*(?:{edge}|\Z))"
+    doubted = rf"{_DOUBT}[^.,:;?]*\b(?:not|{family})(?=\s*(?:{edge}|\Z))"
+    for line in map(_words, reversed(text.split("\n"))):
+        if found := set(re.findall(named, line)):
+            return found.pop() if len(found) == 1 and not re.search(doubted, line) else None
     return None
 
 

@@ -129,10 +129,10 @@ def load_model(name, device="cpu", dtype=torch.float32):
 
 def _check_vocabulary(name, model, tokenizer):
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if vocabulary(tokenizer) > rows:
         raise BadInput(
-            f"--model {name}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; "
-            "they do not belong together"
+            f"--model {name}: the tokenizer has ids up to {vocabulary(tokenizer) - 1}, the model "
+            f"knows {rows}; they do not belong together"
         )
     options = ("final_logit_softcapping", "logit_scale", "logits_scaling")
     scaled = [k for k in options if getattr(model.config, k, None) not in (None, 1.0)]
@@ -141,6 +141,12 @@ def _check_vocabulary(name, model, tokenizer):
             f"--model {name}: its logits are more than hidden states times the unembedding "
             f"({', '.join(scaled) or 'a bias'}); scoring would disagree with sampling"
         )
+
+
+def vocabulary(tokenizer):
+    """Ids that the tokenizer knows, from 0 on: one more than its largest. (Its length is less where
+    there are holes.)"""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def assert_tied(model):

@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import jinja2
 from tqdm import tqdm
 
 from program.errors import BadInput
 
 # what the questions of a file are followed by: a strict verdict measures what was asked for
 FILE_INSTRUCTION = "Finish with the final answer behind ####."
+
 
 def default_instruction(data: str | None) -> str:
     """The instruction where nobody says: built-in questions ask for their form themselves."""
@@ -43,6 +45,20 @@ def render_prompts(questions: list[str], tokenizer: object) -> list[tuple[str, l
     end = getattr(tokenizer, "eos_token_id", None)
     # some tokenizers close every text with an end token, behind which no answer begins
     return [(text, ids[:-1] if ids[-1:] == [end] else ids) for text, ids in zip(texts, rows)]
+
+
+def end_of_turn(tokenizer: object) -> int | None:
+    """The special token that the chat template puts behind an answer, if it puts one there."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "xyz"}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except jinja2.TemplateError:
+        return None  # it knows no answers, and so no end of one
+    behind = tokenizer(text.rpartition("xyz")[2], add_special_tokens=False).input_ids[:1]
+    added = tokenizer.added_tokens_decoder
+    return behind[0] if behind and behind[0] in added and added[behind[0]].special else None
 
 
 def fit_context(

@@ -70,8 +70,7 @@ class Weights:
         loss.backward()
 
     def step(self, loss):
-        """Clip the gradient and take a step, unless loss or gradient is NaN or infinite:
-        (what became of the update, the gradient's norm before clipping)."""
+        """Clip, and step unless something is NaN or infinite: (what became of it, its norm)."""
         norm = self.clip()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:

@@ -14,7 +14,7 @@ import torch
 import internals
 from fast import captured
 from program.errors import BadInput, NonFinite
-from program.models import load_config, load_model, load_tokenizer
+from program.models import load_config, load_model, load_tokenizer, vocabulary
 from questions.prompts import fit_context, instruct
 from run import checkpoint
 from run.choices import choose
@@ -49,7 +49,7 @@ def open_run(options, ranks):
         policy=policy,
         reference=open_reference(options, ranks) if options.kl else None,
         tokenizer=tokenizer,
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary(tokenizer),
         eos_ids=eos_ids_of(policy, tokenizer),
         items=items,
         held_out=held_out,

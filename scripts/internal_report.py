@@ -15,7 +15,7 @@ from fast.decoding import generate
 from internals import boundary_layer, decoder_body, internal_entropy
 from program.command import OneLineParser
 from program.errors import BadInput
-from program.models import check_device, load_model
+from program.models import check_device, load_model, vocabulary
 from program.threads import use_threads
 from questions.prompts import fit_context, instruct, render_prompt
 from run.batch import join, rollout_of
@@ -39,7 +39,7 @@ def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):
             1,
             max_new_tokens,
             eos_ids,
-            vocab_size=len(tokenizer),
+            vocab_size=vocabulary(tokenizer),
             uniform=draws,
         )
         parts.append(rollout)
@@ -216,7 +216,7 @@ def main(argv=None):
                     "the same answers mean other tokens there"
                 )
         progress = f"layers of {name}"
-        entropy = internal_entropy(model, *inputs, len(tokenizer), progress=progress)
+        entropy = internal_entropy(model, *inputs, vocabulary(tokenizer), progress=progress)
         size = f"{len(rollout.tokens)} answers, {int(rollout.mask.sum())} tokens"
         print(f"\n{name}: {size}; entropies in nats\n{table(entropy)}")
         record[name], models[name] = record_of(entropy, rollout, args.seed), model

@@ -6,6 +6,7 @@ import torch
 
 from internals import layer_logits, predicting, residual_stream
 from losses import row_logprobs_and_entropy
+from program.models import vocabulary
 from scripts.page import fill, short
 
 MOST_CELLS = 16_000  # layers x tokens x policies of a page: about 2 MB
@@ -83,7 +84,7 @@ def write_model_page(out, named_models, tokenizer, questions, rollout, record):
             start = int(predicts[0].nonzero()[0]) + 1
             end, device = start + length, next(model.parameters()).device
             inputs = (x[:, :end].to(device) for x in (ids, attention, predicts.roll(1, 1)))
-            cells.append(cells_of(model, *inputs, len(tokenizer)))
+            cells.append(cells_of(model, *inputs, vocabulary(tokenizer)))
             if not models:
                 chosen.append(ids[0, start:end].tolist())
                 asked.append(questions[row])
@@ -99,7 +100,7 @@ def write_model_page(out, named_models, tokenizer, questions, rollout, record):
         "chosen": chosen,
         "questions": asked,
         "texts": {i: tokenizer.decode([i]) for i in sorted(used)},
-        "vocab": len(tokenizer),
+        "vocab": vocabulary(tokenizer),
         "answers": len(rollout.tokens),
         "tokens": int(rollout.mask.sum()),
     }

@@ -17,6 +17,7 @@ import train
 from evaluate import Answer
 from grading.answers import Grade
 from program.errors import BadInput
+from questions.prompts import FILE_INSTRUCTION
 from run import report
 from run.batch import Pass, Update, rollout_of
 from run.machine import OneProcess
@@ -328,9 +329,9 @@ def test_changed_questions_are_refused(started, monkeypatch):
 
 def test_the_instruction_is_asked_saved_and_taken_over(opened, tmp_path):
     run = opened()
-    assert all(p.question.endswith(f"\n{tasks.FILE_INSTRUCTION}") for p, _ in run.items)
-    assert all(p.question.endswith(tasks.FILE_INSTRUCTION) for p in run.held_out)
-    assert tasks.FILE_INSTRUCTION in run.tokenizer.decode(run.items[0][1])
+    assert all(p.question.endswith(f"\n{FILE_INSTRUCTION}") for p, _ in run.items)
+    assert all(p.question.endswith(FILE_INSTRUCTION) for p in run.held_out)
+    assert FILE_INSTRUCTION in run.tokenizer.decode(run.items[0][1])
     for text in ("", "Be brief."):
         other = opened("--instruction", text)
         question = other.items[0][0].question
@@ -338,6 +339,6 @@ def test_the_instruction_is_asked_saved_and_taken_over(opened, tmp_path):
         saved = json.loads((other.out / "config.json").read_text())["instruction"]
         assert saved == text == evaluate.instruction_for(None, str(other.out / "final"), "f.jsonl")
         assert evaluate.instruction_for("Mine.", str(other.out / "final"), "f.jsonl") == "Mine."
-    assert evaluate.instruction_for(None, str(tmp_path), "f.jsonl") == tasks.FILE_INSTRUCTION
+    assert evaluate.instruction_for(None, str(tmp_path), "f.jsonl") == FILE_INSTRUCTION
     assert evaluate.instruction_for(None, str(tmp_path), None) == ""
     assert opened("--data", "", "--task", "arithmetic").options.instruction == ""

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer
 import tasks
 from grading import answers
 from grading.answers import Grade, grade
-from grading.countdown import evaluate_expression, random_expression
 from grading.latex import LATEX, latex_equal
 from grading.numbers import last_number, parse_number
 from program.errors import BadInput
+from questions.countdown import evaluate_expression, random_expression
 from questions.prompts import render_prompt, render_prompts
 from tasks import Problem, load_problems, read_problems
 

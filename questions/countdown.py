@@ -61,13 +61,10 @@ def plain_signs(text):
 def last_expression(text):
     """The last expression with an operator in a text, without brackets that are the sentence's
     own, or None: "(so 1+2)" holds 1+2."""
-    expressions = list(_IN_TEXT.finditer(text))
-    if not expressions:
-        return None
-    last = expressions[-1]
-    if re.search(r"(?:^|[ (=])-\Z", text[: last.start()]):
+    *_, last = [None, *_IN_TEXT.finditer(text)]
+    if last is None or re.search(r"(?:^|[ (=])-\Z", text[: last.start()]):
         return None  # -3+5: a sign is no operator here
-    found = last.group().strip()
+    found = last[0].strip()
     while found.count("(") > found.count(")") and found.startswith("("):
         found = found[1:]
     while found.count(")") > found.count("(") and found.endswith(")"):
