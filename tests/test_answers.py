@@ -662,7 +662,8 @@ it is {a}|it is not {a}|it isn't {a}|The answer is {a}.|the answer is ({a})|Answ
 {a}) is it|{a} - so it is|{a}: it is|{a}, since 3 > 2|{a}, as it is not clear|perhaps {a}|a {a} one|
 I doubt it is {a}|it is false that it is {a}|either way: {a}|{a} or not|{a}, or not|{a}, maybe|
 #### Step\n{a}|#### {a}\n####|<think>{a}</think>|<think>{a}|neither {a}|{a} {a}|\\text{{{a}}}"""
-TWO = """{a} {b}|{a}. {b}.|{a}, {b}|{a}; {b}|{a} or {b}|{a} and {b}|{a}/{b}|{a}|{b}|{a}\n{b}|({a}) ({b})|
+TWO = """\
+{a} {b}|{a}. {b}.|{a}, {b}|{a}; {b}|{a} or {b}|{a} and {b}|{a}/{b}|{a}|{b}|{a}\n{b}|({a}) ({b})|
 {a}) or {b})|({a}) or ({b})|not {a}, {b}|{a}, not {b}|not {a} but {b}|neither {a} nor {b}|
 {a} - {b}|either {a} or {b}|it is {a} or {b}|it is {a}, {b}|it is {a}. it is {b}.|
 The answer is {a}, {b}.|The answer is {a} or {b}|The answer is {a}. No, {b}.|{a}: {b}|{a} ({b})|

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import checkpoint_layers, random_model
+from conftest import TINY, checkpoint_layers, random_model
+from transformers import AutoTokenizer
 
 import sampling
 from fast import cpu, decoding, rows
@@ -393,3 +394,19 @@ def test_eos_ids_come_from_everywhere():
     assert eos_ids_of(model, Tokenizer()) == [3, 4, 9, 11]
     model.generation_config.eos_token_id = model.config.eos_token_id = Tokenizer.eos_token_id = None
     assert eos_ids_of(model, Tokenizer()) == []
+
+
+def test_the_token_behind_a_turn_ends_an_answer():
+    """Also where neither model nor tokenizer calls it an end: a base model with a template."""
+    tokenizer, model = AutoTokenizer.from_pretrained(TINY), random_model()
+    text, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    model.generation_config.eos_token_id = model.config.eos_token_id = text
+    tokenizer.eos_token = "<|endoftext|>"
+    assert eos_ids_of(model, tokenizer) == sorted([text, turn])
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template.replace("<|im_end|>", "\n\n")  # words are no end
+    assert eos_ids_of(model, tokenizer) == [text]
+    tokenizer.chat_template = "{{ raise_exception('users only') if messages[1] }}"
+    assert eos_ids_of(model, tokenizer) == [text]
+    tokenizer.chat_template = None
+    assert eos_ids_of(model, tokenizer) == [text]

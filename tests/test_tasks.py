@@ -2,21 +2,27 @@
 
 import itertools
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
 from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 import tasks
-from grading import answers
-from grading.answers import Grade, grade
+from grading import answers, latex
+from grading.answers import Grade, answer_texts, grade
 from grading.latex import LATEX, latex_equal
 from grading.numbers import last_number, parse_number
 from program.errors import BadInput
+from program.models import vocabulary
 from questions.countdown import evaluate_expression, random_expression
 from questions.prompts import render_prompt, render_prompts
 from tasks import Problem, load_problems, read_problems
@@ -413,6 +419,66 @@ def test_latex_in_a_killable_process():
     assert not latex_equal("\\frac{1}{2}", "") and LATEX.failures == before + 1
 
 
+def test_no_signal_changes_a_verdict():
+    """Ctrl-C goes to all processes of a terminal, SIGTERM to all of a group: the comparison that is
+    in flight must not count as wrong."""
+    pytest.importorskip("math_verify")
+    assert latex_equal("\\frac{1}{2}", "0.5")
+    process, failures = LATEX.process, LATEX.failures
+    assert os.getsid(process.pid) == process.pid  # a session of its own
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(process.pid, number)
+        assert latex_equal("\\frac{1}{2}", "0.5") and LATEX.process is process
+    process.kill()
+    process.wait()
+    assert latex_equal("\\frac{1}{2}", "0.5") and not latex_equal("x", "y")
+    assert LATEX.process is not process and LATEX.failures == failures
+
+
+def test_a_comparison_that_hangs_costs_its_time_and_a_new_process(monkeypatch):
+    pytest.importorskip("math_verify")
+    assert latex_equal("x", "x")
+    failures = LATEX.failures
+    monkeypatch.setattr(latex, "LATEX_SECONDS", 0.2)
+    os.kill(LATEX.process.pid, signal.SIGSTOP)
+    assert not latex_equal("1", "1") and LATEX.failures == failures + 1 and LATEX.process is None
+    monkeypatch.undo()
+    assert latex_equal("1", "1") and not latex_equal("1", "2") and LATEX.failures == failures + 1
+
+
+def test_an_interrupted_question_leaves_no_reply_for_the_next(monkeypatch):
+    pytest.importorskip("math_verify")
+    assert latex_equal("x", "x")
+
+    class Interrupted:
+        def submit(self, read):
+            raise KeyboardInterrupt
+
+    reader, LATEX.reader = LATEX.reader, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        latex_equal("x", "x")
+    LATEX.reader = reader
+    assert not latex_equal("x", "y")
+
+
+def test_a_script_without_a_main_guard_may_grade(tmp_path):
+    pytest.importorskip("math_verify")
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from grading.latex import latex_equal\n"
+        "print(latex_equal('yx', 'xy'), latex_equal('y', 'x'))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True False\n", done.stderr
+
+
+def test_a_library_that_does_not_start_is_named(monkeypatch):
+    monkeypatch.setattr(latex, "START", "pass")
+    with pytest.raises(BadInput, match="math-verify does not start"):
+        latex._LatexChecker().equal("x", "x")
+
+
 # ------------------------------------------------------------------------------------------ prompts
 
 
@@ -445,3 +511,33 @@ def test_many_prompts_are_rendered_as_each_is_alone(chat):
     questions = ["What is 1 + 2?", "a\n<|im_end|>", "x" * 50]
     alone = [render_prompt(question, tokenizer) for question in questions]
     assert render_prompts(questions, tokenizer) == alone and len(alone[0][1]) != len(alone[2][1])
+
+
+def test_no_prompt_ends_with_an_end_token():
+    """Some tokenizers close every text with one; no answer begins behind it."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template, end = None, tokenizer.eos_token
+    plain = [ids for _, ids in render_prompts(["Why?", "And?"], tokenizer)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert tokenizer("Why?").input_ids[-1] == tokenizer.eos_token_id
+    assert [ids for _, ids in render_prompts(["Why?", "And?"], tokenizer)] == plain
+
+
+def test_an_answer_ends_at_its_first_special_token():
+    """What is drawn behind it must not be read as if it followed the text: 385<|im_end|>5."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    digits = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    special = sorted(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)
+    assert len(special) == 3
+    answers = [digits("385") + [i] + digits("5") for i in special]
+    answers += [digits("385"), [special[0]] + digits("385"), []]
+    assert answer_texts(answers, tokenizer) == ["385"] * 4 + ["", ""]
+
+
+def test_the_vocabulary_ends_behind_the_largest_id():
+    """A tokenizer with holes is shorter than that, and its end token could never be drawn."""
+    holes = SimpleNamespace(get_vocab=lambda: {"a": 0, "<end>": 7, "b": 3})
+    assert vocabulary(holes) == 8
+    assert vocabulary(AutoTokenizer.from_pretrained(TINY)) == 284
