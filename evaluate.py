@@ -40,7 +40,7 @@ from questions.prompts import (
     render_prompt,
 )
 from sampling import eos_ids_of
-from tasks import BUILT_IN, Problem, default_cap, load_problems, read_problems
+from tasks import BUILT_IN, Problem, default_cap, key_of, load_problems, read_problems
 
 
 def valid_json(thing: object, **style) -> str:
@@ -166,7 +166,12 @@ def parse(argv: list[str] | None) -> object:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="a Hugging Face folder or name")
-    add("--task", choices=sorted(BUILT_IN), default="addition", help="its held-out problems")
+    add(
+        "--task",
+        choices=sorted(BUILT_IN),
+        help="its held-out problems; default: those of the run whose folder holds the model, else "
+        "addition",
+    )
     add("--difficulty", type=int, default=None, help="level of the built-in task")
     add("--data", metavar="FILE", help="JSONL or parquet instead; all its rows are used")
     add(
@@ -177,7 +182,7 @@ def parse(argv: list[str] | None) -> object:
     )
     add("--samples", type=int, default=8, metavar="K", help="answers a question, 1 to 256")
     add("--temperature", type=float, default=1.0, help="0 is greedy")
-    add("--max-new-tokens", type=int, default=None, help="default: the task's, 512 for files")
+    add("--max-new-tokens", type=int, default=None, help="default: the run's or the task's")
     add("--limit", type=int, default=None, metavar="N", help="only the first N questions")
     add("--seed", type=int, default=0)
     add("--rows-at-once", type=int, default=512, help="answers decoded together")
@@ -225,27 +230,53 @@ def accuracy_table(answers: list[list[Answer]], samples: int) -> tuple[dict, str
     return result, "\n".join(lines)
 
 
-def instruction_for(given: str | None, model: str, data: str | None) -> str:
-    """--instruction; else what the run asked for whose folder holds the model; else the default."""
-    if given is not None:
-        return given
-    return (run_config(model) or {}).get("instruction", default_instruction(data))
+class Asked(NamedTuple):
+    """What is asked: the options that say so, as a run has them."""
+
+    task: str
+    difficulty: int | None
+    data: str  # a file instead of a task
+    eval_data: str
+    instruction: str
+    max_new_tokens: int
+
+
+def asked_of(args: object, run: dict | None) -> Asked:
+    """What the command line says; else what the run asked whose folder holds the model."""
+    given = args.task or args.data
+    task = args.task or (run["task"] if run and not given else "addition")
+    data = args.data or (run["data"] if run and not given else "")
+    first = next(iter(BUILT_IN[task].levels))
+    level = args.difficulty or (run["difficulty"] if run and not given else first)
+    instruction, cap = default_instruction(data), default_cap(task, data)
+    if run:
+        instruction = run["instruction"]
+        cap = cap if given else run["max_new_tokens"]
+    if args.instruction is not None:
+        instruction = args.instruction
+    held_out = "" if given or not run else run["eval_data"]
+    return Asked(
+        task, None if data else level, data, held_out, instruction, args.max_new_tokens or cap
+    )
 
 
 def trained_on(model: str, problems: list[Problem]) -> str | None:
-    """How many of the questions the run trained on whose folder holds the model; None if none."""
-    run = run_config(model)
-    if run is None:
-        return None
-    try:
-        if run["eval_data"]:
-            train_set = read_problems(run["data"])
-        else:
-            train_set, _ = load_problems(run["task"], run["data"] or None, run["difficulty"])
-    except BadInput as error:
-        return f"cannot tell which questions the model was trained on ({error})"
-    known = {p.question for p in train_set}
-    trained = sum(p.question in known for p in problems)
+    """How many of the questions were trained on in the run whose folder holds the model, or in one
+    that it was started from, and so on; None if none was."""
+    known, seen, run = set(), set(), run_config(model)
+    while run is not None and model not in seen:
+        seen.add(model)
+        try:
+            if run["eval_data"]:
+                train_set = read_problems(run["data"])
+            else:
+                train_set, _ = load_problems(run["task"], run["data"] or None, run["difficulty"])
+        except BadInput as error:
+            return f"cannot tell which questions {model} was trained on ({error})"
+        known.update(map(key_of, train_set))
+        model = run["model"]
+        run = run_config(model)
+    trained = sum(key_of(p) in known for p in problems)
     if not trained:
         return None
     return (
@@ -253,23 +284,29 @@ def trained_on(model: str, problems: list[Problem]) -> str | None:
     )
 
 
+def held_out_questions(args: object, asked: Asked) -> list[Problem]:
+    """Every row of a file that is named; else the held-out part."""
+    if args.data or asked.eval_data:
+        return read_problems(args.data or asked.eval_data)
+    return load_problems(asked.task, asked.data or None, asked.difficulty)[1]
+
+
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    if args.data:
-        problems = read_problems(args.data)[: args.limit]
-    else:
-        problems = load_problems(args.task, difficulty=args.difficulty)[1][: args.limit]
+    asked = asked_of(args, run_config(args.model))
+    problems = held_out_questions(args, asked)[: args.limit]
     if overlap := trained_on(args.model, problems):
         print(f"warning: {overlap}")
-    problems = instruct(problems, instruction_for(args.instruction, args.model, args.data))
-    cap = args.max_new_tokens or default_cap(args.task, args.data)
+    problems, cap = instruct(problems, asked.instruction), asked.max_new_tokens
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model, tokenizer = load_model(args.model, args.device, dtype)
     problems = [problem for problem, _ in fit_context(problems, tokenizer, model.config, cap)]
     text, ids = render_prompt(problems[0].question, tokenizer)
+    level = f", level {asked.difficulty}" if asked.difficulty else ""
     print(
-        f"{len(problems)} questions, {args.samples} answers each, at most {cap} tokens; "
-        f"the first prompt ({len(ids)} tokens):\n{text}"
+        f"{asked.eval_data or asked.data or asked.task}{level}: {len(problems)} questions, "
+        f"{args.samples} answers each, at most {cap} tokens; the first prompt ({len(ids)} tokens):\n"
+        f"{text}"
     )
     answers = sample_answers(
         model,
@@ -284,9 +321,10 @@ def main(argv: list[str] | None = None) -> dict:
         "answering",
     )
     accuracy, table = accuracy_table(answers, args.samples)
-    result = {"model": args.model, "task": args.data or args.task, "questions": len(problems)}
-    result |= {name: getattr(args, name) for name in ("samples", "temperature", "seed")}
-    result |= {"max_new_tokens": cap, **accuracy}
+    result = {"model": args.model, "task": asked.eval_data or asked.data or asked.task}
+    result |= {"difficulty": asked.difficulty, "instruction": asked.instruction}
+    result |= {"questions": len(problems), "max_new_tokens": cap}
+    result |= {name: getattr(args, name) for name in ("samples", "temperature", "seed")} | accuracy
     print(
         f"\n{table}\nfinished within the cap: {result['finished']:.1%}; mean length "
         f"{result['length']:.1f} tokens; ± is one standard error over questions"

@@ -1,7 +1,9 @@
 """Files of questions, row by row: JSONL with question (or prompt) and answer; verl's parquet."""
 
 import json
+import math
 import pathlib
+from decimal import Decimal
 
 from program.errors import BadInput
 
@@ -39,9 +41,16 @@ def _jsonl_rows(path, flag):
             if not isinstance(question, str) or not question.strip():
                 raise BadInput(f"{where}: the question is empty; remove the line or fill it in")
             answer = row["answer"]
-            if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-                raise BadInput(f"{where}: the answer is {answer!r}; it must be a text or a number")
-            yield f"line {number}", question.strip(), str(answer)
+            yield f"line {number}", question.strip(), _as_text(answer, where)
+
+
+def _as_text(answer, where):
+    """A number in digits: 1e-05 is 0.00001."""
+    if isinstance(answer, float) and math.isfinite(answer):
+        return format(Decimal(repr(answer)), "f")
+    if isinstance(answer, (bool, float)) or not isinstance(answer, (str, int)):
+        raise BadInput(f"{where}: the answer is {answer!r}; it must be a text or a number")
+    return str(answer)
 
 
 def _parquet_rows(path, flag):
@@ -71,4 +80,4 @@ def _parquet_rows(path, flag):
             ) from None
         if not question.strip():
             raise BadInput(f"{where}: the question is empty; remove the row or fill it in")
-        yield f"row {number}", question.strip(), str(answer)
+        yield f"row {number}", question.strip(), _as_text(answer, where)

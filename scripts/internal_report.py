@@ -10,18 +10,18 @@ import pathlib
 import torch
 from tqdm import tqdm
 
-from evaluate import instruction_for
+from evaluate import asked_of, held_out_questions
 from fast.decoding import generate
 from internals import boundary_layer, decoder_body, internal_entropy
 from program.command import OneLineParser
 from program.errors import BadInput
-from program.models import check_device, load_model, vocabulary
+from program.models import check_device, load_model, run_config, vocabulary
 from program.threads import use_threads
 from questions.prompts import fit_context, instruct, render_prompt
 from run.batch import join, rollout_of
 from sampling import eos_ids_of
 from scripts.model_page import write_model_page
-from tasks import BUILT_IN, load_problems, read_problems
+from tasks import BUILT_IN
 
 
 def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):
@@ -132,8 +132,8 @@ def arguments(argv):
         parser.add_argument(f"--{name}", help=help, **more)
 
     option("model", "a Hugging Face folder or name, or a run's folder", required=True)
-    tasks = dict(choices=sorted(BUILT_IN), default="addition")
-    option("task", "held-out problems of a built-in task", **tasks)
+    text = "held-out problems of a built-in task; default: as in evaluate.py"
+    option("task", text, choices=sorted(BUILT_IN))
     option("difficulty", type=int)
     option("data", "questions from a JSONL or parquet file instead", metavar="FILE")
     option("instruction", "line behind every question; as in evaluate.py", metavar="TEXT")
@@ -160,12 +160,8 @@ def answers_for(args, model, tokenizer):
     if args.answers:
         context = getattr(model.config, "max_position_embeddings", None) or math.inf
         return finished_answers(args.answers, tokenizer, args.samples, args.max_new_tokens, context)
-    if args.data:
-        problems = read_problems(args.data)
-    else:
-        _, problems = load_problems(args.task, difficulty=args.difficulty)
-    asked = instruction_for(args.instruction, model_folder(args.model), args.data)
-    problems = instruct(problems, asked)[: args.samples]
+    asked = asked_of(args, run_config(model_folder(args.model)))
+    problems = instruct(held_out_questions(args, asked), asked.instruction)[: args.samples]
     return sampled_answers(model, tokenizer, problems, args.max_new_tokens, args.seed)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import types
 
 import pytest
 import torch
@@ -250,14 +251,60 @@ def test_evaluate_says_what_was_trained_on(tmp_path, capsys):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out.mkdir()
     config = dict(prompts_per_step=4, data=str(data), eval_data="", task="countdown", difficulty=3)
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text(json.dumps(config | {"model": "assets/tiny-qwen3"}))
     problems = tasks.read_problems(data)
     held_out = load_problems("countdown", str(data))[1]
     assert "40 of the 50" in evaluate.trained_on(str(out / "final"), problems)
     assert evaluate.trained_on(str(out / "final"), held_out) is None
     assert evaluate.trained_on(str(tmp_path), problems) is None
+    # a run that was started from this one has trained on its questions, too
+    later, own = tmp_path / "later", {"model": str(out / "final"), "data": "", "task": "arithmetic"}
+    later.mkdir()
+    (later / "config.json").write_text(json.dumps(config | own | {"difficulty": 1}))
+    assert "40 of the 50" in evaluate.trained_on(str(later / "final"), problems)
+    spaced = [tasks.Problem("  0  +  1? ", "1"), tasks.Problem("1 + 1 ?", "2")]
+    train_set = load_problems("countdown", str(data))[0]
+    asked = sum(p.question == "0 + 1?" for p in train_set)
+    assert (evaluate.trained_on(str(later / "final"), spaced) or "0 of")[:4] == f"{asked} of"
+    sums = load_problems("arithmetic", difficulty=1)[0]
+    swapped = [
+        tasks.Problem(
+            "What is {4} plus {2}?".format(
+                *p.question.rstrip("?").split(),
+            ),
+            p.answer,
+            p.kind,
+        )
+        for p in sums[:9]
+    ]
+    assert "9 of the 9" in evaluate.trained_on(str(later / "final"), swapped)
+    (out / "config.json").write_text(json.dumps(config | {"model": str(later / "final")}))
+    assert "40 of the 50" in evaluate.trained_on(str(later / "final"), problems)  # a circle ends
     data.unlink()
     assert "cannot tell" in evaluate.trained_on(str(out / "final"), problems)
+
+
+def test_evaluate_asks_what_the_run_held_out(tmp_path):
+    """And says so: its task and level, or its file; --task and --data come first."""
+    data = tmp_path / "q.jsonl"
+    data.write_text('{"question": "1 + 1?", "answer": 2}\n' * 2)
+    run = dict(task="arithmetic", difficulty=3, data="", eval_data="", instruction="Short.")
+    run |= {"max_new_tokens": 9}
+    args = dict(task=None, difficulty=None, data=None, instruction=None, max_new_tokens=None)
+    asked = lambda run, **given: evaluate.asked_of(types.SimpleNamespace(**args | given), run)
+    assert asked(run) == ("arithmetic", 3, "", "", "Short.", 9)
+    assert asked(run, difficulty=2, instruction="", max_new_tokens=5)[1::3] == (2, "")
+    assert asked(run, task="addition") == ("addition", 3, "", "", "Short.", 40)
+    assert asked(run, data="f.jsonl") == ("addition", None, "f.jsonl", "", "Short.", 512)
+    assert asked(None) == ("addition", 3, "", "", "", 40)
+    assert asked(None, data="f.jsonl") == ("addition", None, "f.jsonl", "", FILE_INSTRUCTION, 512)
+    of_file = run | {"data": str(data), "eval_data": str(data)}
+    assert asked(of_file)[2:4] == (str(data), str(data))
+    args = types.SimpleNamespace(**args)
+    problems = evaluate.held_out_questions(args, evaluate.asked_of(args, of_file))
+    assert [p.question for p in problems] == ["1 + 1?"] * 2
+    problems = evaluate.held_out_questions(args, evaluate.asked_of(args, run))
+    assert problems == load_problems("arithmetic", difficulty=3)[1]
 
 
 # ------------------------------------------------------------------------------------------ resume
@@ -337,8 +384,5 @@ def test_the_instruction_is_asked_saved_and_taken_over(opened, tmp_path):
         question = other.items[0][0].question
         assert question.endswith("plus 1?" if not text else "plus 1?\nBe brief.")
         saved = json.loads((other.out / "config.json").read_text())["instruction"]
-        assert saved == text == evaluate.instruction_for(None, str(other.out / "final"), "f.jsonl")
-        assert evaluate.instruction_for("Mine.", str(other.out / "final"), "f.jsonl") == "Mine."
-    assert evaluate.instruction_for(None, str(tmp_path), "f.jsonl") == FILE_INSTRUCTION
-    assert evaluate.instruction_for(None, str(tmp_path), None) == ""
+        assert saved == text
     assert opened("--data", "", "--task", "arithmetic").options.instruction == ""
