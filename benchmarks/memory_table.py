@@ -8,7 +8,6 @@ update and recomputation (2, 6 and 2 x parameters x tokens) at a third of an H10
 and decoding at the rate in RATES.
 """
 
-import os
 
 from gpu import PEAK, SHAPES, config_of
 
@@ -42,9 +41,6 @@ def main():
     print(f"|{'---|' * (len(PARTS) + 3)}")
     for name in [s for s in SHAPES if s in RATES]:
         for way, size, more in WAYS:
-            os.environ.pop("WORLD_SIZE", None)
-            if size > 1:
-                os.environ["WORLD_SIZE"] = str(size)
             e = memory.estimate(config_of(name), options.parse(STEP + more, ""), world_size=size)
             numbers = " | ".join(f"{getattr(e, p) / memory.GIB:.1f}" for p in PARTS)
             decode, rest = seconds(e.parameters, size, name)

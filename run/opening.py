@@ -277,7 +277,8 @@ def describe(run, config, say):
     """What is trained on what, in which sizes; BadInput if it cannot fit the device."""
     options, cuda = run.options, run.ranks.device.type == "cuda"
     prompt = max(len(ids) for _, ids in run.items[:1000])
-    need = memory.estimate(config, options, prompt, run.ranks.size, cuda)
+    ranks = run.ranks
+    need = memory.estimate(config, options, prompt, ranks.size, cuda, ranks.sharded)
     memory.check_fit(need, config, options, prompt, run.ranks.device)
     peak = need.peak / memory.GIB
     say(

@@ -282,7 +282,7 @@ def complete(options):
     missing = {k: v for k, v in defaults.items() if getattr(options, k) in (None, "")}
     options = dataclasses.replace(options, **missing)
     check_device(options.device)
-    if not options.dtype:
+    if not options.dtype and not options.estimate:  # which is of a GPU, wherever it is made
         dtype = "bfloat16" if options.masters_apart else default_dtype(options.device)
         options = dataclasses.replace(options, dtype=dtype)
     check_ranges(options)
@@ -401,7 +401,7 @@ def impossible_precision(o):
         "is for one process with everything on the card; leave out torchrun and --offload",
     )
     yield (
-        o.masters_apart and o.dtype != "bfloat16",
+        o.masters_apart and o.dtype not in ("bfloat16", ""),
         "dtype",
         "--offload and --split-master keep the model's weights in bfloat16; leave --dtype out",
     )

@@ -57,12 +57,13 @@ def parameter_count(config):
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in layer.parameters())
 
 
-def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True):
-    """Peak memory of one process for the Options; prompts of `prompt_tokens` tokens. On a GPU
-    products are in 16 bits, whatever --dtype would be on this machine."""
+def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True, sharded=None):
+    """Peak memory of one process for the Options; prompts of `prompt_tokens` tokens. `sharded`: it
+    is one of torchrun's, as several always are. Products without a --dtype are in 16 bits."""
     parameters, layer_parameters = parameter_count(config)
-    compute = 2 if cuda or options.dtype != "float32" else 4
-    sharded, apart = world_size > 1, options.masters_apart
+    compute = 4 if options.dtype == "float32" else 2
+    sharded = world_size > 1 if sharded is None else sharded
+    apart = options.split_master or (options.offload and not sharded)
     vocab, hidden = config.vocab_size, config.hidden_size
     embedding = vocab * hidden * (1 if config.tie_word_embeddings else 2)
     held = parameters / world_size
@@ -74,7 +75,9 @@ def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True):
     copies = compute == 2 and not apart
     replica = compute * parameters if copies or sharded else 0
 
-    activations, once_more = _activations(config, options, prompt_tokens, world_size, compute)
+    activations, once_more = _activations(
+        config, options, prompt_tokens, world_size, compute, apart
+    )
     if sharded or (options.offload and not apart):  # the root and two layers are gathered at a time
         activations += int(compute * (embedding + 2 * layer_parameters))
     elif copies:  # autocast's cast copies live until the pass ends
@@ -125,7 +128,7 @@ def rows_in_a_pass(options, prompt_tokens, world_size):
     return rows
 
 
-def _activations(config, options, prompt_tokens, world_size, compute):
+def _activations(config, options, prompt_tokens, world_size, compute, apart):
     """What a pass keeps for its backward pass, without gathered or cast weights; and what of a
     checkpointed layer is there once more while its own backward pass runs."""
     hidden, layers, longest = config.hidden_size, config.num_hidden_layers, options.max_new_tokens
@@ -146,7 +149,7 @@ def _activations(config, options, prompt_tokens, world_size, compute):
     # stream stays float32)
     heads, kv_heads, head_dim = _heads(config)
     inner = 4 * config.intermediate_size + 2 * heads * head_dim + 2 * kv_heads * head_dim
-    outer = 28 if compute == 4 else (16 if options.masters_apart else 26)  # bytes
+    outer = 28 if compute == 4 else (16 if apart else 26)  # bytes
     layer_bytes = tokens * (compute * inner + outer * hidden) + mask
     if options.gradient_checkpointing:
         return tokens * 4 * hidden * layers, layer_bytes
@@ -189,22 +192,28 @@ def table(e, options, prompt_tokens=256):
 
 
 def overview(config, options):
-    """What `--estimate` prints: the parts on one GPU, and the peaks of other ways to run it."""
+    """What `--estimate` prints: the parts on one GPU, and the peaks of the other ways to run it that
+    these options allow."""
 
-    def peak(size=1, **changes):
+    def peak(size=0, **changes):  # size: of torchrun's processes
         changed = dataclasses.replace(options, **changes)
-        return estimate(config, changed, world_size=size).peak / GIB
+        need = estimate(config, changed, world_size=max(1, size), sharded=size > 0)
+        return f"{need.peak / GIB:9.2f} GiB a process"
 
-    ways, here = {}, estimate(config, options)
+    ways, here = {}, estimate(config, options, sharded=False)
+    beside = f", and {16 * here.parameters / GIB:.1f} GiB of main memory"
     if not options.gradient_checkpointing:
         ways["--gradient-checkpointing"] = peak(gradient_checkpointing=True)
-    for size in (2, 4, 8):
-        if options.prompts_per_step % (size * options.updates_per_rollout) == 0:
-            ways[f"torchrun, {size} processes"] = peak(size)
-    ways["torchrun, 1, --offload"] = peak(offload=True)
-    lines = [table(here, options)]
-    lines += [f"  {name:26s}{gib:9.2f} GiB a process" for name, gib in ways.items()]
-    return "\n".join(lines) + f", and {16 * here.parameters / GIB:.1f} GiB of main memory"
+    if not (options.offload or options.split_master or options.dtype in ("float16", "float32")):
+        ways["--split-master"] = peak(split_master=True)
+        ways["--offload"] = peak(offload=True) + beside
+    if not options.split_master and options.dtype != "float16":
+        for size in (2, 4, 8):
+            if options.prompts_per_step % (size * options.updates_per_rollout) == 0:
+                ways[f"torchrun, {size} processes"] = peak(size)
+        ways["torchrun, 1, --offload"] = peak(1, offload=True) + beside
+    lines = [f"  {name:26s}{need}" for name, need in ways.items()]
+    return "\n".join([table(here, options), *lines])
 
 
 def what_to_change(e, options):
@@ -221,7 +230,11 @@ def what_to_change(e, options):
         rows = options.micro_batch or options.answers_per_update
         smaller = f"--micro-batch {max(1, rows // 2)}"
         return smaller if options.gradient_checkpointing else "--gradient-checkpointing"
-    apart = "" if options.masters_apart else "--split-master (a fifth less), --offload, or "
+    apart = (
+        ""
+        if options.split_master or options.offload
+        else "--split-master (a fifth less), --offload, or "
+    )
     return (
         f"{apart}more processes (torchrun --nproc-per-node N): weights, gradients and moments "
         f"alone are {math.ceil(states / GIB)} GiB"

@@ -137,7 +137,7 @@ def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypat
 
     small = lambda device: SimpleNamespace(total_memory=10**6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", small)
-    ranks = SimpleNamespace(device=torch.device("cuda"), size=1)
+    ranks = SimpleNamespace(device=torch.device("cuda"), size=1, sharded=False)
     more = ["--max-new-tokens", "400"]
     for given, advice in [
         (more, "--gradient-checkpointing"),
@@ -172,3 +172,38 @@ def test_the_benchmark_rehearses_and_records(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(BadInput, match="needs a CUDA GPU"):
         gpu.main()
+
+
+def ways(*more):
+    """{a way to run: GiB a process} of what --estimate prints."""
+    lines = memory.overview(load_config(TINY), some_options(*more)).splitlines()
+    named = {line[2:28].strip(): float(line[28:37]) for line in lines if "GiB a process" in line}
+    return named | {"one": float(next(line for line in lines if "peak" in line).split()[1])}
+
+
+def test_an_estimate_is_of_what_it_names_whatever_the_environment(monkeypatch):
+    plain = ways("--max-new-tokens", "300")
+    assert {"--split-master", "--offload", "torchrun, 2 processes", "torchrun, 1, --offload"} < {
+        *plain
+    }
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert ways("--max-new-tokens", "300") == plain
+    config, o = load_config(TINY), some_options("--offload")
+    need = lambda **how: memory.estimate(config, o, **how).weights
+    # one process: bfloat16 weights on the card; torchrun's: gathered layer by layer
+    assert need(sharded=False) == 2 * need(sharded=False) // 2 > 0 == need(sharded=True)
+
+
+def test_an_estimate_takes_a_dtype_that_is_named():
+    given = ("--max-new-tokens", "300", "--prompts-per-step", "64", "--answers-per-prompt", "8")
+    assert ways(*given, "--dtype", "float32")["one"] > 1.2 * ways(*given)["one"]
+    assert ways(*given, "--dtype", "bfloat16") == ways(*given)
+
+
+def test_no_way_is_printed_that_a_run_would_refuse():
+    torchrun = {"torchrun, 2 processes", "torchrun, 1, --offload"}
+    assert not {*ways("--split-master")} & (torchrun | {"--offload", "--split-master"})
+    assert not {*ways("--dtype", "float16")} & (torchrun | {"--offload", "--split-master"})
+    assert not {*ways("--dtype", "float32")} & {"--offload", "--split-master"}
+    assert torchrun < {*ways("--dtype", "float32")}
+    assert not {*ways("--prompts-per-step", "2")} & {"torchrun, 2 processes"}
