@@ -305,8 +305,8 @@ def main(argv: list[str] | None = None) -> dict:
     level = f", level {asked.difficulty}" if asked.difficulty else ""
     print(
         f"{asked.eval_data or asked.data or asked.task}{level}: {len(problems)} questions, "
-        f"{args.samples} answers each, at most {cap} tokens; the first prompt ({len(ids)} tokens):\n"
-        f"{text}"
+        f"{args.samples} answers each, at most {cap} tokens; "
+        f"the first prompt ({len(ids)} tokens):\n{text}"
     )
     answers = sample_answers(
         model,

@@ -8,7 +8,6 @@ update and recomputation (2, 6 and 2 x parameters x tokens) at a third of an H10
 and decoding at the rate in RATES.
 """
 
-
 from gpu import PEAK, SHAPES, config_of
 
 from run import options

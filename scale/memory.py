@@ -192,7 +192,7 @@ def table(e, options, prompt_tokens=256):
 
 
 def overview(config, options):
-    """What `--estimate` prints: the parts on one GPU, and the peaks of the other ways to run it that
+    """What `--estimate` prints: the parts on one GPU, and the peaks of other ways to run it that
     these options allow."""
 
     def peak(size=0, **changes):  # size: of torchrun's processes
@@ -230,12 +230,9 @@ def what_to_change(e, options):
         rows = options.micro_batch or options.answers_per_update
         smaller = f"--micro-batch {max(1, rows // 2)}"
         return smaller if options.gradient_checkpointing else "--gradient-checkpointing"
-    apart = (
-        ""
-        if options.split_master or options.offload
-        else "--split-master (a fifth less), --offload, or "
-    )
+    apart = options.split_master or options.offload
+    other = "" if apart else "--split-master (a fifth less), --offload, or "
     return (
-        f"{apart}more processes (torchrun --nproc-per-node N): weights, gradients and moments "
+        f"{other}more processes (torchrun --nproc-per-node N): weights, gradients and moments "
         f"alone are {math.ceil(states / GIB)} GiB"
     )
