@@ -92,7 +92,7 @@ def adaptive_temperature(
 ) -> Tensor:
     """A, Eq. 8: the temperature of one decoding step, from the entropy of that step's raw logits.
         bounded (published runs)   T = base (1 + tau h)
-        zscore  (as printed)       T = max(base (1 + tau z), base / 10),   z = (x - pivot) / sigma
+        zscore  (as printed)       T = base (1 + tau z) in base [0.1, 10],  z = (x - pivot) / sigma
     Any shape; statistics of the batch before, None for the first, which is drawn at base."""
     if stats is None:
         return torch.zeros_like(entropy) + base
@@ -100,7 +100,7 @@ def adaptive_temperature(
         return base * (1 + tau * modulation(entropy, stats, released=released))
     if form == "zscore":
         z = (log_entropy(entropy) - stats.pivot) / stats.sigma
-        return base * (1 + tau * z).clamp_min(0.1)
+        return base * (1 + tau * z).clamp(0.1, 10.0)
     raise ValueError(f"form must be 'bounded' or 'zscore', not {form!r}")
 
 

@@ -361,7 +361,7 @@ def impossible(options):
     steps = range(1, o.steps + 1)
     whole = (target_layer(step, o.bupo_steps, o.bupo_layer) is None for step in steps)
     yield (
-        o.bupo_layer and not any(whole),
+        o.bupo_layer and o.bupo_arm != "layer-lr" and not any(whole),
         "bupo_steps",
         f"the first phase must be shorter than the run (--steps {o.steps})",
     )
@@ -417,8 +417,9 @@ def without_effect(options):
     )
     own_bounds = o.comparison == "archer" and (o.clip_low != 0.2 or o.clip_high not in (0.2, 0.28))
     yield own_bounds, "comparison", "has bounds of its own; leave --clip-low and --clip-high out"
+    bounded = o.temperature_form == default["temperature_form"]
     yield (
-        o.released and o.temperature_form != "bounded",
+        o.released and not bounded,
         "temperature_form",
         "the released code has the bounded form alone; leave --released out",
     )
@@ -428,9 +429,11 @@ def without_effect(options):
     for name in ("released", "rho", "temperature_form", *parts):
         unused = o.algo != "hapo" and getattr(o, name) != default[name]
         yield unused, name, f"belongs to HAPO and would do nothing with --algo {o.algo}"
-    unheated = o.algo != "hapo" or not o.adaptive_temperature
-    given = o.tau not in (0.05, 0.1)
-    yield unheated and given, "tau", "does nothing without HAPO's adaptive temperature"
+    unheated = "A" not in o.hapo_parts
+    for name, given in (("tau", o.tau not in (0.05, 0.1)), ("temperature_form", not bounded)):
+        yield unheated and given, name, "does nothing without HAPO's adaptive temperature"
+    steered = set("ACD") & set(o.hapo_parts)
+    yield not steered and o.rho != default["rho"], "rho", "does nothing without HAPO's A, C and D"
     unused = o.max_rounds != default["max_rounds"] and not o.dynamic_sampling
     yield unused, "max_rounds", "does nothing without --dynamic-sampling"
     for name in ("task", "difficulty"):
@@ -439,6 +442,8 @@ def without_effect(options):
     for name in ("bupo_norm", "bupo_arm", "bupo_steps"):
         unused = not o.bupo_layer and getattr(o, name) != default[name]
         yield unused, name, "does nothing without --bupo-layer"
+    timeless = o.bupo_arm == "layer-lr" and o.bupo_steps != default["bupo_steps"]
+    yield timeless, "bupo_steps", "does nothing with --bupo-arm layer-lr, which has no phases"
     yield (
         o.bupo_norm and o.bupo_arm != "align",
         "bupo_norm",

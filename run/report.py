@@ -54,6 +54,9 @@ def step_metrics(step, weights_before, run):
     batch, layer, mask = step.batch, step.layer, step.batch.rollout.mask
     counts = over_processes(tally(batch.all_drawn or batch), run)
 
+    # those of this process since the line before: a resumed run has none of its own to add
+    latex_failures, LATEX.failures = LATEX.failures, 0
+
     def over_tokens(values):
         return (run.ranks.sum((values * mask).sum()) / run.ranks.sum(mask.sum())).item()
 
@@ -67,7 +70,7 @@ def step_metrics(step, weights_before, run):
         **signal_metrics(batch, layer, run),
         "lr": run.weights.optimizer.param_groups[0]["lr"],
         "weights_changed": share_changed(run, weights_before),
-        "latex_failures": LATEX.failures,
+        "latex_failures": int(run.ranks.total(latex_failures)[0]),
         "tokens_per_second": counts["tokens"] / step.seconds["generate"],
         **{f"seconds_{name}": seconds for name, seconds in step.seconds.items()},
     }

@@ -90,6 +90,10 @@ def test_temperature_by_hand(unchanged):
     sure = torch.tensor([1e-8], dtype=F64)
     least = adaptive_temperature(sure, stats, tau=5.0, form="zscore")
     assert least.item() == pytest.approx(0.1)
+    # nothing spread: a token that differs from all others is drawn at a temperature all the same
+    even = entropy_stats(torch.full((1, 3), 1e-3), torch.ones(1, 3))
+    most = adaptive_temperature(torch.tensor([5.0]), even, base=0.8, tau=0.1, form="zscore")
+    assert most.item() == pytest.approx(8.0)
     released = adaptive_temperature(H, stats, released=True)
     assert released[0, 0].item() == pytest.approx(1.05)  # a sure token, heated
     assert (adaptive_temperature(H, None, base=0.7) == 0.7).all()

@@ -245,6 +245,17 @@ def test_held_out_questions_that_are_trained_on_are_reported(tmp_path, opened, c
     assert "1 of the 2 questions of --eval-data" in capsys.readouterr().out
 
 
+def test_the_rows_of_eval_data_are_drawn(tmp_path, opened):
+    """The first --eval-prompts of them are asked, and a file may be sorted by difficulty."""
+    path = tmp_path / "held.jsonl"
+    rows = [{"question": f"number {n}?", "answer": n} for n in range(50)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked, again = (
+        [int(p.answer) for p in opened("--eval-data", str(path)).held_out] for _ in "ab"
+    )
+    assert sorted(asked) == list(range(50)) != asked == again
+
+
 def test_evaluate_says_what_was_trained_on(tmp_path, capsys):
     data, out = tmp_path / "q.jsonl", tmp_path / "run"
     rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(50)]

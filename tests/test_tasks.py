@@ -313,9 +313,21 @@ def test_jsonl(tmp_path):
     ]
 
 
+def test_a_number_of_a_file_stays_that_number(tmp_path):
+    values = [1e-05, 1e16, 2.50, -3, 12345678901234567890]
+    path = write(tmp_path / "a.jsonl", *({"question": f"q{v}", "answer": v} for v in values))
+    problems = read_problems(path)
+    assert [p.answer for p in problems] == [
+        *("0.00001", "10000000000000000", "2.5", "-3", "12345678901234567890")
+    ]
+    assert all(p.kind == "number" and grade(p, p.answer).strict for p in problems)
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [
+        (['{"question": "a", "answer": NaN}'], "line 1: the answer is nan; it must be a text"),
+        (['{"question": "a", "answer": -Infinity}'], "line 1: the answer is -inf"),
         ([], "the file is empty"),
         (['{"question": "a", "answer": null}'], "line 1: the answer is None; it must be a text"),
         (['{"question": "a", "answer": true}'], "line 1: the answer is True"),

@@ -20,6 +20,7 @@ import train
 from evaluate import Answer
 from fast import lines
 from grading.answers import Grade
+from grading.latex import LATEX
 from program.command import run_main
 from program.errors import BadInput
 from run import checkpoint, options, report
@@ -334,8 +335,15 @@ def test_bupo_auto_and_arms(tiny_folder, tmp_path, capsys):
     for name in first:
         assert torch.equal(first[name], start[name]) == (".layers.1." not in name), name
     assert not same(lowest(first), lowest(weights(tmp_path / "one")))
-    _, rows = run(tmp_path / "lr", *layer, "layer-lr")
+    _, rows = run(tmp_path / "lr", "--bupo-layer", "2", "--bupo-arm", "layer-lr")
     assert rows[1]["phase"] == "full"
+
+
+def test_failed_latex_comparisons_count_in_their_step(tmp_path, monkeypatch):
+    """Not from the start of this process on: a resumed run would begin anew at 0."""
+    monkeypatch.setattr(LATEX, "failures", 2)
+    _, rows = run(tmp_path / "run", "--steps", "2")
+    assert [row["latex_failures"] for row in rows[1:3]] == [2, 0]
 
 
 # ----------------------------------------------------------------------------------------- resuming
@@ -671,6 +679,19 @@ def test_what_becomes_of_an_update():
         (["--algo", "dapo", "--tau", "0.3"], "--tau 0.3: does nothing without HAPO's adaptive"),
         (["--no-adaptive-temperature", "--tau", "0.3"], "--tau 0.3: does nothing without"),
         (["--max-rounds", "9"], "--max-rounds 9: does nothing without --dynamic-sampling"),
+        (
+            ["--no-adaptive-temperature", "--temperature-form", "zscore"],
+            "--temperature-form zscore: does nothing without HAPO's adaptive temperature",
+        ),
+        (
+            "--no-adaptive-temperature --no-advantage-redistribution --no-adaptive-clip "
+            "--rho 0.5".split(),
+            "--rho 0.5: does nothing without HAPO's A, C and D",
+        ),
+        (
+            "--bupo-layer 2 --bupo-arm layer-lr --bupo-steps 3".split(),
+            "--bupo-steps 3: does nothing with --bupo-arm layer-lr",
+        ),
         (["--difficulty", "1"], "--difficulty 1: belongs to the built-in tasks"),
         (["--task", "countdown"], "--task countdown: belongs to the built-in tasks"),
         (["--max-new-tokens", "100000"], "--max-new-tokens 100000: no prompt fits"),
