@@ -406,6 +406,8 @@ def test_the_token_behind_a_turn_ends_an_answer():
     template = tokenizer.chat_template
     tokenizer.chat_template = template.replace("<|im_end|>", "\n\n")  # words are no end
     assert eos_ids_of(model, tokenizer) == [text]
+    tokenizer.add_tokens(["\n\n"])  # nor is whitespace with an entry of its own
+    assert eos_ids_of(model, tokenizer) == [text]
     tokenizer.chat_template = "{{ raise_exception('users only') if messages[1] }}"
     assert eos_ids_of(model, tokenizer) == [text]
     tokenizer.chat_template = None
