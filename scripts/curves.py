@@ -95,6 +95,8 @@ def plot(runs, out=None):
     rows = (len(PANELS) + 1) // 2
     figure, axes = plt.subplots(rows, 2, figsize=(11, 3.5 * rows), constrained_layout=True)
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    if len(runs) > len(colors):
+        colors = [plt.cm.turbo((i + 0.5) / len(runs)) for i in range(len(runs))]
     for color, run in zip(colors, map(pathlib.Path, runs)):
         lines = [json.loads(line) for line in open(run / "metrics.jsonl", encoding="utf-8")]
         steps = [r for r in lines if "reward" in r]
@@ -109,7 +111,7 @@ def plot(runs, out=None):
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
         if panel.lines:
-            panel.legend(fontsize=7)
+            panel.legend(fontsize=7).set_in_layout(False)  # it lies within the panel
     for panel in axes.flat:
         if not panel.lines:  # no run has anything to draw there
             panel.set_visible(False)

@@ -67,6 +67,8 @@ def read_run(folder):
     return {
         "name": folder.name,
         "what": what,
+        "base": options["temperature"],
+        "tau": options["tau"] or 0.05,
         "steps": list(steps.values()),
         "curves": curves,
     }, options
@@ -118,10 +120,10 @@ def write_page(folders, out=None):
             f"--compare {folders[1]}: another task or file than {folders[0]}; answers to different "
             "questions cannot stand side by side"
         )
-    tau, steps = options[0]["tau"] or 0.05, len(runs[0]["steps"])
+    steps = len(runs[0]["steps"])
     if len(runs) > 1:
         keep_common(runs, folders)
-    data = {"runs": runs, "base": options[0]["temperature"], "tau": tau, "all": steps}
+    data = {"runs": runs, "all": steps}
     page = fill("run.html", data)
     while len(page) > LARGEST and len(runs[0]["steps"]) > 2:
         for run in runs:  # every second step, the last one kept

@@ -157,3 +157,13 @@ def test_bad_input_is_one_line(a_run, tmp_path):
     samples.unlink()
     with pytest.raises(BadInput, match="samples.jsonl: no such file"):
         page.write_page([a_run.out])
+
+
+def test_two_runs_are_shaded_by_their_own_settings(a_run, opened, monkeypatch):
+    verdicts(monkeypatch, True, False)
+    other = opened("--temperature", "0.7", "--tau", "0.2")
+    for step in (1, 2):
+        report.record(step, *train.guarded_step(step, other), other)
+    other.lock.close()
+    runs = data_of(page.write_page([a_run.out, other.out]))["runs"]
+    assert [(run["base"], run["tau"]) for run in runs] == [(1.0, 0.05), (0.7, 0.2)]

@@ -219,6 +219,14 @@ def test_every_panel_is_drawn(tmp_path):
         assert panel.lines, title
         plt.close(figure)
     assert curves.plot([tmp_path]).stat().st_size > 10_000
+    # more runs than matplotlib has colours: each in its own
+    figures, close = [], plt.close
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plt, "close", figures.append)
+        curves.plot([tmp_path] * 12, tmp_path / "twelve.png")
+    lengths = figures[0].axes[2].lines
+    assert len({str(line.get_color()) for line in lengths}) == len(lengths) == 12
+    close(figures[0])
 
 
 def test_stretches_of_steps():
