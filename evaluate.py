@@ -243,21 +243,17 @@ class Asked(NamedTuple):
 
 def asked_of(args: object, run: dict | None) -> Asked:
     """What the command line says; else what the run asked whose folder holds the model."""
-    given = args.task or args.data
-    task = args.task or (run["task"] if run and not given else "addition")
-    data = args.data or (run["data"] if run and not given else "")
-    first = next(iter(BUILT_IN[task].levels))
-    level = args.difficulty or (run["difficulty"] if run and not given else first)
-    instruction, cap = default_instruction(data), default_cap(task, data)
-    if run:
-        instruction = run["instruction"]
-        cap = cap if given else run["max_new_tokens"]
+    run = run or {}
+    own = {} if args.task or args.data else run  # whose questions are asked
+    task = args.task or own.get("task", "addition")
+    data = args.data or own.get("data", "")
+    level = args.difficulty or own.get("difficulty", next(iter(BUILT_IN[task].levels)))
+    instruction = run.get("instruction", default_instruction(data))
     if args.instruction is not None:
         instruction = args.instruction
-    held_out = "" if given or not run else run["eval_data"]
-    return Asked(
-        task, None if data else level, data, held_out, instruction, args.max_new_tokens or cap
-    )
+    cap = args.max_new_tokens or own.get("max_new_tokens", default_cap(task, data))
+    held_out = own.get("eval_data", "")
+    return Asked(task, None if data else level, data, held_out, instruction, cap)
 
 
 def trained_on(model: str, problems: list[Problem]) -> str | None:

@@ -307,6 +307,8 @@ def test_evaluate_asks_what_the_run_held_out(tmp_path):
     assert asked(run, difficulty=2, instruction="", max_new_tokens=5)[1::3] == (2, "")
     assert asked(run, task="addition") == ("addition", 3, "", "", "Short.", 40)
     assert asked(run, data="f.jsonl") == ("addition", None, "f.jsonl", "", "Short.", 512)
+    older = {"task": "addition", "difficulty": 2, "max_new_tokens": 9}  # of before --instruction
+    assert asked(older) == ("addition", 2, "", "", "", 9)
     assert asked(None) == ("addition", 3, "", "", "", 40)
     assert asked(None, data="f.jsonl") == ("addition", None, "f.jsonl", "", FILE_INSTRUCTION, 512)
     of_file = run | {"data": str(data), "eval_data": str(data)}
