@@ -151,9 +151,7 @@ def redistribute_advantages(
     return torch.where((h > 0) ^ inside, advantages * (1 + h), advantages)
 
 
-def adaptive_clip(
-    h: Tensor, clip_low: float = 0.2, clip_high: float = 0.28
-) -> tuple[Tensor, Tensor]:
+def adaptive_clip(h: Tensor, clip_low: float = 0.2, clip_high: float = 0.28) -> tuple:
     """D, Eq. 12-13: per-token clip distances (low, high), each (B, T).
     low  = clip_low (1 - h)  where h <= 0: sure tokens may fall further
     high = clip_high (1 + h) where h > 0:  uncertain tokens may rise further"""

@@ -117,8 +117,9 @@ def collect(step: int, layer: Layer, run: Run, attempt: int = 0) -> Batch:
     )
     texts = answer_texts(rollout.answers(), run.tokenizer)
     grades = [grade(problems[row // G], text) for row, text in enumerate(texts)]
-    strict, lenient = torch.tensor(grades, device=run.ranks.device).T
-    right = run.verdict(Grade(strict, lenient), step, attempt)
+    strict, lenient = rollout.mask.new_tensor(grades).T
+    first = [texts.index(text, row // G * G) for row, text in enumerate(texts)]
+    right = run.verdict(Grade(strict, lenient), step, attempt)[first]  # equal answers, equal pay
     rewards = right.float()
     live = losses.differ(rewards, G)  # before a length penalty, which would wake dead groups
     if options.overlong_buffer:
@@ -356,9 +357,11 @@ def inspect_group(step: Step, run: Run) -> dict:
     every token, (G, T) each; ratios are those after the last update."""
     batch = step.batch
     G = run.options.answers_per_prompt
-    share_right = batch.right.view(-1, G).float().mean(1)
+    right = batch.right.view(-1, G)
+    share_right = right.float().mean(1)
     distance = (share_right - 0.5).abs()
-    first = G * int(distance.argmin())
+    most_mixed = int(distance.argmin())
+    first = G * most_mixed
     rows = list(range(first, first + G))
     parts = [rows]
     logp, _ = score(run.policy, batch.rollout, parts, step.layer, run)

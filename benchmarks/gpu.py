@@ -58,7 +58,7 @@ class Words:
         return {str(i): i for i in range(self.size)}
 
     def batch_decode(self, answers):
-        return [""] * len(answers)
+        return [" ".join(map(str, ids)) for ids in answers]
 
 
 def arguments():

@@ -45,7 +45,7 @@ SAME = HERE / "claims_same.json"  # {commit: the commit whose numbers it gives}
 # what a run's numbers come from: a commit that touches no code of it is the same commit here
 SOURCES = (
     "train.py losses.py hapo.py bupo.py sampling.py internals.py tasks.py evaluate.py "
-    "fast grading program run scale assets/tiny-qwen3"
+    "fast grading program questions run scale assets/tiny-qwen3"
 ).split()
 CURVES = ("eval_accuracy", "eval_greedy", "eval_length", "reward", "entropy", "response_length")
 

@@ -22,8 +22,9 @@ from run.state import seed_of
 def forking(batch, run):
     """Forking tokens (Wang et al. 2025, 2506.01939): only the fifth of highest entropy learns. The
     others' tokens stay in the mean, as zeros."""
-    pool = run.ranks.gather(batch.entropy[batch.loss_mask])
-    keeps = forking_token_mask(batch.entropy, batch.loss_mask, pool=pool)
+    entropy = of_equal_contexts(batch.entropy, batch.rollout.tokens, batch.rollout.group_size)
+    pool = run.ranks.gather(entropy[batch.loss_mask])
+    keeps = forking_token_mask(entropy, batch.loss_mask, pool=pool)
     batch.advantages = batch.advantages * keeps
 
 
@@ -65,6 +66,16 @@ def forking_token_mask(entropy, mask, share=0.2, pool=None):
     keep = max(1, round(share * valid.numel()))
     threshold = valid.sort(descending=True).values[keep - 1]
     return mask * (entropy >= threshold).to(mask.dtype)
+
+
+def of_equal_contexts(entropy, tokens, group_size):
+    """Entropies (B, T) in which tokens of a group behind the same text have the same: that of the
+    first. Theirs differ by rounding alone, and a threshold may fall between them."""
+    groups = tokens.view(-1, group_size, tokens.shape[1])
+    same = (groups[:, :, None] == groups[:, None]).cumprod(-1, dtype=torch.uint8)  # (P, G, G, T)
+    before = torch.nn.functional.pad(same[..., :-1], (1, 0), value=1)
+    first = before.argmax(2)  # of equals, the first
+    return entropy.view_as(groups).gather(1, first).view_as(entropy)
 
 
 def archer_bounds(entropy, mask, quantile=0.8, clip_high_entropy=0.5, clip_low_entropy=0.2):

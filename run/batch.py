@@ -32,8 +32,8 @@ class Batch:
     # what follows is there once the step has got to it
     all_drawn: "Batch" = None  # where dynamic sampling has replaced groups: all that were drawn
     old_logp: Tensor = None  # (B, T) of the trained policy before the first update
-    trained_entropy: Tensor = None  # (B, T) of the trained policy: the same but in BuPO's phase 1
-    entropy: Tensor = None  # (B, T) of the full policy before the first update
+    trained_entropy: Tensor = None  # (B, T) of the trained policy at T_base
+    entropy: Tensor = None  # (B, T) of the full policy: the same, in BuPO's phase 1 the sampler's
     ref_logp: Tensor = None  # (B, T) of the initial model
     stats: hapo.EntropyStats = None  # what h is made of
     h: Tensor = None  # (B, T) HAPO's modulation

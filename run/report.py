@@ -64,7 +64,7 @@ def step_metrics(step, weights_before, run):
         "step": step.number,
         "phase": "full" if layer is None else "internal",
         **answer_metrics(counts),
-        "entropy": over_tokens(batch.entropy),
+        entropy_name(batch, run): over_tokens(batch.entropy),
         "temperature": over_tokens(batch.rollout.temperature),
         **update_metrics(step, run),
         **signal_metrics(batch, layer, run),
@@ -81,10 +81,17 @@ def step_metrics(step, weights_before, run):
         metrics["logp"] = over_tokens(batch.old_logp)
     else:  # BuPO 7: in phase 1 both policies, each under its own name
         metrics["layer"] = layer
-        metrics["logp"] = over_tokens(batch.rollout.logp)
+        metrics["sampler_logp"] = over_tokens(batch.rollout.logp)
         metrics["internal_entropy"] = over_tokens(batch.trained_entropy)
         metrics["internal_logp"] = over_tokens(batch.old_logp)
     return metrics
+
+
+def entropy_name(batch, run):
+    """`entropy` is the full policy's at T_base. BuPO's phase 1 has the sampler's alone, of the raw
+    logits: at T_base = 1 the same quantity, at any other one of its own name."""
+    scored = batch.entropy is not None and batch.entropy is batch.trained_entropy
+    return "entropy" if scored or run.options.temperature == 1 else "sampler_entropy"
 
 
 def answer_metrics(counts):
@@ -213,7 +220,7 @@ def console_line(m, options):
         f"reward {m['reward']:.3f}",
         f"loss {m['loss']:+.4f}",
         f"grad {m['grad_norm']:.2f}",
-        f"entropy {m['entropy']:.3f}",
+        *(f"{k.replace('_', ' ')} {m[k]:.3f}" for k in ("entropy", "sampler_entropy") if k in m),
         f"length {m['response_length']:.1f}",
         f"dead {m['dead_groups']}/{m['groups']} ({m['all_right']} right, {m['all_wrong']} wrong)",
         f"{sum(seconds.values()):.2f} s = "
@@ -291,7 +298,7 @@ def samples_of(step, run, rows, more=None):
             "lenient": bool(batch.lenient[row]),
             "finished": bool(rollout.finished[row]),
             "tokens": [run.tokenizer.decode([t]) for t in rollout.tokens[row, :n].tolist()],
-            "entropy": [round(x, 4) for x in entropy[row, :n].tolist()],
+            entropy_name(batch, run): [round(x, 4) for x in entropy[row, :n].tolist()],
             "temperature": [round(x, 4) for x in rollout.temperature[row, :n].tolist()],
             **{k: [round(v, 4) for v in x[i, :n].tolist()] for k, x in (more or {}).items()},
         }

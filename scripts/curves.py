@@ -34,6 +34,9 @@ def accuracy(panel, steps, held, name, color):
 
 def entropy(panel, steps, held, name, color):
     panel.plot(x(steps), column(steps, "entropy"), color=color, label=f"{name}: full policy")
+    if any("sampler_entropy" in r for r in steps):
+        label = f"{name}: full policy at T = 1, in phase 1"
+        panel.plot(x(steps), column(steps, "sampler_entropy"), "--", color=color, label=label)
     inner = [r for r in steps if r["phase"] == "internal"]
     if inner:
         label = f"{name}: layer {inner[0]['layer']}'s policy"

@@ -16,8 +16,10 @@ from program.command import OneLineParser, run_main  # noqa: E402
 from program.errors import BadInput  # noqa: E402
 
 LARGEST = 2_900_000  # bytes of a page; steps are left out until it fits
-TOKENS = ("entropy", "temperature", "h", "advantage", "ratio", "clipped")
-CURVES = ("reward", "entropy", "response_length", "grad_norm", "eval_accuracy", "eval_greedy")
+TOKENS = ("entropy", "sampler_entropy", "temperature", "h", "advantage", "ratio", "clipped")
+CURVES = (
+    "reward entropy sampler_entropy response_length grad_norm eval_accuracy eval_greedy".split()
+)
 
 
 def rows_of(path):

@@ -45,6 +45,33 @@ def test_forking_tokens_keep_the_top_share(unchanged):
     assert arms.forking_token_mask(entropy, mask * 0).sum() == 0
 
 
+def test_equal_contexts_have_equal_entropies(unchanged):
+    """Two groups of three answers: a token behind the same text as one before has its entropy."""
+    tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 9, 7], [5, 6, 7], [4, 6, 7], [5, 6, 9]])
+    entropy = torch.arange(18.0).view(6, 3)
+    same = unchanged(arms.of_equal_contexts, entropy, tokens, 3)
+    first, second = [[0, 1, 2], [0, 1, 2], [0, 1, 8]], [[9, 10, 11], [9, 13, 14], [9, 10, 11]]
+    assert same.tolist() == first + second
+
+
+def test_forking_parts_no_equal_tokens(opened, monkeypatch):
+    """The first tokens of a group have one entropy, whatever rounding makes of it: they all learn
+    or none does, also where the threshold falls among them."""
+    verdicts(monkeypatch, True, False, False)
+    sizes = "--answers-per-prompt 8 --max-new-tokens 3".split()
+    run = opened("--algo", "dapo", "--comparison", "forking", *sizes)
+    batch = train.train_step(1, run).batch
+    noise = 1e-6 * torch.arange(32.0)[:, None]
+    batch.entropy = torch.full_like(batch.entropy, 0.1) + noise
+    batch.entropy[:, 0] += 1 + torch.arange(4.0).repeat_interleave(8)
+    keep = round(0.2 * int(batch.loss_mask.sum()))
+    assert keep < 32 and keep % 8 > 0, "the threshold lies within a group's first tokens"
+    batch.advantages = torch.ones_like(batch.entropy)
+    arms.forking(batch, run)
+    kept = (batch.advantages[:, 0] != 0).view(4, 8)
+    assert kept.sum() == 8 * (keep // 8 + 1) and torch.equal(kept, kept[:, :1].expand(4, 8))
+
+
 def test_archer_has_two_classes():
     entropy, classes = torch.arange(5.0)[None], dict(clip_high_entropy=0.5, clip_low_entropy=0.2)
     bounds = arms.archer_bounds(entropy, torch.ones(1, 5), quantile=0.5, **classes)

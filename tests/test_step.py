@@ -66,6 +66,34 @@ def test_select_and_join_carry_every_field_along():
     assert picked.loss_mask.sum(1).tolist() == [1, 4, 1, 3]
 
 
+@pytest.mark.parametrize("reward", ["lenient", "random"])
+def test_equal_answers_are_paid_the_same(opened, monkeypatch, reward):
+    """To one prompt, whatever said of them, coin or verdict: their gradients would cancel but for
+    rounding, of which AdamW makes a whole step."""
+    verdicts(monkeypatch, True, False, False, True)
+    sizes = "--prompts-per-step 8 --answers-per-prompt 4 --algo grpo".split()
+    run = opened("--reward", reward, *sizes)
+    run.uniform = lambda step, attempt: torch.full((6, 32), 0.5)
+    before = [p.detach().clone() for p in run.policy.parameters()]
+    step = train.train_step(1, run)
+    groups = [step.batch.texts[i : i + 4] for i in range(0, 32, 4)]
+    assert all(len(set(group)) == 1 for group in groups)
+    paid = step.batch.rewards.view(8, 4)
+    assert torch.equal(paid, paid[:, :1].expand(8, 4))
+    assert reward == "lenient" or 0 < paid.mean() < 1  # a coin for each prompt
+    assert [update.outcome for update in step.updates] == ["dead"]
+    assert all(torch.equal(p, q) for p, q in zip(before, run.policy.parameters()))
+
+
+def test_equal_answers_are_those_to_one_prompt(opened, monkeypatch):
+    verdicts(monkeypatch, True, False, False)
+    monkeypatch.setattr(train, "answer_texts", lambda answers, tokenizer: list("abab" * 4))
+    batch = train.collect(1, None, opened("--answers-per-prompt", "4"))
+    paid = batch.right.view(4, 4).int().tolist()
+    # verdicts 1001 0010 0100 1001, of which a's first and b's first count
+    assert paid == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1], [1, 0, 1, 0]]
+
+
 def test_the_verdict_stays_apart_from_the_reward(opened, monkeypatch):
     verdicts(monkeypatch, True, False, False)
     run = opened("--overlong-buffer", "6")

@@ -304,8 +304,9 @@ def test_bupo_phases_in_training(tiny_folder, tmp_path):
     _, rows = run(tmp_path / "run", *settings, steps=3)
     assert [r.get("phase") for r in rows[1:]] == ["internal", "internal", "full"]
     assert rows[1]["layer"] == 2
-    assert {"internal_entropy", "internal_logp", "entropy", "logp"} <= rows[1].keys()
-    assert "internal_entropy" not in rows[3]
+    assert {"internal_entropy", "internal_logp", "entropy", "sampler_logp"} <= rows[1].keys()
+    assert {"entropy", "logp"} <= rows[3].keys()
+    assert not {"internal_entropy", "sampler_logp", "sampler_entropy"} & rows[3].keys()
     assert rows[1]["outside_before_update"] == 0
     assert len(rows[1]["diagnose_kl"]) == len(rows[1]["diagnose_cosine"]) > 0
     start = load_file(tiny_folder / "model.safetensors")
@@ -316,6 +317,29 @@ def test_bupo_phases_in_training(tiny_folder, tmp_path):
         assert torch.equal(one[name], start[name]) == upper, name
     three = load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")
     assert not any(torch.equal(one[name], three[name]) for name in one)
+
+
+def test_an_entropy_is_named_by_its_temperature(tmp_path, opened, capsys):
+    """At T_base 0.5 the raw logits' entropy, which phase 1 has, is not the one of phase 2."""
+    run = opened(*"--bupo-layer 2 --bupo-steps 1 --temperature 0.5 --lr 0".split())
+    metrics, _ = train.guarded_step(1, run)
+    report.record(1, metrics, None, run)
+    assert "entropy" not in metrics and "  sampler entropy " in capsys.readouterr().out
+    rollout, every = run.last_batch.rollout, [list(range(8))]
+    tokens = rollout.mask.sum()
+    _, scored = train.score(run.policy, rollout, every, None, run)
+    at_1 = dataclasses.replace(run, options=dataclasses.replace(run.options, temperature=1.0))
+    _, raw = train.score(run.policy, rollout, every, None, at_1)
+    assert metrics["sampler_entropy"] == pytest.approx(float(raw.sum() / tokens), rel=1e-4)
+    assert float(scored.sum() / tokens) < 0.95 * metrics["sampler_entropy"]
+    sample = json.loads(open(run.out / "samples.jsonl").readline())
+    assert "sampler_entropy" in sample and "entropy" not in sample
+    metrics, _ = train.guarded_step(2, run)
+    report.record(2, metrics, None, run)
+    assert "sampler_entropy" not in metrics and "  entropy " in capsys.readouterr().out
+    at_base = run.last_batch.trained_entropy.sum() / run.last_batch.rollout.mask.sum()
+    assert metrics["entropy"] == pytest.approx(float(at_base), rel=1e-6)
+    assert '"entropy"' in open(run.out / "samples.jsonl").readlines()[-1]
 
 
 def test_bupo_auto_and_arms(tiny_folder, tmp_path, capsys):
@@ -604,6 +628,9 @@ def test_guard_alarms():
     assert len(said) == 2
     guard.good_step({"step": 43, **usual, "grad_norm": 0.0, "updates": 0})  # all groups dead
     assert len(said) == 2
+    phase_1 = {"grad_norm": 1.0, "response_length": 20, "sampler_entropy": 9.0}
+    guard.good_step({"step": 44, **phase_1})  # the entropy is not known there
+    assert len(said) == 2 and guard.means["entropy"] < 1
     old = guard.state()
     del old["away"]  # a checkpoint of before
     resumed.restore(old)
@@ -797,7 +824,7 @@ def test_estimate_needs_no_weights(capsys, tmp_path):
 def test_a_random_reward_is_a_coin_that_no_answer_changes(tmp_path):
     """Half of the answers are paid, by seed and step alone; held-out accuracy is of verdicts, of
     which half are right here."""
-    coin = "--reward random --prompts-per-step 16 --max-new-tokens 2".split()
+    coin = "--reward random --prompts-per-step 16".split()
     _, rows = run(tmp_path / "a", *coin)
     rewards = [row["reward"] for row in rows[1:]]
     # of 64 coins: 0.2 is 3.2 of their standard deviations
