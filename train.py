@@ -89,7 +89,7 @@ def train_step(step: int, run: Run) -> Step:
 
     # 6. Update the policy on each part of the batch in turn.
     prepare_updates(step, batch, run)
-    updates = [update(batch, rows, layer, run) for rows in parts]
+    updates = [update(batch, part, layer, run) for part in parts]
     clock.lap("update")
     return Step(step, layer, batch, updates, clock.seconds)
 
@@ -102,7 +102,7 @@ def collect(step: int, layer: Layer, run: Run, attempt: int = 0) -> Batch:
     options, G = run.options, run.options.answers_per_prompt
     problems, prompts = zip(*run.draw_items())
     temperature = options.temperature
-    if "A" in run.parts:  # HAPO A: of each step's entropy
+    if "A" in run.mechanisms:  # HAPO A: of each step's entropy
         temperature = lambda entropy: run.temperature(entropy, run.sampler_stats)
     rollout = run.generate(
         run.actor(),
@@ -164,10 +164,10 @@ def score(model: nn.Module, rollout: Rollout, parts: list, layer: Layer, run: Ru
     rows, will make. The entropy of the initial model is 0: nobody reads it."""
     logp = torch.zeros_like(rollout.logp)
     entropy = torch.zeros_like(rollout.logp)
-    for rows in parts:
-        for part in run.passes(rollout, rows):
-            scores = token_scores(model, rollout, part, layer, run, model is run.policy)
-            logp[part], entropy[part] = scores
+    for part in parts:
+        for rows in run.passes(rollout, part):
+            scores = token_scores(model, rollout, rows, layer, run, model is run.policy)
+            logp[rows], entropy[rows] = scores
     run.ranks.reshard(model)
     return logp, entropy
 
@@ -177,13 +177,13 @@ def token_scores(
 ) -> tuple:
     """Log-probability and entropy of some answers at T_base, (rows, T), of layer l's policy or the
     model's own (None), 0 at padding: one function for old, new and reference."""
-    mask, T = rollout.mask[rows], run.options.temperature
+    mask, temperature = rollout.mask[rows], run.options.temperature
     norm = layer is None or run.options.bupo_norm  # BuPO 6: an internal policy has no final norm
     with run.autocast():
         states = internals.answer_states(model, rollout, rows, layer, norm, run.layout)
         weight = internals.unembedding(model)[: run.vocab_size]  # padding ids: probability 0
         tokens = rollout.tokens[rows][mask]
-        scores = run.scorer(states, weight, tokens, T, measure_entropy=measure_entropy)
+        scores = run.scorer(states, weight, tokens, temperature, measure_entropy=measure_entropy)
     blank = torch.zeros_like(rollout.logp[rows])
     logp, entropy = [blank if x is None else blank.masked_scatter(mask, x) for x in scores]
     return logp, entropy.detach()
@@ -205,7 +205,7 @@ def advantages(batch: Batch, run: Run) -> Tensor:
     """(B, T): HAPO's B, or a group rule, one value an answer; 0 in dead groups."""
     options, G = run.options, run.options.answers_per_prompt
     mask = batch.loss_mask & batch.live[:, None]
-    if "B" in run.parts:  # HAPO B
+    if "B" in run.mechanisms:  # HAPO B
         return hapo.token_group_advantages(batch.rewards, mask, G, options.released)
     rule = losses.GROUP_RULES[options.advantage]
     return rule(batch.rewards, G)[:, None] * mask
@@ -214,7 +214,7 @@ def advantages(batch: Batch, run: Run) -> Tensor:
 def clip_range(batch: Batch, run: Run) -> tuple:
     """How far each token's ratio may fall below 1 and rise above it, (B, T) each."""
     low, high = run.options.clip_low, run.options.clip_high
-    if "D" in run.parts:  # HAPO D
+    if "D" in run.mechanisms:  # HAPO D
         return hapo.adaptive_clip(batch.h, low, high)
     return torch.full_like(batch.entropy, low), torch.full_like(batch.entropy, high)
 
@@ -224,7 +224,7 @@ def clip_range(batch: Batch, run: Run) -> tuple:
 
 def prepare_updates(step: int, batch: Batch, run: Run) -> None:
     """The learning rate of this step, and what may move; the statistics for the next one's A."""
-    if "A" in run.parts:
+    if "A" in run.mechanisms:
         run.sampler_stats = statistics(batch.rollout.entropy, batch, run)
     for mover in run.movers:  # empty, unless something keeps still
         mover(step, run)
@@ -237,23 +237,23 @@ def share_of_peak(step: int, options: Options) -> float:
     return min(1.0, step / max(1, options.warmup_steps))
 
 
-def update(batch: Batch, rows: list, layer: Layer, run: Run) -> Update:
-    """One optimiser step on some of the answers; no step at all, not even weight decay, where no
+def update(batch: Batch, part: list, layer: Layer, run: Run) -> Update:
+    """One optimiser step on a part of the batch; no step at all, not even weight decay, where no
     token learns. The loss is divided by the whole update's tokens, counted before the passes."""
-    mask = batch.loss_mask[rows]
-    learns = mask if batch.ref_logp is not None else batch.advantages[rows]  # KL: from any token
-    answers = batch.in_loss[rows].sum()
+    mask = batch.loss_mask[part]
+    learns = mask if batch.ref_logp is not None else batch.advantages[part]  # KL: from any token
+    answers = batch.in_loss[part].sum()
     tokens, answers, learning = run.ranks.total(mask.sum(), answers, learns.any())
     if not learning:
         return Update()
     total, passes = 0.0, []
-    for part in run.passes(batch.rollout, rows):
-        logp, _ = token_scores(run.policy, batch.rollout, part, layer, run, measure_entropy=False)
-        per_token, ratio, advantage = policy_loss(logp, batch, part, run)
-        loss = run.mean_loss(per_token, batch.loss_mask[part], tokens, answers)
+    for rows in run.passes(batch.rollout, part):
+        logp, _ = token_scores(run.policy, batch.rollout, rows, layer, run, measure_entropy=False)
+        per_token, ratio, advantage = policy_loss(logp, batch, rows, run)
+        loss = run.mean_loss(per_token, batch.loss_mask[rows], tokens, answers)
         run.weights.backward(loss)
         total += loss.item()
-        passes.append(Pass(part, logp.detach(), ratio.detach(), advantage))
+        passes.append(Pass(rows, logp.detach(), ratio.detach(), advantage))
     (total,) = run.ranks.total(total)
     outcome, grad_norm = run.weights.step(total)
     return Update(outcome, total, grad_norm, passes)
@@ -280,7 +280,7 @@ def token_ratio(logp: Tensor, batch: Batch, rows: list) -> Tensor:
 def advantage_at(ratio: Tensor, batch: Batch, rows: list, run: Run) -> Tensor:
     """The advantage of each token at its current ratio, (rows, T)."""
     options, advantage = run.options, batch.advantages[rows]
-    if "C" in run.parts:  # HAPO C
+    if "C" in run.mechanisms:  # HAPO C
         low, high = options.clip_low, options.clip_high
         if options.released:
             low, high = batch.clip_low[rows], batch.clip_high[rows]

@@ -34,7 +34,7 @@ def choose(run):
 def choose_steps(run):
     """How steps are taken; leaves weights, moments and statistics as they are."""
     o = run.options
-    run.parts = o.hapo_parts
+    run.mechanisms = o.hapo_mechanisms
     run.generate = decoder_of(run)
     run.layout = internals.one_line_each if o.plain else lines.layout_for(run.policy.config)
     run.scorer = losses.plain_logprobs_and_entropy if o.plain else chunked_logprobs_and_entropy

@@ -156,7 +156,7 @@ class Options:
         return "lenient" if self.reward == "random" else self.reward
 
     @property
-    def hapo_parts(self):
+    def hapo_mechanisms(self):
         """Those of HAPO's four parts that are on, in one word: "ABCD", or "" for another --algo."""
         on = {
             "A": self.adaptive_temperature,
@@ -429,10 +429,10 @@ def without_effect(options):
     for name in ("released", "rho", "temperature_form", *parts):
         unused = o.algo != "hapo" and getattr(o, name) != default[name]
         yield unused, name, f"belongs to HAPO and would do nothing with --algo {o.algo}"
-    unheated = "A" not in o.hapo_parts
+    unheated = "A" not in o.hapo_mechanisms
     for name, given in (("tau", o.tau not in (0.05, 0.1)), ("temperature_form", not bounded)):
         yield unheated and given, name, "does nothing without HAPO's adaptive temperature"
-    steered = set("ACD") & set(o.hapo_parts)
+    steered = set("ACD") & set(o.hapo_mechanisms)
     yield not steered and o.rho != default["rho"], "rho", "does nothing without HAPO's A, C and D"
     unused = o.max_rounds != default["max_rounds"] and not o.dynamic_sampling
     yield unused, "max_rounds", "does nothing without --dynamic-sampling"

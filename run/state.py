@@ -49,7 +49,7 @@ class Run:
     tokenizer_files: dict = dataclasses.field(default_factory=dict)  # as checkpoints hold them
 
     # what run/choices.py has chosen
-    parts: str = ""  # HAPO's parts that are on: "ABCD"
+    mechanisms: str = ""  # those of HAPO that are on: "ABCD"
     weights: Weights = None
     actor: Callable = None  # () -> the model that answers are drawn from
     generate: Callable = None  # as sampling.generate

@@ -3,6 +3,7 @@
 import ast
 import pathlib
 import re
+import sys
 
 import pytest
 from conftest import ROOT, named_beside_equations
@@ -110,6 +111,17 @@ def test_the_marks_are_counted_right():
     assert bupo == set(range(1, max(bupo) + 1))
     assert f"`# BuPO 1` to `# BuPO {max(bupo)}`" in source("README.md")
     assert f"BuPO 1 to {max(bupo)}" in source("train.py")
+
+
+def test_every_planted_fault_has_its_place():
+    """What a fault of experiments/mutations.diff replaces occurs once in its file."""
+    sys.path.insert(0, str(ROOT / "experiments"))
+    import mutations
+
+    faults = mutations.read_faults(mutations.FAULTS.read_text())
+    assert len(faults) > 200
+    lost = [(file, piece) for file, piece, _, _ in faults if source(file).count(piece) != 1]
+    assert not lost
 
 
 def test_every_function_named_in_the_equations_exists():
