@@ -6,9 +6,9 @@
 # first phase trains *that layer's* policy; then the whole model, as ever. This page does both on a
 # tiny model, in seconds, with every equation beside its lines and its numbers.
 #
-# [One step of HAPO](hapo_step.ipynb) comes first: sampling, rewards, ratios and the clip are explained
-# there. Nothing is imported from the project before the last cell. Questions in **bold** are worth a
-# guess.
+# [One step of HAPO](hapo_step.ipynb) comes first: sampling, rewards, ratios and the clip are
+# explained there. Nothing is imported from the project before the last cell. Questions in **bold**
+# are worth a guess.
 #
 # | symbol | here | what |
 # |---|---|---|
@@ -57,6 +57,8 @@ if not hasattr(transformers, "Qwen3ForCausalLM"):
     raise SystemExit(f"transformers {old_version} is too old: pip install -U transformers")
 try:
     import matplotlib.pyplot as plt
+
+    plt.rcParams["figure.dpi"] = 75
 except ImportError:
     plt = None
     print("no figures without matplotlib: pip install matplotlib")
@@ -130,9 +132,7 @@ def sample(policy, sums, seed, T=1.0):
     new, tokens, masks = prompts, [], []
     for u in uniform:
         logits = policy(new, use_cache=True, **cache).logits[:, -1, :V]
-        cdf = (logits / T).softmax(-1).cumsum(-1)
-        token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
-        token = token.squeeze(1).clamp_max(V - 1)
+        token = draw((logits / T).softmax(-1), u)
         tokens.append(token * alive)
         masks.append(alive)
         alive = alive & (token != EOS)
@@ -143,6 +143,14 @@ def sample(policy, sums, seed, T=1.0):
     return lines, torch.stack(masks, 1)
 
 
+def draw(p, u):
+    """The id at which the sum of the probabilities, from the left, exceeds u in [0, 1)."""
+    cdf = p.cumsum(-1)
+    total = cdf[:, -1:]
+    token = torch.searchsorted(cdf, u[:, None] * total, right=True)
+    return token.squeeze(1).clamp_max(V - 1)
+
+
 def rewards(sums, lines, mask):
     """(B,): 1 if the last word of an answer is the sum."""
     R = torch.zeros(len(lines))
@@ -150,7 +158,8 @@ def rewards(sums, lines, mask):
         a, b = sums[row // G]
         ids = lines[row, S:][own]
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        R[row] = text.split()[-1:] == [str(a + b)]
+        last = text.split()[-1:]
+        R[row] = last == [str(a + b)]
     return R
 
 
@@ -167,7 +176,8 @@ lines, mask = sample(policy, SUMS, seed=9)
 R = rewards(SUMS, lines, mask)
 A = advantages(R)
 print("answer tokens:", int(mask.sum()))
-print("right answers of 8, by question:", R.view(-1, G).sum(1).int().tolist())
+right = R.view(-1, G).sum(1)
+print("right answers of 8, by question:", right.int().tolist())
 
 # %% [markdown]
 # ## 1. What a layer adds
@@ -180,7 +190,13 @@ print("right answers of 8, by question:", R.view(-1, G).sum(1).int().tolist())
 # So a state is a sum: of the embedding, and of what every layer said. Hooks write all of it down
 # while the model runs; then we check the sum.
 
+
 # %%
+def keep(into):
+    """A hook that writes down what a module says; attention says it first of several things."""
+    return lambda module, args, out: into.append(out[0] if isinstance(out, tuple) else out)
+
+
 @torch.no_grad()
 def residual_stream(policy, lines):
     """States H^0 ... H^L, and of each layer A, F and LN(H + A), which F is made of."""
@@ -189,9 +205,9 @@ def residual_stream(policy, lines):
     for block in policy.model.layers:
         norm = block.post_attention_layernorm
         watched = [
-            block.self_attn.register_forward_hook(lambda m, i, out: A.append(out[0])),
-            block.mlp.register_forward_hook(lambda m, i, out: F.append(out)),
-            norm.register_forward_hook(lambda m, i, out: given.append(out)),
+            block.self_attn.register_forward_hook(keep(A)),
+            block.mlp.register_forward_hook(keep(F)),
+            norm.register_forward_hook(keep(given)),
         ]
         hooks += watched
     states = policy(lines, output_hidden_states=True).hidden_states
@@ -204,14 +220,15 @@ def residual_stream(policy, lines):
 
 H, attended, fed, given = residual_stream(policy, lines)
 for l in range(1, L):
-    off = H[l] - (H[l - 1] + attended[l - 1] + fed[l - 1])
-    print(f"layer {l}: H is the sum, but for {off.abs().max():.0e}")
+    summed = H[l - 1] + attended[l - 1] + fed[l - 1]
+    off = (H[l] - summed).abs().max()
+    print(f"layer {l}: H is the sum, but for {off:.0e}")
 
 # %% [markdown]
 # ## 2. Every layer is a policy
 #
-# The model says $\mathrm{softmax}(\mathrm{norm}(H^L) E_u^\top)$: the last state, times the embedding
-# of each id. The same product makes a policy of **any** state (Eq. 5-6):
+# The model says $\mathrm{softmax}(\mathrm{norm}(H^L) E_u^\top)$: the last state, times the
+# embedding of each id. The same product makes a policy of **any** state (Eq. 5-6):
 #
 # $$\pi_l = \mathrm{softmax}(H^l E_u^\top)$$
 #
@@ -229,16 +246,19 @@ def internal_policy(states):
 
 
 said = lines[:, S:][mask]
-worked = int(mask.sum(1).argmax())  # the longest answer
-start = int(mask[:worked].sum())
-place = slice(start, start + int(mask[worked].sum()))
-print("the answer:", tokenizer.decode(said[place]))
+lengths = mask.sum(1)
+longest = int(lengths.argmax())
+start = int(lengths[:longest].sum())
+place = slice(start, start + int(lengths[longest]))
+answer = said[place]
+print("the answer:", tokenizer.decode(answer))
 guesses, sureness = [], []
 for l in range(L + 1):
-    p, best = internal_policy(H[l])[place].exp().max(-1)
+    p = internal_policy(H[l])[place].exp()
+    p, best = p.max(-1)
     guesses.append([tokenizer.decode(i) for i in best])
     sureness.append(p)
-    same = (best == said[place]).float().mean()
+    same = (best == answer).float().mean()
     print(f"layer {l} says the same at {same:.0%} of the places")
 
 # %%
@@ -248,23 +268,24 @@ if plt:
     for l in range(L + 1):
         for t in shown:
             p = float(sureness[l][t])
-            box = plt.Rectangle((t - 0.5, l - 0.5), 1, 1, color=str(1 - 0.8 * p))
+            corner = (t - 0.5, l - 0.5)
+            box = plt.Rectangle(corner, 1, 1, color=str(1 - 0.8 * p))
             axes.add_patch(box)
             ink = "white" if p > 0.6 else "black"
-            text = guesses[l][t].replace("<|im_end|>", "end").strip()
-            axes.text(t, l, text[:5], color=ink, ha="center", va="center", fontsize=8)
-    axes.set(xlim=(-0.5, 9.5), ylim=(-0.5, L + 0.5), ylabel="layer")
-    axes.set_xticks(shown, [tokenizer.decode(i) for i in said[place][:10]])
-    axes.set_xlabel("what was said")
+            text = guesses[l][t].strip()
+            axes.text(t, l, text[:5], color=ink, ha="center", va="center")
+    axes.set(xlim=(-0.5, 9.5), ylim=(-0.5, L + 0.5))
+    axes.set_xticks(shown, [tokenizer.decode(i) for i in answer[:10]])
+    axes.set(xlabel="what was said", ylabel="layer")
     axes.set_title("What each layer would have said; dark: it was sure")
     plt.show()
 
 # %% [markdown]
 # ## 3. How entropy flows, and where to begin
 #
-# Entropy is how uncertain a policy is: $-\sum_v \pi_v \log \pi_v$, here as a mean over answer tokens.
-# By hand, with two ids: the logits 2 and 0 have 0.365 nats, the logits 0.5 and 0 have 0.662. A block
-# that turns the first into the second **raises** entropy by 0.297: it explores. One that does the
+# Entropy is how uncertain a policy is: $-\sum_v \pi_v \log \pi_v$, here as a mean over answer
+# tokens. By hand, with two ids: the logits 2 and 0 have 0.365 nats, 0.5 and 0 have 0.663. A block
+# that turns the first into the second **raises** entropy by 0.298: it explores. One that does the
 # reverse converges.
 #
 # BuPO looks at each feed-forward block: is what it says, F^l, more uncertain than what it was given
@@ -275,6 +296,7 @@ if plt:
 # The last layer that raises entropy is the **boundary layer**: above it the model only converges.
 # That one is aligned first.
 
+
 # %%
 def entropy(log_p):
     return -(log_p.exp() * log_p).sum(-1)
@@ -284,16 +306,21 @@ def mean_entropy(states):
     return entropy(internal_policy(states)).mean().item()
 
 
+def rounded(values):
+    return [round(value, 2) for value in values]
+
+
 one = entropy(torch.tensor([2.0, 0.0]).log_softmax(-1))
 other = entropy(torch.tensor([0.5, 0.0]).log_softmax(-1))
 print(f"by hand: {one:.3f} and {other:.3f}, raised by {other - one:.3f}")
 
 flow = [mean_entropy(state) for state in H]
-change = []
-for F, x in zip(fed, given):
-    change.append(mean_entropy(F) - mean_entropy(x))
-print("entropy of H^0 ... H^L:", [round(x, 2) for x in flow])
-print("by feed-forward block: ", [round(x, 2) for x in change])
+of_A = [mean_entropy(x) for x in attended]
+of_F = [mean_entropy(x) for x in fed]
+of_given = [mean_entropy(x) for x in given]
+change = [out - into for out, into in zip(of_F, of_given)]
+print("entropy of H^0 ... H^L:", rounded(flow))
+print("by feed-forward block: ", rounded(change))
 rising = [l for l, x in enumerate(change, 1) if x > 0]
 boundary = rising[-1]
 print("the last that raises entropy: layer", boundary)
@@ -303,8 +330,8 @@ if plt:
     fig, axes = plt.subplots(figsize=(5.5, 2.8), layout="constrained")
     axes.plot(range(L + 1), flow, "o-", color="black", label="H, the state")
     inner = range(1, L + 1)
-    axes.plot(inner, [mean_entropy(x) for x in attended], "s:", color="0.5", label="A, attention")
-    axes.plot(inner, [mean_entropy(x) for x in fed], "^--", color="0.3", label="F, feed-forward")
+    axes.plot(inner, of_A, "s:", color="0.5", label="A, attention")
+    axes.plot(inner, of_F, "^--", color="0.3", label="F, feed-forward")
     axes.set(xlabel="layer", ylabel="mean entropy, nats")
     axes.set_title("States grow surer, layer by layer; blocks need not")
     axes.legend()
@@ -326,11 +353,12 @@ if plt:
 # Answers, rewards and advantages are the whole model's. Only the ratio changes: it is built from
 # layer l's policy (Eq. 9),
 #
-# $$r = \frac{\pi_l(o)}{\pi_{l,old}(o)}, \qquad
-#   L = -\,\mathrm{mean}\ \min\bigl(r A,\ \mathrm{clip}(r, 1 - \varepsilon, 1 + \varepsilon) A\bigr)$$
+# $$r = \frac{\pi_l(o)}{\pi_{l,old}(o)}, \qquad L = -\,\mathrm{mean}\
+#   \min\bigl(r A,\ \mathrm{clip}(r, 1 - \varepsilon, 1 + \varepsilon) A\bigr)$$
 #
 # The mean is GRPO's: over the tokens of an answer, then over answers. **Which weights will have no
 # gradient?**
+
 
 # %%
 def score(policy, lines, mask, layer=None):
@@ -378,6 +406,11 @@ def one_step(policy, optimizer, lines, mask, A, layer=None):
     return done
 
 
+def layer_of(name):
+    """The number of a weight's layer, from 1, as in the paper."""
+    return int(name.split(".")[2]) + 1
+
+
 def total(norms):
     squares = [x * x for x in norms.values() if x is not None]
     return sum(squares) ** 0.5
@@ -386,14 +419,18 @@ def total(norms):
 updates = one_step(policy, new_optimizer(policy), lines, mask, A, boundary)
 for loss, norms in updates:
     print(f"loss {loss:+.4f}   gradient {total(norms):.2f}")
-still = {name.split(".")[2] for name, x in norms.items() if x is None and "layers" in name}
-print("layers without a gradient, counted from 1:", sorted(int(n) + 1 for n in still))
+still = set()
+for name, x in norms.items():
+    if x is None and "layers" in name:
+        still.add(layer_of(name))
+print("layers without a gradient:", sorted(still))
 print("the final norm has one:", norms["model.norm.weight"] is not None)
 
 # %% [markdown]
 # Nothing above layer l has a gradient: it is None, not 0, so the optimiser passes these weights by,
-# weight decay included. The embedding has one twice over: as the first state, and as E_u. So a first
-# phase *does* change what the layers above are given, and how their last state is read.
+# weight decay included. The embedding has one twice over: as the first state, and as E_u. So a
+# first phase *does* change what the layers above are given, and how their last state is read.
+
 
 # %%
 def by_layer(norms):
@@ -401,21 +438,25 @@ def by_layer(norms):
     sums = [0.0] * L
     for name, x in norms.items():
         if "layers" in name and x is not None:
-            sums[int(name.split(".")[2])] += x * x
+            sums[layer_of(name) - 1] += x * x
     return [x**0.5 for x in sums]
 
 
 ordinary = new_model()
 whole = one_step(ordinary, new_optimizer(ordinary), lines, mask, A)
-print("phase 1:", [round(x, 2) for x in by_layer(updates[0][1])])
-print("phase 2:", [round(x, 2) for x in by_layer(whole[0][1])])
+_, norms = updates[0]
+phase_1 = by_layer(norms)
+_, norms = whole[0]
+phase_2 = by_layer(norms)
+print("phase 1:", rounded(phase_1))
+print("phase 2:", rounded(phase_2))
 
 # %%
 if plt:
     fig, axes = plt.subplots(figsize=(5.5, 2.6), layout="constrained")
     place = torch.arange(1, L + 1)
-    axes.bar(place - 0.2, by_layer(updates[0][1]), 0.4, color="black", label="phase 1")
-    axes.bar(place + 0.2, by_layer(whole[0][1]), 0.4, color="0.8", hatch="//", label="phase 2")
+    axes.bar(place - 0.2, phase_1, 0.4, color="black", label="phase 1")
+    axes.bar(place + 0.2, phase_2, 0.4, color="0.8", hatch="//", label="phase 2")
     axes.set(xlabel="layer", ylabel="gradient norm")
     axes.set_title(f"Phase 1 moves layers 1 to {boundary}, phase 2 all of them")
     axes.legend()
@@ -451,12 +492,13 @@ def train(policy, optimizer, steps, layer=None):
 
 @torch.no_grad()
 def of_right_tokens(policy):
-    """Mean log-probability of the tokens of right answers, by layer; the last is the model's own."""
+    """Mean log π of the tokens of right answers, by layer; the last is the model's own."""
     own = R > 0
     means = []
     for layer in [*range(1, L), None]:
         log_p = score(policy, lines[own], mask[own], layer)
-        means.append((log_p.sum() / mask[own].sum()).item())
+        mean = log_p.sum() / mask[own].sum()
+        means.append(mean.item())
     return means
 
 
@@ -466,7 +508,7 @@ was = of_right_tokens(aligned)
 first = train(aligned, optimizer, range(1, STEPS // 2 + 1), boundary)
 became = of_right_tokens(aligned)
 for name, values in (("before", was), ("after", became)):
-    print(f"{name:7s}", [round(x, 2) for x in values])
+    print(f"{name:7s}", rounded(values))
 
 # %%
 if plt and STEPS:
@@ -509,7 +551,7 @@ if plt and STEPS:
 # %% [markdown]
 # One seed of a toy decides nothing. Over ten seeds BuPO starts behind GRPO here and nearly catches
 # up: [evidence](../docs/evidence.md) has the intervals. The paper's gains are on models of 4 to 8
-# billion weights, and its first phase is short: 20 or 30 steps of some hundreds.
+# billion weights, and its first phase is a small part of the run.
 #
 # On a real model nothing above layer l is even computed in phase 1 (here `output_hidden_states`
 # runs them all), and the entropies are measured on the first batch of answers.
@@ -523,8 +565,9 @@ import internals
 import losses
 
 policy = new_model()
-real = torch.cat([torch.ones(len(lines), S).bool(), mask], 1)
-answers = torch.cat([torch.zeros(len(lines), S).bool(), mask], 1)
+question = torch.ones(len(lines), S).bool()
+real = torch.cat([question, mask], 1)
+answers = torch.cat([~question, mask], 1)
 found = internals.internal_entropy(policy, lines, real.long(), answers, V)
 layer, _ = bupo.boundary_or_fallback(found.feed_forward_change)
 pairs = {

@@ -64,6 +64,8 @@ if not hasattr(transformers, "Qwen3ForCausalLM"):
     raise SystemExit(f"transformers {old_version} is too old: pip install -U transformers")
 try:
     import matplotlib.pyplot as plt
+
+    plt.rcParams["figure.dpi"] = 75
 except ImportError:
     plt = None
     print("no figures without matplotlib: pip install matplotlib")
@@ -137,6 +139,7 @@ print("weights:", policy.num_parameters())
 # must be exact. **The likeliest of four ids leads by 18. What does the usual formula, log Z minus
 # the mean logit, give in float32?**
 
+
 # %%
 def log_prob_and_entropy(logits, ids):
     """log π of each id, and H: (..., V), (...) -> two tensors (...)."""
@@ -171,9 +174,9 @@ for name, logits in (("sure", sure), ("coin", coin)):
 #
 # ## 2. Sample: draw a token, append it, go on
 #
-# One token of each answer at a time: logits, divided by a temperature T, softmax, draw. `heat` makes
-# temperatures of entropies; for now it gives T_base to all. The cache keeps what the model has
-# computed for the tokens before.
+# One token of each answer at a time: logits, divided by a temperature T, softmax, draw. `heat`
+# makes temperatures of entropies; for now it gives T_base to all. The cache keeps what the model
+# has computed for the tokens before.
 
 # %%
 parameters = inspect.signature(policy.forward).parameters
@@ -235,8 +238,9 @@ for row in range(4):
 # where $h_{max}$ and $h_{min}$ are the largest and the smallest $x - x_\rho$. So h is −1 at the
 # surest token, 0 at the quantile, and +1 at the most uncertain one.
 #
-# By hand, five entropies: 0.01, 0.1, 0.5, 1 and 2. The rank of the quantile is 0.8 · 4, rounded: 3,
-# counted from 0. So it lies at H = 1, where x = 0. **Which h has the entropy 0.1?**
+# By hand, five entropies: 0.01, 0.1, 0.5, 1 and 2. The rank of the quantile is 0.8 · 4, rounded:
+# 3, counted from 0. So it lies at H = 1, where x = 0. **Which h has the entropy 0.1?**
+
 
 # %%
 def statistics(H):
@@ -280,7 +284,7 @@ if plt:
     }
     for label, x in marks.items():
         axes.axvline(x, color="black", linestyle="--")
-        axes.text(x, 2, label + " ", rotation=90, ha="right")
+        axes.text(x, 60, label + " ", rotation=90, ha="right", va="top")
     axes.set(xlabel="x = log H", ylabel="tokens")
     axes.set_title("Most tokens are sure: four fifths lie left of h = 0")
     plt.show()
@@ -293,6 +297,7 @@ if plt:
 # h needs the statistics of a whole batch, and the batch that is being drawn is not whole yet.
 # **Where do they come from?** From the batch before. So the first batch was for its statistics
 # alone, and the next one is the one we learn from.
+
 
 # %%
 def heat_A(stats, tau=TAU):
@@ -320,6 +325,7 @@ if plt:
 # ## 5. Grade: right or wrong, and nothing between
 #
 # R = 1 if the last word is the sum, else 0.
+
 
 # %%
 def words_of(tokens, mask):
@@ -371,6 +377,7 @@ if plt:
 # already seen a probability of every token. **Why do we compute it again?** Because each token was
 # drawn at a temperature of its own. Numerator and denominator must be one function, at T_base.
 
+
 # %%
 def score(policy, lines, mask):
     """log π and H of each answer token, (B, T); lines are question and answer, (B, S + T)."""
@@ -394,6 +401,7 @@ print("   token       H       h   log π_old")
 for t in range(lengths[0]):
     token = repr(tokenizer.decode(tokens[0, t]))
     print(f"{token:>8}  {H[0, t]:6.3f}  {h[0, t]:+6.2f}  {old[0, t]:10.3f}")
+
 
 # %%
 def shaded(axes, row, width=10):
@@ -431,6 +439,7 @@ if plt:
 #
 # By hand: a right answer of 3 tokens and a wrong one of 1. The rewards of the four tokens are
 # 1, 1, 1, 0. **Who gets the larger |A|?**
+
 
 # %%
 def advantages_B(R, lengths):
@@ -511,6 +520,7 @@ if plt:
 #
 # **By hand: how far may the ratio of a token go at h = −0.5, how far at h = 0.5?**
 
+
 # %%
 def clip_range(h, eps_high=EPS_HIGH):
     """D: the lowest and the highest ratio of each token."""
@@ -566,6 +576,7 @@ if plt:
 # **What is r in the first update? And what is the loss of a step that learns?** Nothing has moved
 # yet, so r is exactly 1. The advantages of a group add up to 0, so the loss is near 0; what C did
 # moves it off. What learns is the gradient.
+
 
 # %%
 def update(policy, optimizer, old, lines, mask, A, h, eps_high=EPS_HIGH):
@@ -637,6 +648,7 @@ if plt:
 # 2. B off, GRPO's advantages instead: where does the loss of the first update go?
 # 3. τ = 0.5 instead of 0.05: what becomes of temperatures, answers and rewards?
 
+
 # %%
 def one_step(policy, optimizer, sums, seed, stats, tau=TAU, eps_high=EPS_HIGH, rule=advantages_B):
     """From questions to moved weights: what happened, and the statistics for the next step."""
@@ -648,7 +660,8 @@ def one_step(policy, optimizer, sums, seed, stats, tau=TAU, eps_high=EPS_HIGH, r
     with torch.no_grad():
         old, H = score(policy, lines, mask)
     h = modulation(H, statistics(H[mask])) * mask
-    A = rule(R.view(-1, G), mask.sum(1).view(-1, G))  # B
+    lengths = mask.sum(1).view(-1, G)
+    A = rule(R.view(-1, G), lengths)  # B
     A = A.view(-1, 1) * mask
     losses = []
     for rows in torch.arange(len(R)).view(UPDATES, -1):
@@ -656,7 +669,8 @@ def one_step(policy, optimizer, sums, seed, stats, tau=TAU, eps_high=EPS_HIGH, r
         if A[rows].any():  # else all its groups are dead
             loss, *_ = update(policy, optimizer, *part, eps_high)  # C, D
             losses.append(loss)
-    seen = dict(R=R, T=T[mask], losses=losses, batch=(old, lines, mask, A, h))
+    batch = (old, lines, mask, A, h)
+    seen = dict(R=R, T=T[mask], losses=losses, batch=batch)
     return seen, statistics(H_drawn[mask])
 
 
@@ -718,7 +732,8 @@ for step in range(1, STEPS + 1):
     seen, stats = one_step(policy, optimizer, some_sums(16, step), step, stats)
     accuracy.append(seen["R"].mean().item())
     own = seen["batch"][2]
-    length.append(own.sum(1).float().mean().item())
+    mean = own.sum(1).float().mean()
+    length.append(mean.item())
     if step % 10 == 0:
         last = accuracy[-5:]
         print(f"step {step}: {sum(last) / 5:.2f} right in the last five steps")
@@ -762,8 +777,12 @@ pairs = {
     "6   h": (hapo.modulation(H, theirs, mask), h),
     "8   A": (hapo.adaptive_temperature(H, theirs), heat_A(now)(H)),
     "9   B": (hapo.token_group_advantages(R, mask, G), A),
-    "10  C": (hapo.redistribute_advantages(A, h, r, EPS_LOW, EPS_HIGH), redistribute(A, h, r)),
-    "12  D": (torch.stack([1 - low, 1 + high]), torch.stack([lowest, highest])),
+    "10  C": (
+        hapo.redistribute_advantages(A, h, r, EPS_LOW, EPS_HIGH),
+        redistribute(A, h, r),
+    ),
+    "12  D, low": (1 - low, lowest),
+    "13  D, high": (1 + high, highest),
     "    surrogate": (
         losses.clipped_surrogate(r, A, low, high),
         surrogate(r, A, lowest, highest),
