@@ -30,8 +30,9 @@ from fast.decoding import generate
 from grading.answers import Grade, answer_texts, grade
 from grading.latex import LATEX
 from program.command import OneLineParser, run_main
+from program.devices import check_device, default_device, default_dtype
 from program.errors import BadInput
-from program.models import check_device, load_model, run_config, vocabulary
+from program.models import load_model, run_config, vocabulary
 from questions.prompts import (
     FILE_INSTRUCTION,
     default_instruction,
@@ -187,7 +188,7 @@ def parse(argv: list[str] | None) -> object:
     add("--seed", type=int, default=0)
     add("--rows-at-once", type=int, default=512, help="answers decoded together")
     add("--threads", type=int, default=None, metavar="N", help="CPU threads")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=default_device())
     add("--out", default=None, metavar="FILE.json")
     args = parser.parse_args(argv)
     least = ("samples", "limit", "max_new_tokens", "rows_at_once")
@@ -294,7 +295,7 @@ def main(argv: list[str] | None = None) -> dict:
     if overlap := trained_on(args.model, problems):
         print(f"warning: {overlap}")
     problems, cap = instruct(problems, asked.instruction), asked.max_new_tokens
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    dtype = getattr(torch, default_dtype(args.device))
     model, tokenizer = load_model(args.model, args.device, dtype)
     problems = [problem for problem, _ in fit_context(problems, tokenizer, model.config, cap)]
     text, ids = render_prompt(problems[0].question, tokenizer)
@@ -329,7 +330,7 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"{LATEX.failures} LaTeX comparisons failed or ran out of time and count as wrong")
     if args.out:
         pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(args.out).write_text(valid_json(result, indent=1) + "\n")
+        pathlib.Path(args.out).write_text(valid_json(result, indent=1) + "\n", encoding="utf-8")
         print(f"written to {args.out}")
     return result
 

@@ -279,12 +279,12 @@ def internal_entropy(
 def _entropy_sum(states, weight):
     targets = torch.zeros(len(states), dtype=torch.long, device=states.device)
     _, entropy = token_logprobs_and_entropy(states, weight, targets)
-    return entropy.double().sum()
+    return entropy.cpu().double().sum()
 
 
 def _cosine_sums(xs, ys):
     cosine = nn.functional.cosine_similarity
-    return torch.stack([cosine(x, y, dim=-1).double().sum() for x, y in zip(xs, ys)])
+    return torch.stack([cosine(x, y, dim=-1).cpu().double().sum() for x, y in zip(xs, ys)])
 
 
 def boundary_layer(ffn_entropy_change: Tensor | list[float]) -> int | None:
@@ -347,7 +347,7 @@ def policy_kl(
     total = 0.0
     for p, q in zip(states.split(chunk), others.split(chunk)):
         log_p, log_q = ((x @ weight.T).float().log_softmax(-1) for x in (p, q))
-        total = total + (log_p.exp() * (log_p - log_q)).sum().double()
+        total = total + (log_p.exp() * (log_p - log_q)).sum().cpu().double()
     return total / len(states)
 
 

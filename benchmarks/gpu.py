@@ -210,7 +210,7 @@ def main():
     show(f, memory.table(need, o, a.prompt))
     if a.json:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        with open(a.json, "a") as file:
+        with open(a.json, "a", encoding="utf-8") as file:
             file.write(json.dumps({"card": card, "options": more, **versions, **f}) + "\n")
 
 

@@ -60,7 +60,9 @@ def chromium(*arguments):
             "--enable-logging=stderr --virtual-time-budget=4000"
         ).split()
         command = [name, *quiet, f"--user-data-dir={profile}", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=120, encoding="utf-8"
+        )
 
 
 def rendered(path, size="1200,1400"):
@@ -77,10 +79,12 @@ def spoil(run, folder):
     copy.mkdir()
     for name in ("metrics.jsonl", "config.json"):
         shutil.copy(run / name, copy)
-    rows = [json.loads(line) for line in open(run / "samples.jsonl")]
+    rows = [json.loads(line) for line in open(run / "samples.jsonl", encoding="utf-8")]
     for i, row in enumerate(rows):
         row["tokens"][0], row["question"] = HOSTILE[i % 4], HOSTILE[row["step"] % 4]
-    (copy / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (copy / "samples.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     return copy, rows
 
 
@@ -104,18 +108,25 @@ def look_at_two(run, folder):
     other = pathlib.Path(folder) / "other"
     other.mkdir()
     shutil.copy(run / "config.json", other)
-    metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    metrics = [json.loads(line) for line in open(run / "metrics.jsonl", encoding="utf-8")]
     metrics[-1]["grad_norm"] = 1e4
-    (other / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-    rows = [json.loads(line) for line in open(run / "samples.jsonl")]
+    (other / "metrics.jsonl").write_text(
+        "".join(json.dumps(m) + "\n" for m in metrics), encoding="utf-8"
+    )
+    rows = [json.loads(line) for line in open(run / "samples.jsonl", encoding="utf-8")]
     last = rows[-1]["step"]
     for row in rows:
         row["question"] += "?" if row["step"] == last else ""
-    (other / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (other / "samples.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     page = write_page([run, other], pathlib.Path(folder) / "two.html")
     for size in ("1200,1400", "400,800"):
         driven = page.with_name("two-driven.html")
-        driven.write_text(page.read_text().replace("</body>", DRIVE_TWO + "</body>"))
+        driven.write_text(
+            page.read_text(encoding="utf-8").replace("</body>", DRIVE_TWO + "</body>"),
+            encoding="utf-8",
+        )
         dom, console, _ = rendered(driven, size)
         told = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom).group(1)))
         check(f"two, {size}: both answers to one question", told["sections"] == 2 and not console)
@@ -157,7 +168,9 @@ def look_at_run(run, folder):
     check(f"opens in {seconds:.1f} s, the browser's start included", seconds < 10)
     for size in ("1200,1400", "400,800"):
         driven = page.with_name("driven.html")
-        driven.write_text(page.read_text().replace("</body>", DRIVE + "</body>"))
+        driven.write_text(
+            page.read_text(encoding="utf-8").replace("</body>", DRIVE + "</body>"), encoding="utf-8"
+        )
         dom, _, _ = rendered(driven, size)
         told = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom).group(1)))
         check(f"{size}: arrow keys walk", told["second"] == "1" and told["last"])
@@ -196,7 +209,9 @@ def look_at_model(model, folder):
     command = [sys.executable, "internals.py", "--model", model, "--samples", "8", "--out", out]
     subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True)
     dom, console, _ = rendered(out / "page.html")
-    layers = len(json.loads((out / "internals.json").read_text())[str(model)]["attention"])
+    layers = len(
+        json.loads((out / "internals.json").read_text(encoding="utf-8"))[str(model)]["attention"]
+    )
     check("model: the page draws itself", 'data-drawn="yes"' in dom and not console)
     check("model: two charts", charts_in(dom) == 2)
     menu = re.search(r'<select id="answer">(.*?)</select>', dom, re.S).group(1)
@@ -205,8 +220,8 @@ def look_at_model(model, folder):
     check("model: a row a layer", len(re.findall('<th scope="row">', dom)) == layers + 1)
     for size in ("1200,1400", "400,800"):
         driven = out / "driven.html"
-        text = (out / "page.html").read_text()
-        driven.write_text(text.replace("</body>", DRIVE_MODEL + "</body>"))
+        text = (out / "page.html").read_text(encoding="utf-8")
+        driven.write_text(text.replace("</body>", DRIVE_MODEL + "</body>"), encoding="utf-8")
         dom, _, _ = rendered(driven, size)
         told = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom).group(1)))
         check(f"model {size}: arrows walk", (told["column"], told["below"]) == ("1", layers - 1))

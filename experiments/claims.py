@@ -52,12 +52,14 @@ CURVES = ("eval_accuracy", "eval_greedy", "eval_length", "reward", "entropy", "r
 
 def commit():
     """The last commit that touched the sources; BadInput where they are not committed."""
-    run = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True)
+    run = lambda *a: subprocess.run(
+        ["git", *a], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
     git = lambda *a: run(*a).stdout
     if git("status", "--porcelain", "--", *SOURCES).strip():
         raise BadInput("the sources have changes that are not committed; a result names its commit")
     now = git("log", "-1", "--format=%H", "--", *SOURCES).strip() or "unknown"
-    same = json.loads(SAME.read_text()) if SAME.exists() else {}
+    same = json.loads(SAME.read_text(encoding="utf-8")) if SAME.exists() else {}
     for known in (now, *reversed(same)):
         if known in same and code_of(known, git) == code_of(now, git):
             return same[known]
@@ -108,12 +110,14 @@ def wanted(plan, only=None):
 def one_thread(command):
     """Run a program of this project on one thread that does not spin while it waits."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, encoding="utf-8"
+    )
 
 
 def read_runs(path):
     """{name: result} of a file of runs."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {(run := json.loads(line)).pop("name"): run for line in lines}
 
 
@@ -122,7 +126,7 @@ def write_runs(path, runs):
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     lines = [json.dumps({"name": name} | runs[name]) + "\n" for name in sorted(runs)]
-    aside.write_text("".join(lines))
+    aside.write_text("".join(lines), encoding="utf-8")
     os.replace(aside, path)
 
 
@@ -135,7 +139,10 @@ def run_one(name, options, seed, made_of):
     done = one_thread(command)
     if done.returncode:
         raise BadInput(f"run {name} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     asked = int(re.findall(r"--steps (\d+)", options)[-1])  # the last one is the one that counts
     if lines[-1]["step"] != asked:  # a run that is told to stop ends with 0 all the same
         raise BadInput(f"run {name} was stopped at step {lines[-1]['step']} of {asked}")
@@ -194,9 +201,9 @@ def run_missing(jobs, path, made_of):
 def keep(path, runs, name, seconds):
     """A finished run among the others, and its time; one that is made again keeps its first."""
     write_runs(path, runs)
-    times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
     times.setdefault(name, max(0.001, round(seconds, 3)))
-    TIMES.write_text(json.dumps(times, indent=0, sort_keys=True) + "\n")
+    TIMES.write_text(json.dumps(times, indent=0, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------- pilot
@@ -228,7 +235,7 @@ def pilot(plan):
     level = next((d for d in p["difficulties"] if fits(d, table, choices, p)), None)
     rates = {base: choices[f"{level} {base}"] for base in p["baselines"]} if level else None
     chosen = {"difficulty": level, "rates": rates, "commit": made_of, "final, half-way": table}
-    PILOT.write_text(json.dumps(chosen, indent=1) + "\n")
+    PILOT.write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(chosen, indent=1))
     if level is None:
         raise BadInput(f"no level of {p['difficulties']} leaves room for a comparison; see {PILOT}")
@@ -267,7 +274,7 @@ def time_steps(plan, chosen):
         for arm, median in json.loads(done.stdout.splitlines()[-1]).items():
             seconds[f"{arm}-{seed}, same answers"] = round(median, 4)
         print(f"seed {seed}: {done.stdout.splitlines()[-1]}", flush=True)
-    COST.write_text(json.dumps(seconds, indent=0) + "\n")
+    COST.write_text(json.dumps(seconds, indent=0) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------- change
@@ -295,8 +302,8 @@ def run_again(plan, chosen, now):
         for key in result.keys() - {"commit"}:
             if again[name][key] != result[key]:
                 raise BadInput(f"{name}: {key} is not what it was; the results are of other code")
-    same = json.loads(SAME.read_text()) if SAME.exists() else {}
-    SAME.write_text(json.dumps(same | {now: made_of.pop()}, indent=0) + "\n")
+    same = json.loads(SAME.read_text(encoding="utf-8")) if SAME.exists() else {}
+    SAME.write_text(json.dumps(same | {now: made_of.pop()}, indent=0) + "\n", encoding="utf-8")
     AGAIN.unlink()
     print(f"{len(jobs)} runs of {len(plan['arms'])} arms came out the same, bit for bit")
 
@@ -309,12 +316,12 @@ def main():
     for flag in ("--list", "--dry-run", "--mixed", "--pilot", "--cost", "--again"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--only")
-    a, plan = parser.parse_args(), json.loads(PLAN.read_text())
+    a, plan = parser.parse_args(), json.loads(PLAN.read_text(encoding="utf-8"))
     if a.pilot:
         return pilot(plan)
     if not PILOT.exists():
         raise BadInput(f"{PILOT.name} is missing: python experiments/claims.py --pilot comes first")
-    chosen, made_of, jobs = json.loads(PILOT.read_text()), commit(), []
+    chosen, made_of, jobs = json.loads(PILOT.read_text(encoding="utf-8")), commit(), []
     if a.cost or a.again:
         return time_steps(plan, chosen) if a.cost else run_again(plan, chosen, made_of)
     runs = read_runs(RUNS)
@@ -327,14 +334,18 @@ def main():
         if not there:
             jobs.append((name, options, seed))
     if a.list or a.dry_run:
-        times = sorted(json.loads(TIMES.read_text()).values()) if TIMES.exists() else [140]
+        times = (
+            sorted(json.loads(TIMES.read_text(encoding="utf-8")).values())
+            if TIMES.exists()
+            else [140]
+        )
         hours = len(jobs) * times[len(times) // 2] / 2 / 3600
         print(f"{len(jobs)} runs missing, about {hours:.1f} hours, two at a time")
         return
     run_missing(jobs, RUNS, made_of)
     found, times, runs = {}, {}, read_runs(RUNS)
     for path in (TIMES, COST):
-        times |= json.loads(path.read_text()) if path.exists() else {}
+        times |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for arm, seed in wanted(plan):
         options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
         result = checked(runs, f"{arm}-{seed}", options, made_of, a.mixed)

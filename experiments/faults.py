@@ -86,7 +86,9 @@ run_main(train.main)
 def run(out, *more, patch=""):
     program = PROGRAM.format(root=str(ROOT), patch=patch)
     command = [sys.executable, "-c", program, *SMALL, "--out", str(out), *map(str, more)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, encoding="utf-8"
+    )
 
 
 def last_line(result):
@@ -145,7 +147,7 @@ def damaged_checkpoints(scratch):
 def odd_data(scratch):
     tiny = ROOT / "assets" / "tiny-qwen3"
     one = shutil.copytree(tiny, scratch / "one-token")
-    (one / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    (one / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
     digits = write(scratch / "one.jsonl", [(str(i % 10), str(i % 10)) for i in range(20)])
     out, more = scratch / "o1", ["--model", one, "--data", digits, "--max-new-tokens", 8]
     report("prompts of one token", run(out, "--steps", 3, *more), out)
@@ -158,7 +160,7 @@ def odd_data(scratch):
 
 def write(path, rows):
     lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows]
-    path.write_text("".join(lines))
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 

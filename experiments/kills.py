@@ -29,11 +29,11 @@ def start(out, options, log):
 def finish(out, options, log, name):
     """Run to the end, or leave with what it has printed last."""
     if start(out, options, log).wait():
-        sys.exit(f"{name} failed: {open(log.name).read()[-2000:]}")
+        sys.exit(f"{name} failed: {open(log.name, encoding='utf-8').read()[-2000:]}")
 
 
 def metrics(out):
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
@@ -42,7 +42,7 @@ def what_is_left(out):
     saved = sorted(int(p.name.split("-")[1]) for p in out.glob("checkpoint-*"))
     lines = 0
     if (out / "metrics.jsonl").exists():
-        lines = len(open(out / "metrics.jsonl").readlines())
+        lines = len(open(out / "metrics.jsonl", encoding="utf-8").readlines())
     unfinished = " (killed while saving)" if list(out.glob(".checkpoint-*")) else ""
     return f"checkpoints {saved}, {lines} lines of metrics{unfinished}"
 
@@ -84,7 +84,10 @@ def main():
     parser.add_argument("more", nargs="*", help="options for train.py")
     args = parser.parse_args()
     options = ["--steps", str(args.steps), *args.more]
-    with tempfile.TemporaryDirectory() as folder, open(pathlib.Path(folder) / "log", "w") as log:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(pathlib.Path(folder) / "log", "w", encoding="utf-8") as log,
+    ):
         whole, killed = pathlib.Path(folder) / "whole", pathlib.Path(folder) / "killed"
         finish(whole, options, log, "the run without kills")
         deaths = kill_and_resume(killed, [*options, "--resume"], log, args)

@@ -31,19 +31,23 @@ def read_faults(text):
 
 def plant(copy, file, piece, fault, tests):
     """'caught', 'SURVIVED' or what else pytest said."""
-    original = (copy / file).read_text()
+    original = (copy / file).read_text(encoding="utf-8")
     if original.count(piece) != 1:
         return f"occurs {original.count(piece)} times; mend mutations.diff"
-    (copy / file).write_text(original.replace(piece, fault))
+    (copy / file).write_text(original.replace(piece, fault), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, *tests.split()], cwd=copy, capture_output=True, text=True)
-    (copy / file).write_text(original)
+    done = subprocess.run(
+        [*command, *tests.split()], cwd=copy, capture_output=True, text=True, encoding="utf-8"
+    )
+    (copy / file).write_text(original, encoding="utf-8")
     return {0: "SURVIVED", 1: "caught"}.get(done.returncode, f"pytest ended with {done.returncode}")
 
 
 def main():
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    faults = [f for f in read_faults(FAULTS.read_text()) if wanted in f[0] + " " + f[3]]
+    faults = [
+        f for f in read_faults(FAULTS.read_text(encoding="utf-8")) if wanted in f[0] + " " + f[3]
+    ]
     unwanted = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
     with tempfile.TemporaryDirectory() as folder:
         copies = [pathlib.Path(folder) / name for name in ("a", "b")]

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from fast import captured, cpu, rows
 from fast.forward import next_logits, prefill
+from program.devices import widest
 from program.errors import NonFinite
 from sampling import Drawn, Rollout, pad_prompts, rollout_mode
 
@@ -182,7 +183,7 @@ class Draw:
             logits = torch.div(logits, heat[:, None], out=z)
         token, share, rest = index_and_shares(torch.softmax(logits, -1, out=work), uniform)
         # log p from all the other ids' share, not from 1 - p: exact for a sure token, too
-        logp = -torch.log1p(rest.double() / share).to(share.dtype)
+        logp = -torch.log1p(rest.to(widest(rest.device)) / share).to(share.dtype)
         return Drawn(token, heat, logp, entropy)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from fast import rows as exact
 
-LOGIT_CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}  # float32 logits at a time
+LOGIT_CHUNK_BYTES = {"cpu": 2**27, "mps": 2**27, "cuda": 2**30, "xpu": 2**30}  # float32, at a time
 # on a GPU every chunk adds a gradient as large as the unembedding: few and large ones
 
 

@@ -20,30 +20,6 @@ transformers.utils.logging.disable_progress_bar()
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def check_device(name):
-    """BadInput unless torch knows the device and it is there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise BadInput(f"--device {name}: must be cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(
-            f"--device {name}: no such CUDA device is visible ({torch.cuda.device_count()} are); "
-            "use --device cpu"
-        )
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # where graphs are captured, too
-
-
-def default_dtype(device):
-    """What products run in where nobody says: bfloat16 where the card has it in hardware."""
-    if torch.device(device).type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
-
-
 @functools.cache
 def cache_argument(kind):
     """How a class of models calls its keys and values: past_key_values, or cache since transformers
@@ -166,5 +142,5 @@ def _first_line(error):
 def run_config(model):
     """The options of the run in whose folder a model lies (final/ or checkpoint-N/), or None."""
     path = pathlib.Path(model).resolve().parent / "config.json"
-    options = json.loads(path.read_text()) if path.is_file() else {}
+    options = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return options if "prompts_per_step" in options else None

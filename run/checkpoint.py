@@ -61,12 +61,12 @@ def save(run, step):
         made_of = fingerprint(run.policy.config, run.tokenizer)
         options = sum_of_options(run.options)
         state = {"step": step, "fingerprint": made_of, "options": options, **run.state()}
-        (aside / "run.json").write_text(json.dumps(state))
+        (aside / "run.json").write_text(json.dumps(state), encoding="utf-8")
         files = sorted(p for p in aside.iterdir() if p.is_file())
         for path in files:
             _flush(path)
         sums = {p.name: _sha256(p) for p in files}
-        (aside / "checksums.json").write_text(json.dumps(sums, indent=1))
+        (aside / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
         _flush(aside / "checksums.json")
         if folder.exists():  # of an earlier life of this run, which had got further
             shutil.rmtree(folder)
@@ -94,7 +94,10 @@ def save_model(run, folder, weights):
     """An ordinary Hugging Face folder of the policy's weights. One of them is read back."""
     run.policy.save_pretrained(folder, state_dict=dict(weights))  # which it may empty
     config = folder / "config.json"  # the library writes down what the model computes in
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
+    config.write_text(
+        json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}, indent=2),
+        encoding="utf-8",
+    )
     check_written(folder, weights)
     if not run.tokenizer_files:  # the same every time, and half a second
         with tempfile.TemporaryDirectory() as apart:
@@ -108,7 +111,7 @@ def save_model(run, folder, weights):
 def check_written(folder, weights):
     """OSError if a weight is not what was to be written: of one file, or of several large ones."""
     index = folder / "model.safetensors.index.json"
-    places = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.exists() else {}
     name = min(places or weights, key=lambda name: weights[name].numel())
     with safe_open(folder / places.get(name, "model.safetensors"), "pt") as file:
         if not torch.equal(file.get_tensor(name), weights[name]):
@@ -171,7 +174,7 @@ def to_resume(out, say):
 
 def _fault(folder):
     try:
-        sums = json.loads((folder / "checksums.json").read_text())
+        sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
         for name, expected in sums.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
@@ -191,7 +194,7 @@ def sum_of_options(options):
 
 def restore(run, folder):
     """Put back everything but the weights; returns the step the checkpoint was written at."""
-    state = json.loads((folder / "run.json").read_text())
+    state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if state.get("options", sum_of_options(run.options)) != sum_of_options(run.options):
         raise BadInput(
             f"--resume: {folder} is of a run with other options than {run.out / 'config.json'}; "
@@ -250,7 +253,9 @@ def keep_lines(path, last_step):
 
 
 def _flush(path):
-    handle = os.open(path, os.O_RDONLY)
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

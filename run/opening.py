@@ -1,7 +1,6 @@
 """Opening a run: model, data and folder, new or where it stopped; and what it says of itself."""
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +8,7 @@ import pathlib
 import random
 import shutil
 
+import filelock
 import torch
 
 import internals
@@ -24,7 +24,7 @@ from sampling import eos_ids_of
 from scale import memory, shard
 from tasks import key_of, load_problems, read_problems
 
-LOCK = ".lock"
+LOCK, WRITER = ".lock", ".writer"
 
 
 def open_run(options, ranks):
@@ -129,7 +129,7 @@ def check_fingerprint(options, found):
     be the checkpoint's."""
     if options.model == started_with(options) and not pathlib.Path(options.model).exists():
         return  # a hub's, or moved away since: the checkpoint holds everything that is needed
-    stored = json.loads((found / "run.json").read_text())["fingerprint"]
+    stored = json.loads((found / "run.json").read_text(encoding="utf-8"))["fingerprint"]
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
     current = checkpoint.fingerprint(config, tokenizer)
     for part in ("model", "tokenizer"):
@@ -162,7 +162,9 @@ def check_origin(run, questions, ranks):
 
 def started_with(options):
     """The --model that is written in the run's config.json."""
-    return json.loads((pathlib.Path(options.out) / "config.json").read_text())["model"]
+    return json.loads((pathlib.Path(options.out) / "config.json").read_text(encoding="utf-8"))[
+        "model"
+    ]
 
 
 @torch.no_grad()
@@ -240,7 +242,7 @@ def prepare_folder(run, step):
         for old in sorted(out.iterdir(), key=lambda p: p.name == "config.json"):
             if old.is_dir():  # config.json goes last: until then the folder holds the old run
                 shutil.rmtree(old)
-            elif old.name != LOCK:
+            elif old.name not in (LOCK, WRITER):
                 old.unlink()
     if step < 0 and not options.resume and checkpoint.folders(out):
         raise BadInput(
@@ -256,21 +258,19 @@ def prepare_folder(run, step):
 
 
 def lock(out):
-    """An open file that says a run is writing to this folder; the system lets go of it when its
-    process ends, however it ends."""
-    file = open(out / LOCK, "a+")
+    """A lock that says a run is writing to this folder; the system lets go of it when its process
+    ends, however it ends."""
+    writer = out / WRITER
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
+        held = filelock.FileLock(out / LOCK).acquire(timeout=0)
+    except filelock.Timeout:
+        who = writer.read_text(encoding="utf-8").strip() if writer.exists() else "?"
         raise BadInput(
-            f"--out {out}: process {file.read().strip() or '?'} is writing to this folder; "
-            "wait for it, stop it, or name another folder"
+            f"--out {out}: process {who} is writing to this folder; wait for it, stop it, or name "
+            "another folder"
         ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
+    writer.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    return held
 
 
 def describe(run, config, say):

@@ -7,14 +7,12 @@ import os
 import pathlib
 from dataclasses import dataclass
 
-import torch
-
 from bupo import target_layer
 from fast.decoding import PREFILL_TOKENS
 from losses import GROUP_RULES
 from program.command import OneLineParser
+from program.devices import check_device, default_device, default_dtype
 from program.errors import BadInput
-from program.models import check_device, default_dtype
 from questions.prompts import FILE_INSTRUCTION, default_instruction
 from tasks import BUILT_IN, FILE_CAP, default_cap
 
@@ -50,7 +48,7 @@ class Options:
     overwrite: bool = opt(False, "delete the run that --out already holds")
     seed: int = opt(0, "every random draw follows from it (the split of the questions is fixed)")
     steps: int = opt(75, "rollout batches")
-    device: str = opt("", "cpu or cuda; default cuda where there is one")
+    device: str = opt("", "cpu, cuda, mps or xpu; default the accelerator where there is one")
     dtype: str = opt(
         "",
         "of the products; default bfloat16 on a GPU that has it, float16 on an older one, float32 "
@@ -184,7 +182,7 @@ def parse(argv, description):
     if options.resume and not held.exists() and not given.keys() - {"resume", "out"}:
         raise BadInput(f"--out {options.out}: holds no run that --resume could go on with")
     taken = held.exists() and not options.estimate
-    if taken and "prompts_per_step" not in held.read_text(errors="replace"):
+    if taken and "prompts_per_step" not in held.read_text(errors="replace", encoding="utf-8"):
         raise BadInput(
             f"--out {options.out}: holds something that is not a run (its config.json is another "
             "program's); name another folder"
@@ -251,7 +249,7 @@ MAY_CHANGE = {  # on resume: these change no result
 def resumed_options(held, given, options):
     """A resumed run's own options; those given again must agree, unless they change no result."""
     try:
-        stored = json.loads(held.read_text())
+        stored = json.loads(held.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadInput(f"{held}: not a run's config.json ({error})") from None
     names = {f.name for f in dataclasses.fields(Options)} & stored.keys()
@@ -270,7 +268,7 @@ def complete(options):
     """Fill in the defaults that depend on other options, and refuse what cannot work."""
     grpo = options.algo == "grpo"
     defaults = dict(
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=default_device(),
         loss_mean="sequence" if grpo else "token",
         max_new_tokens=default_cap(options.task, options.data),
         difficulty=None if options.data else next(iter(BUILT_IN[options.task].levels)),

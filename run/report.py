@@ -45,7 +45,7 @@ def tally(batch):
         "tokens": rollout.lengths,
     }
     sums = {name: int(values.sum()) for name, values in sums.items()}
-    rewards = float(batch.rewards.double().cpu().sum())
+    rewards = float(batch.rewards.cpu().double().sum())
     return {"answers": len(right), "groups": len(groups), "rewards": rewards, **sums}
 
 
@@ -209,7 +209,8 @@ def signal_metrics(batch, layer, run):
 
 def share_changed(run, weights_before):
     changed = weight_sample(run) != weights_before
-    return (run.ranks.sum(changed.double().sum()) / run.ranks.sum(len(changed))).item()
+    moved, seen = run.ranks.total(changed.sum(), len(changed))
+    return moved / seen
 
 
 def console_line(m, options):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 import hapo
+from program.devices import synchronize
 from program.errors import NonFinite
 from run.guard import Guard
 from run.machine import OneProcess, Weights
@@ -124,8 +125,7 @@ class Stopwatch:
         self.seconds, self._since = {}, time.perf_counter()
 
     def lap(self, name):
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # what was launched has run
+        synchronize()
         now = time.perf_counter()
         self.seconds[name], self._since = now - self._since, now
 

@@ -18,6 +18,7 @@ float32 to the last bit (tests/test_master.py). The model itself draws the answe
 import torch
 from torch.optim.adamw import adamw as functional_adamw
 
+from program.devices import pins_memory
 from run.machine import Weights
 
 LOW = torch.bfloat16
@@ -77,7 +78,7 @@ class Masters:
             p.register_post_accumulate_grad_hook(self._collect)
         if in_main_memory:  # what goes to and from the card stands in pinned memory on its way
             size = min(CHUNK, max(p.numel() for p in self.rest))
-            pinned = dict(pin_memory=next(model.parameters()).is_cuda)
+            pinned = dict(pin_memory=pins_memory(next(model.parameters()).device))
             self.down, self.up = torch.empty(size, **pinned), torch.empty(size, dtype=LOW, **pinned)
 
     def _collect(self, p):

@@ -14,7 +14,6 @@ The largest sum of what is alive at the same time is the peak: sampling or updat
 
 import dataclasses
 import math
-import os
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from fast.captured import KEYS_STEP
 from fast.lines import cheapest_share
 from fast.logprobs import chunk_of
 from internals import decoder_body
+from program.devices import total_memory
 from program.errors import BadInput
 
 GIB = 2**30
@@ -158,16 +158,13 @@ def _activations(config, options, prompt_tokens, world_size, compute, apart):
 
 def check_fit(need, config, options, prompt_tokens, device):
     """BadInput that names the number to change, if the run cannot fit its device."""
-    if device.type == "cuda":
-        capacity = torch.cuda.get_device_properties(device).total_memory
-        if need.peak > capacity:
-            raise BadInput(
-                f"this run needs {need.peak / GIB:.1f} GiB and the device has "
-                f"{capacity / GIB:.1f}; try {what_to_change(need, options)}"
-            )
-    else:
-        capacity = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if options.plain:
+    capacity = total_memory(device)
+    if device.type != "cpu" and capacity and need.peak > capacity:
+        raise BadInput(
+            f"this run needs {need.peak / GIB:.1f} GiB and the device has "
+            f"{capacity / GIB:.1f}; try {what_to_change(need, options)}"
+        )
+    if options.plain and capacity:
         # logits, log-probabilities, probabilities and the gradient of one pass, float32
         rows = rows_in_a_pass(options, prompt_tokens, 1)
         whole = 16 * rows * options.max_new_tokens * config.vocab_size

@@ -197,7 +197,12 @@ def exchange_gradients(model, now):
 
 
 def check_ranks(options, ranks):
-    """The numbers that must fit the number of processes."""
+    """What must fit the number of processes, and the device that several processes need."""
+    if ranks.sharded and ranks.device.type not in ("cpu", "cuda"):
+        raise BadInput(
+            f"--device {options.device}: torchrun shards over NVIDIA or AMD GPUs or CPU processes; "
+            "start python train.py instead"
+        )
     if options.prompts_per_step % (ranks.size * options.updates_per_rollout):
         few = " (more ranks than prompts)" if options.prompts_per_step < ranks.size else ""
         raise BadInput(

@@ -72,4 +72,9 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = sys.argv[1]
-    print(*draw(json.loads((pathlib.Path(folder) / "internals.json").read_text()), folder))
+    print(
+        *draw(
+            json.loads((pathlib.Path(folder) / "internals.json").read_text(encoding="utf-8")),
+            folder,
+        )
+    )

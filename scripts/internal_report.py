@@ -14,8 +14,9 @@ from evaluate import asked_of, held_out_questions
 from fast.decoding import generate
 from internals import boundary_layer, decoder_body, internal_entropy
 from program.command import OneLineParser
+from program.devices import check_device, default_device
 from program.errors import BadInput
-from program.models import check_device, load_model, run_config, vocabulary
+from program.models import load_model, run_config, vocabulary
 from program.threads import use_threads
 from questions.prompts import fit_context, instruct, render_prompt
 from run.batch import join, rollout_of
@@ -144,7 +145,7 @@ def arguments(argv):
     text = "a second model on the same answers, before and after training for example"
     option("compare", text, metavar="RUN_OR_DIR")
     option("seed", type=int, default=0)
-    option("device", default="cuda" if torch.cuda.is_available() else "cpu")
+    option("device", default=default_device())
     text = "internals.json, entropy_flow.png, entropy_change.png"
     option("out", text, default="runs/internals", metavar="DIR")
     option("threads", "CPU threads", type=int, default=None, metavar="N")
@@ -182,7 +183,7 @@ def record_of(entropy, rollout, seed):
 def write(record, out):
     """internals.json and, where there is matplotlib, the two figures."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "internals.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "internals.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     try:
         from scripts.internal_figures import draw
     except ImportError:

@@ -46,7 +46,7 @@ def read_run(folder):
             f"{folder / 'samples.jsonl'}: of an older version of this code, without a whole group "
             "a step; make the run again"
         )
-    options = json.loads((folder / "config.json").read_text())
+    options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     steps = {}
     for row in samples:
         group = steps.setdefault(

@@ -253,7 +253,7 @@ def main():
     )
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    (pathlib.Path(args.out) / "README.md").write_text(card(args, looks))
+    (pathlib.Path(args.out) / "README.md").write_text(card(args, looks), encoding="utf-8")
     print(f"saved to {args.out}")
 
 

@@ -100,7 +100,7 @@ def tiny_folder(tmp_path_factory):
 def write_questions(path):
     """A small file of questions that the shipped model answers with an expression; its last number
     is sometimes the answer."""
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for a in range(1, 7):
             for b in range(7, 12):
                 task = f"Use {a}, {b}, {a + b} once each with + - * / to make {2 * a}."
@@ -151,7 +151,7 @@ def opened(tmp_path, tiny_folder):
 
     questions = tmp_path / "questions.jsonl"
     rows = [{"question": f"What is {n} plus 1?", "answer": str(n + 1)} for n in range(30)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def open_one(*more):
         out = str(tmp_path / str(len(list(tmp_path.iterdir()))))

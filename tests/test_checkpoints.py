@@ -26,7 +26,7 @@ def trained(opened, monkeypatch):
 
     def one(*more):
         run = opened(*more)
-        run.lock.close()
+        run.lock.lock.release()
         shutil.rmtree(run.out)
         train.train(run.options)
         return run.out
@@ -112,8 +112,8 @@ def _folders(error):
 
 def test_another_run_s_checkpoint_is_refused(trained):
     out = trained("--steps", "1")
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"lr": 0.5}))
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    (out / "config.json").write_text(json.dumps(config | {"lr": 0.5}), encoding="utf-8")
     again = options.parse(["--resume", "--out", str(out)], "")
     with pytest.raises(BadInput, match="is of a run with other options than"):
         open_run(again, OneProcess("cpu"))
@@ -121,7 +121,7 @@ def test_another_run_s_checkpoint_is_refused(trained):
 
 def test_a_killed_overwrite_leaves_the_old_run_or_nothing(trained, monkeypatch):
     out = trained("--steps", "1")
-    parsed = json.loads((out / "config.json").read_text())
+    parsed = json.loads((out / "config.json").read_text(encoding="utf-8"))
     real, deleted = shutil.rmtree, []
 
     def killed(path, *args, **more):
@@ -140,7 +140,9 @@ def test_a_killed_overwrite_leaves_the_old_run_or_nothing(trained, monkeypatch):
         pass
     gc.collect()  # lets go of the lock, as the end of a process does
     assert len(deleted) == 2
-    assert json.loads((out / "config.json").read_text())["lr"] == 1e-3  # still the old one's
+    assert (
+        json.loads((out / "config.json").read_text(encoding="utf-8"))["lr"] == 1e-3
+    )  # still the old one's
     monkeypatch.undo()
     (out / "config.json").unlink()
     (out / "checkpoint-7").mkdir(exist_ok=True)
@@ -154,7 +156,7 @@ def test_a_finished_run_that_goes_on_is_not_finished(trained):
     run, step = open_run(
         options.parse(["--resume", "--out", str(out), "--steps", "2"], ""), OneProcess("cpu")
     )
-    run.lock.close()
+    run.lock.lock.release()
     assert step == 1 and not (out / "final").exists()
 
 
@@ -162,7 +164,11 @@ def test_no_whole_checkpoint_is_one_line_and_deletes_nothing(trained):
     out = trained("--steps", "1")
     for folder in checkpoint.folders(out):
         (folder / "checksums.json").unlink()
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    before = {
+        p: p.read_bytes()
+        for p in out.rglob("*")
+        if p.is_file() and p.name not in (".lock", ".writer")
+    }
     again = options.parse(["--resume", "--out", str(out), "--steps", "2"], "")
     with pytest.raises(BadInput, match="none of the 2 checkpoints in .* is whole"):
         open_run(again, OneProcess("cpu"))
@@ -173,7 +179,7 @@ def test_the_lock_is_held_until_final_is_written(trained, monkeypatch):
     held = []
 
     def finish(run):
-        held.append(not run.lock.closed)
+        held.append(run.lock.lock.is_locked)
 
     monkeypatch.setattr(train, "finish", finish)
     trained("--steps", "1")
@@ -182,14 +188,17 @@ def test_the_lock_is_held_until_final_is_written(trained, monkeypatch):
 
 def test_final_says_float32_where_the_weights_are(trained):
     out = trained("--steps", "1", "--split-master")
-    assert json.loads((out / "final" / "config.json").read_text())["dtype"] == "float32"
+    assert (
+        json.loads((out / "final" / "config.json").read_text(encoding="utf-8"))["dtype"]
+        == "float32"
+    )
     assert {x.dtype for x in all_weights(out / "final").values()} == {torch.float32}
 
 
 def test_a_generation_config_that_contradicts_itself_can_be_saved(opened, tmp_path, tiny_folder):
     model = shutil.copytree(tiny_folder, tmp_path / "odd")
     config = {"do_sample": False, "temperature": 0.5, "eos_token_id": 1}
-    (model / "generation_config.json").write_text(json.dumps(config))
+    (model / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
     run = opened("--model", str(model))
     checkpoint.save(run, 0)
     assert checkpoint.newest_whole(run.out, lambda text: None).name == "checkpoint-0"

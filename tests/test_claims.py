@@ -139,7 +139,9 @@ def laid_out(tools, monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "commit", lambda real=claims.commit: "c0ffee")
     monkeypatch.setattr(claims.claims_page, "PAGE", tmp_path / "evidence.md")
     monkeypatch.setattr(claims.claims_page, "PLOTS", tmp_path / "plots")
-    pilot.write_text(json.dumps({"difficulty": 3, "rates": {"grpo": 1e-4, "dapo": 2e-4}}))
+    pilot.write_text(
+        json.dumps({"difficulty": 3, "rates": {"grpo": 1e-4, "dapo": 2e-4}}), encoding="utf-8"
+    )
 
     def training(command, **how):
         trained.append(command)
@@ -162,7 +164,9 @@ def laid_out(tools, monkeypatch, tmp_path):
             }
         )
         rows[1] |= step
-        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (out / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
         return type("Done", (), {"returncode": 0, "stderr": ""})()
 
     monkeypatch.setattr(claims.subprocess, "run", training)
@@ -175,7 +179,7 @@ def laid_out(tools, monkeypatch, tmp_path):
 
 
 def names_in(runs):
-    lines = runs.read_text().splitlines() if runs.exists() else []
+    lines = runs.read_text(encoding="utf-8").splitlines() if runs.exists() else []
     return {json.loads(line)["name"] for line in lines}
 
 
@@ -183,16 +187,18 @@ def test_only_what_is_missing_runs_and_comes_out_the_same(laid_out, capsys):
     run, runs, trained, _ = laid_out
     run("--only", "1")
     names = {f"{arm}-{seed}" for arm in ("hapo", "dapo") for seed in range(101, 111)}
-    before = runs.read_text()
+    before = runs.read_text(encoding="utf-8")
     assert names_in(runs) == names and len(trained) == 20
-    assert set(json.loads((runs.parent / "claims_times.json").read_text())) == names
+    assert set(json.loads((runs.parent / "claims_times.json").read_text(encoding="utf-8"))) == names
     rates = {c[c.index("--lr") + 1] for c in trained}
     assert rates == {"0.0002"} and all("--difficulty" in c for c in trained)
-    runs.write_text("".join(before.splitlines(True)[::2]))  # every second line is lost
+    runs.write_text(
+        "".join(before.splitlines(True)[::2]), encoding="utf-8"
+    )  # every second line is lost
     run("--only", "1")
-    assert len(trained) == 30 and runs.read_text() == before
+    assert len(trained) == 30 and runs.read_text(encoding="utf-8") == before
     # hapo is 0.3 better in all ten seeds: p = 2 / 1024, and the smallest effect is 0.01
-    page = (runs.parent / "evidence.md").read_text()
+    page = (runs.parent / "evidence.md").read_text(encoding="utf-8")
     claim = next(line for line in page.splitlines() if line.startswith("| 1. HAPO beats DAPO"))
     assert "**holds**" in claim and "+0.300 [+0.300, +0.300]" in claim and claim.endswith("| 10 |")
     assert "| 8. BuPO beats GRPO | no runs yet" in page and "**Mixed**" not in page
@@ -215,7 +221,11 @@ def test_cost_times_every_seed_with_the_arms_own_options(laid_out, tools, monkey
     seeds = {int(c[-1].split()[-1]) for c in asked}
     assert seeds == set(range(101, 111)) and all("--prompts-per-step 16" in c[-1] for c in asked)
     run("--only", "1")  # runs nothing; the page has the new row
-    row = next(x for x in (runs.parent / "evidence.md").read_text().splitlines() if "6 on the" in x)
+    row = next(
+        x
+        for x in (runs.parent / "evidence.md").read_text(encoding="utf-8").splitlines()
+        if "6 on the" in x
+    )
     assert "**holds**" in row and "+0.020 [+0.020, +0.020]" in row and row.endswith("| 10 |")
 
 
@@ -227,7 +237,7 @@ def test_a_run_that_was_stopped_is_no_result(laid_out):
     ended = names_in(runs)  # one that was in flight may have ended
     assert not any(name.endswith("-101") for name in ended) and len(trained) < 20
     times = runs.parent / "claims_times.json"
-    assert not ended or set(json.loads(times.read_text())) == ended
+    assert not ended or set(json.loads(times.read_text(encoding="utf-8"))) == ended
     stop.clear()
     run("--only", "1")
     assert len(names_in(runs)) == 20
@@ -240,7 +250,7 @@ def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
     with pytest.raises(BadInput, match=r"run hapo-101: made with other commit \(c0ffee\)"):
         run("--only", "1")
     run("--only", "1", "--mixed")
-    assert "**Mixed**" in (runs.parent / "evidence.md").read_text()
+    assert "**Mixed**" in (runs.parent / "evidence.md").read_text(encoding="utf-8")
     with pytest.raises(BadInput, match="--only 99: no claim"):
         run("--only", "99")
 
@@ -261,14 +271,14 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     monkeypatch.setattr(claims, "commit", claims.commit.__defaults__[0])  # the real one
     with pytest.raises(BadInput, match="made with other commit"):
         run()
-    whole = runs.read_text()
+    whole = runs.read_text(encoding="utf-8")
     lines = whole.splitlines(True)  # dapo-102 is one of those that are made again
     changed = [x.replace('"tokens": ', '"tokens": 1') if '"dapo-102"' in x else x for x in lines]
-    runs.write_text("".join(changed))
+    runs.write_text("".join(changed), encoding="utf-8")
     with pytest.raises(BadInput, match="dapo-102: tokens is not what it was"):
         run("--again")
     assert not claims.SAME.exists() and claims.commit() == "decaf"
-    runs.write_text(whole)
+    runs.write_text(whole, encoding="utf-8")
     run("--again")  # what was made again is still there
     assert len(trained) == 275
     arms = {c[c.index("--out") + 1].split("/")[-1].rpartition("-")[0] for c in trained[250:]}
@@ -278,7 +288,9 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     stale = claims.read_runs(runs)["hapo-101"] | {"commit": "begun before"}
     claims.write_runs(claims.AGAIN, {"hapo-101": stale})
     run("--again")  # does not certify this code by another's runs
-    assert len(trained) == 300 and "**Mixed**" not in (runs.parent / "evidence.md").read_text()
+    assert len(trained) == 300 and "**Mixed**" not in (runs.parent / "evidence.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_comments_and_docstrings_change_no_number(tools):
@@ -313,7 +325,7 @@ def test_a_run_s_measures(tools):
 
 def test_every_claim_names_arms_that_exist(tools):
     claims, _ = tools
-    plan = json.loads(claims.PLAN.read_text())
+    plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
     assert [c["id"] for c in plan["claims"]] == list(range(1, 15))
     assert len(plan["common"]["seeds"]) == 10
     assert not set(plan["common"]["seeds"]) & set(plan["pilot"]["seeds"])

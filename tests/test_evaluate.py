@@ -49,13 +49,13 @@ def test_json_has_no_nan():
 def test_questions_longer_than_the_context_are_reported(tmp_path, capsys):
     path = tmp_path / "long.jsonl"
     rows = [{"question": "1 " * 600, "answer": "1"}, {"question": "1 + 1?", "answer": "2"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     args = ["--model", str(TINY), "--data", str(path), "--samples", "1", "--device", "cpu"]
     result = evaluate.main([*args, "--max-new-tokens", "4", "--out", str(tmp_path / "r.json")])
     assert result["questions"] == 1
     assert "1 of 2 prompts are longer than the model's context" in capsys.readouterr().out
     # one question has no standard error
-    assert json.loads((tmp_path / "r.json").read_text())["lenient_error"] is None
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["lenient_error"] is None
     message = "--max-new-tokens 512: no prompt fits the model's context of 512 tokens"
     with pytest.raises(BadInput, match=message):
         evaluate.main(args)
@@ -66,7 +66,11 @@ def test_questions_longer_than_the_context_are_reported(tmp_path, capsys):
 def test_command_line(tmp_path):
     args = ["--model", str(TINY), "--samples", "4", "--limit", "8", "--device", "cpu"]
     result = evaluate.main([*args, "--out", str(tmp_path / "r.json")])
-    assert result == evaluate.main(args) == json.loads((tmp_path / "r.json").read_text())
+    assert (
+        result
+        == evaluate.main(args)
+        == json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    )
     shares = [result[k] for k in ("strict", "lenient", "pass@2_lenient", "pass@4_lenient")]
     assert all(a <= b for a, b in zip([0, *shares], [*shares, 1]))
     for bad, message in (

@@ -30,7 +30,7 @@ from losses import (
 )
 
 FILE = pathlib.Path(__file__).parent / "golden" / "hapo_golden.json"
-CASES = json.loads(FILE.read_text())["cases"]
+CASES = json.loads(FILE.read_text(encoding="utf-8"))["cases"]
 SIGNS = ["released", "corrected"]
 
 

@@ -43,7 +43,7 @@ def room(path):
 
 def imports(path):
     """(room, whether the import stands inside a function or block) of everything a file imports."""
-    tree = ast.parse((ROOT / path).read_text())
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             module = getattr(node, "module", None)
@@ -72,7 +72,7 @@ def test_every_room_has_a_floor():
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_a_line_has_at_most_100_columns_and_a_function_50_lines(path):
-    text = (ROOT / path).read_text()
+    text = (ROOT / path).read_text(encoding="utf-8")
     assert max(map(len, text.splitlines()), default=0) <= 100
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -81,7 +81,7 @@ def test_a_line_has_at_most_100_columns_and_a_function_50_lines(path):
 
 @pytest.mark.parametrize("path", [p for p in FILES if len(p.parts) == 1], ids=str)
 def test_public_functions_of_the_top_level_are_annotated(path):
-    for node in ast.parse((ROOT / path).read_text()).body:
+    for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
         methods = [node] if isinstance(node, ast.FunctionDef) else getattr(node, "body", [])
         for f in methods:
             if not isinstance(f, ast.FunctionDef) or f.name.startswith("_"):
@@ -92,11 +92,11 @@ def test_public_functions_of_the_top_level_are_annotated(path):
 
 
 def test_the_readme_is_short_and_its_files_exist():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.split()) <= 1300
     assert max(map(len, text.splitlines())) <= 120
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not link.startswith("http"):
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
@@ -118,7 +118,7 @@ def test_every_planted_fault_has_its_place():
     sys.path.insert(0, str(ROOT / "experiments"))
     import mutations
 
-    faults = mutations.read_faults(mutations.FAULTS.read_text())
+    faults = mutations.read_faults(mutations.FAULTS.read_text(encoding="utf-8"))
     assert len(faults) > 200
     lost = [(file, piece) for file, piece, _, _ in faults if source(file).count(piece) != 1]
     assert not lost
@@ -126,7 +126,7 @@ def test_every_planted_fault_has_its_place():
 
 def test_every_function_named_in_the_equations_exists():
     """docs/equations.md: `module.function` is there, and so is each `test_file.py::test_name`."""
-    text = (ROOT / "docs" / "equations.md").read_text()
+    text = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
     for module, name in re.findall(r"`([a-z]+)\.([a-z_]\w+)`", text):
         if name != "py":
             assert re.search(rf"(def|class) {name}\b|^{name} =", source(f"{module}.py"), re.M), name
@@ -137,4 +137,4 @@ def test_every_function_named_in_the_equations_exists():
 
 
 def source(path):
-    return (ROOT / path).read_text()
+    return (ROOT / path).read_text(encoding="utf-8")

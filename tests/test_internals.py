@@ -378,16 +378,23 @@ def test_command_line(tmp_path, capsys):
     model = ["--model", str(TINY)]
     sizes = "--samples 4 --max-new-tokens 8".split()
     internal_report.main([*model, *sizes, "--out", str(tmp_path)])
-    record = json.loads((tmp_path / "internals.json").read_text())[str(TINY)]
+    record = json.loads((tmp_path / "internals.json").read_text(encoding="utf-8"))[str(TINY)]
     layers = len(record["feed_forward_change"])
     assert record["answers"] == 4 and len(record["layer"]) == layers + 1
     assert record["boundary_layer"] == boundary_layer(record["feed_forward_change"])
     assert f"boundary layer: {record['boundary_layer']} of {layers}" in capsys.readouterr().out
     question = "Use 1, 2, 3 once each with + - * / to make 6. Reply with the expression only."
     answers = tmp_path / "answers.jsonl"
-    answers.write_text(json.dumps({"question": question, "answer": "1+2+3"}) + "\n")
+    answers.write_text(
+        json.dumps({"question": question, "answer": "1+2+3"}) + "\n", encoding="utf-8"
+    )
     two = ["--answers", str(answers), "--compare", str(TINY), "--out", str(tmp_path / "b")]
     internal_report.main([*model, *two])
-    assert json.loads((tmp_path / "b" / "internals.json").read_text())[str(TINY)]["tokens"] == 6
+    assert (
+        json.loads((tmp_path / "b" / "internals.json").read_text(encoding="utf-8"))[str(TINY)][
+            "tokens"
+        ]
+        == 6
+    )
     with pytest.raises(BadInput, match="--answers .*nowhere: no such file"):
         internal_report.main([*model, "--answers", "nowhere", "--out", str(tmp_path)])

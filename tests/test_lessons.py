@@ -229,8 +229,10 @@ def test_alone_it_asks_for_the_address_and_fetches_the_project(tmp_path, monkeyp
         shutil.copytree(source, page.parent / "project")
 
     monkeypatch.setattr("subprocess.run", clone)
-    text = page.read_text().replace('ADDRESS = ""', 'ADDRESS = "https://example.org/it"')
-    page.write_text(text.partition("# %%\ntry:")[0])
+    text = page.read_text(encoding="utf-8").replace(
+        'ADDRESS = ""', 'ADDRESS = "https://example.org/it"'
+    )
+    page.write_text(text.partition("# %%\ntry:")[0], encoding="utf-8")
     names, printed = run_page(page, page.parent, monkeypatch)
     assert fetched == ["https://example.org/it"] and "fetching the project from" in printed
     assert names["PROJECT"] == page.parent / "project"

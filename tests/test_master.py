@@ -102,7 +102,7 @@ def test_a_run_and_its_resume(where, tmp_path, tiny_folder, coins):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert {x.dtype for x in a.values()} == {torch.float32}
     assert any((x != x.to(torch.bfloat16).float()).any() for x in a.values())
-    for line in (whole / "metrics.jsonl").read_text().splitlines()[1:]:
+    for line in (whole / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1:]:
         row = json.loads(line)
         assert row["updates"] == 2 and row["ratio_off_before_update"] == 0
         assert row["weights_changed"] > 0.9
@@ -111,10 +111,14 @@ def test_a_run_and_its_resume(where, tmp_path, tiny_folder, coins):
 def test_float16_scales_its_loss(tmp_path, tiny_folder, coins):
     """Its first scale, 65536, is right or it is lowered without a fault; weights move."""
     train.main(options(tmp_path / "run", tiny_folder, "--dtype", "float16", "--steps", "2"))
-    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")][1:]
+    rows = [
+        json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8")
+    ][1:]
     assert all(row["skipped_updates"] == 0 and row["weights_changed"] > 0.5 for row in rows)
     assert all(row["updates"] + row.get("rescaled_updates", 0) == 2 for row in rows)
-    state = json.loads((tmp_path / "run" / "checkpoint-2" / "run.json").read_text())["scaler"]
+    state = json.loads(
+        (tmp_path / "run" / "checkpoint-2" / "run.json").read_text(encoding="utf-8")
+    )["scaler"]
     assert state["scale"] <= 65536 and state["_growth_tracker"] >= 0
 
 

@@ -96,7 +96,8 @@ def test_a_chunk_of_logits_has_a_fixed_size():
     config = load_config(TINY)
     config.vocab_size = 151_936
     o = some_options("--max-new-tokens", "512")
-    for device, chunk in LOGIT_CHUNK_BYTES.items():
+    for device, chunk in (("cpu", 2**27), ("cuda", 2**30)):
+        assert LOGIT_CHUNK_BYTES[device] == chunk
         e = memory.estimate(config, o, prompt_tokens=512, cuda=device == "cuda")
         rows = min(chunk // (4 * 151_936), 4 * 512)
         assert min(chunk_of(151_936, device), 4 * 512) == rows
@@ -163,7 +164,7 @@ def test_the_benchmark_rehearses_and_records(tmp_path, monkeypatch, capsys):
     command = ["gpu.py", *sizes, "--rehearse", "--json", str(record), "--gradient-checkpointing"]
     monkeypatch.setattr("sys.argv", command)
     gpu.main()
-    row = json.loads(record.read_text())
+    row = json.loads(record.read_text(encoding="utf-8"))
     assert row["options"] == ["--micro-batch", "2", "--gradient-checkpointing"]
     assert row["rows"] == 4 and row["ratio_off"] == 0 and 0 < row["peak_gib"] < 0.1
     assert row["tokens"] > row["answer_tokens"] > 3 and row["updates"][0] in ("applied", "dead")

@@ -75,11 +75,11 @@ def test_padding_ids_are_no_candidates(any_model, answer):
 def test_the_page_of_the_shipped_model(tmp_path, capsys):
     arguments = ["--model", TINY, "--samples", "6", "--out", tmp_path]
     internal_report.main([str(x) for x in arguments])
-    text = (tmp_path / "page.html").read_text()
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "page.html in a browser" in capsys.readouterr().out and len(text) < 3e6
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)
     data = json.loads(found.group(1))
-    record = json.loads((tmp_path / "internals.json").read_text())[str(TINY)]
+    record = json.loads((tmp_path / "internals.json").read_text(encoding="utf-8"))[str(TINY)]
     model = data["models"][0]
     assert model["boundary_layer"] == record["boundary_layer"]
     assert 1 < model["boundary_layer"] < 6  # strictly inside, so that phase 1 has something to save

@@ -22,18 +22,18 @@ def a_run(opened, monkeypatch):
     run = opened()
     for step in (1, 2):
         report.record(step, *train.guarded_step(step, run), run)
-    run.lock.close()
+    run.lock.lock.release()
     return run
 
 
 def data_of(path):
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)
     return json.loads(found.group(1))
 
 
 def test_samples_hold_one_whole_group_and_what_was_made_of_it(a_run):
-    rows = [json.loads(line) for line in open(a_run.out / "samples.jsonl")]
+    rows = [json.loads(line) for line in open(a_run.out / "samples.jsonl", encoding="utf-8")]
     assert [r["step"] for r in rows] == [1, 1, 2, 2]
     for pair in (rows[:2], rows[2:]):
         assert pair[0]["question"] == pair[1]["question"]
@@ -69,21 +69,22 @@ def test_a_page_holds_the_run(a_run):
     assert path == a_run.out / "page.html"
     run = data_of(path)["runs"][0]
     assert [s["step"] for s in run["steps"]] == [1, 2] and len(run["steps"][0]["answers"]) == 2
-    rows = [json.loads(line) for line in open(a_run.out / "samples.jsonl")]
+    rows = [json.loads(line) for line in open(a_run.out / "samples.jsonl", encoding="utf-8")]
     assert run["steps"][0]["answers"][0]["tokens"] == rows[0]["tokens"]
     assert run["curves"]["entropy"][0][1] == pytest.approx(
-        json.loads(open(a_run.out / "metrics.jsonl").readline())["entropy"], rel=1e-3
+        json.loads(open(a_run.out / "metrics.jsonl", encoding="utf-8").readline())["entropy"],
+        rel=1e-3,
     )
 
 
 def test_hostile_texts_stay_data(a_run):
     path = a_run.out / "samples.jsonl"
-    rows = [json.loads(line) for line in open(path)]
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
     for row, text in zip(rows, HOSTILE):
         row["tokens"][0] = row["question"] = row["truth"] = text
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     written = page.write_page([a_run.out])
-    text = written.read_text()
+    text = written.read_text(encoding="utf-8")
     assert text.count("</script>") == 3 and "document.title" not in text.replace(
         "script\\u003edocument.title", ""
     )
@@ -99,34 +100,43 @@ def test_hostile_texts_stay_data(a_run):
 
 def test_a_long_run_is_thinned_out_until_it_fits(a_run, monkeypatch):
     samples = a_run.out / "samples.jsonl"
-    rows = [json.loads(line) for line in open(samples)]
+    rows = [json.loads(line) for line in open(samples, encoding="utf-8")]
     many = [row | {"step": step} for step in range(1, 41) for row in rows[:2]]
-    samples.write_text("".join(json.dumps(row) + "\n" for row in many))
-    whole = len(page.write_page([a_run.out]).read_text())
+    samples.write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
+    whole = len(page.write_page([a_run.out]).read_text(encoding="utf-8"))
     monkeypatch.setattr(page, "LARGEST", whole - 10_000)
     path = page.write_page([a_run.out])
     steps = [s["step"] for s in data_of(path)["runs"][0]["steps"]]
-    assert len(path.read_text()) <= page.LARGEST and steps[-1] == 40 and 5 < len(steps) < 40
+    assert (
+        len(path.read_text(encoding="utf-8")) <= page.LARGEST
+        and steps[-1] == 40
+        and 5 < len(steps) < 40
+    )
 
 
 def test_two_runs_show_the_same_questions_on_a_page_of_their_own(a_run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for name in ("metrics.jsonl", "samples.jsonl", "config.json"):
-        (other / name).write_text((a_run.out / name).read_text())
+        (other / name).write_text((a_run.out / name).read_text(encoding="utf-8"), encoding="utf-8")
     samples = other / "samples.jsonl"
-    rows = [json.loads(line) for line in open(samples)]
+    rows = [json.loads(line) for line in open(samples, encoding="utf-8")]
     for row in rows:
         row["question"] += "?" if row["step"] == 2 else ""
-    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     single = page.write_page([a_run.out])
-    before = single.read_text()
+    before = single.read_text(encoding="utf-8")
     both = page.write_page([a_run.out, other])
-    assert both == a_run.out / "page-beside-other.html" and single.read_text() == before
+    assert (
+        both == a_run.out / "page-beside-other.html"
+        and single.read_text(encoding="utf-8") == before
+    )
     data = data_of(both)
     assert [[s["step"] for s in run["steps"]] for run in data["runs"]] == [[1], [1]]
     assert data["all"] == 2 and len({run["steps"][0]["question"] for run in data["runs"]}) == 1
-    samples.write_text("".join(json.dumps(r | {"question": "new"}) + "\n" for r in rows))
+    samples.write_text(
+        "".join(json.dumps(r | {"question": "new"}) + "\n" for r in rows), encoding="utf-8"
+    )
     with pytest.raises(BadInput, match="no step shows the same question") as error:
         page.write_page([a_run.out, other])
     assert "\n" not in str(error.value)
@@ -136,22 +146,24 @@ def test_bad_input_is_one_line(a_run, tmp_path):
     with pytest.raises(BadInput, match="metrics.jsonl: no such file"):
         page.write_page([tmp_path / "nothing"])
     samples = a_run.out / "samples.jsonl"
-    kept = samples.read_text()
+    kept = samples.read_text(encoding="utf-8")
     other = tmp_path / "other"
     other.mkdir()
     for name in ("metrics.jsonl", "samples.jsonl"):
-        (other / name).write_text((a_run.out / name).read_text())
-    config = json.loads((a_run.out / "config.json").read_text()) | {"task": "arithmetic"}
-    (other / "config.json").write_text(json.dumps(config))
+        (other / name).write_text((a_run.out / name).read_text(encoding="utf-8"), encoding="utf-8")
+    config = json.loads((a_run.out / "config.json").read_text(encoding="utf-8")) | {
+        "task": "arithmetic"
+    }
+    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(BadInput, match="another task or file"):
         page.write_page([a_run.out, other])
-    samples.write_text("")
+    samples.write_text("", encoding="utf-8")
     with pytest.raises(BadInput, match="empty; the run has made no step"):
         page.write_page([a_run.out])
-    samples.write_text(kept[:-20])
+    samples.write_text(kept[:-20], encoding="utf-8")
     with pytest.raises(BadInput, match="line 4: not JSON"):
         page.write_page([a_run.out])
-    samples.write_text('{"step": 1, "question": "q", "tokens": []}\n')
+    samples.write_text('{"step": 1, "question": "q", "tokens": []}\n', encoding="utf-8")
     with pytest.raises(BadInput, match="of an older version"):
         page.write_page([a_run.out])
     samples.unlink()
@@ -164,6 +176,6 @@ def test_two_runs_are_shaded_by_their_own_settings(a_run, opened, monkeypatch):
     other = opened("--temperature", "0.7", "--tau", "0.2")
     for step in (1, 2):
         report.record(step, *train.guarded_step(step, other), other)
-    other.lock.close()
+    other.lock.lock.release()
     runs = data_of(page.write_page([a_run.out, other.out]))["runs"]
     assert [(run["base"], run["tau"]) for run in runs] == [(1.0, 0.05), (0.7, 0.2)]

@@ -189,7 +189,7 @@ def test_expected_live_groups_are_counted_not_computed_from_a_mean(opened, monke
 
     monkeypatch.setattr(report, "evaluate_over", half)
     report.first_look(run)
-    first = json.loads((run.out / "metrics.jsonl").read_text().splitlines()[0])
+    first = json.loads((run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert first["pass_rate"] == pytest.approx(0.5, abs=0.03)
     assert first["expected_live_groups"] == 0
 
@@ -232,7 +232,7 @@ def test_rows_at_once_change_no_draw(opened):
 def test_eval_prompts_do_not_change_the_split(tmp_path, opened):
     path = tmp_path / "many.jsonl"
     rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(100)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     few, many = (opened("--data", str(path), "--eval-prompts", n) for n in ("4", "400"))
     assert [p for p, _ in few.items] == [p for p, _ in many.items] and len(few.items) == 80
 
@@ -240,7 +240,7 @@ def test_eval_prompts_do_not_change_the_split(tmp_path, opened):
 def test_held_out_questions_that_are_trained_on_are_reported(tmp_path, opened, capsys):
     path = tmp_path / "held.jsonl"
     rows = [{"question": "What is  3 plus 1?", "answer": "4"}, {"question": "new", "answer": "1"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     opened("--eval-data", str(path))
     assert "1 of the 2 questions of --eval-data" in capsys.readouterr().out
 
@@ -249,7 +249,7 @@ def test_the_rows_of_eval_data_are_drawn(tmp_path, opened):
     """The first --eval-prompts of them are asked, and a file may be sorted by difficulty."""
     path = tmp_path / "held.jsonl"
     rows = [{"question": f"number {n}?", "answer": n} for n in range(50)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     asked, again = (
         [int(p.answer) for p in opened("--eval-data", str(path)).held_out] for _ in "ab"
     )
@@ -259,10 +259,12 @@ def test_the_rows_of_eval_data_are_drawn(tmp_path, opened):
 def test_evaluate_says_what_was_trained_on(tmp_path, capsys):
     data, out = tmp_path / "q.jsonl", tmp_path / "run"
     rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(50)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     out.mkdir()
     config = dict(prompts_per_step=4, data=str(data), eval_data="", task="countdown", difficulty=3)
-    (out / "config.json").write_text(json.dumps(config | {"model": "assets/tiny-qwen3"}))
+    (out / "config.json").write_text(
+        json.dumps(config | {"model": "assets/tiny-qwen3"}), encoding="utf-8"
+    )
     problems = tasks.read_problems(data)
     held_out = load_problems("countdown", str(data))[1]
     assert "40 of the 50" in evaluate.trained_on(str(out / "final"), problems)
@@ -271,7 +273,9 @@ def test_evaluate_says_what_was_trained_on(tmp_path, capsys):
     # a run that was started from this one has trained on its questions, too
     later, own = tmp_path / "later", {"model": str(out / "final"), "data": "", "task": "arithmetic"}
     later.mkdir()
-    (later / "config.json").write_text(json.dumps(config | own | {"difficulty": 1}))
+    (later / "config.json").write_text(
+        json.dumps(config | own | {"difficulty": 1}), encoding="utf-8"
+    )
     assert "40 of the 50" in evaluate.trained_on(str(later / "final"), problems)
     spaced = [tasks.Problem("  0  +  1? ", "1"), tasks.Problem("1 + 1 ?", "2")]
     train_set = load_problems("countdown", str(data))[0]
@@ -289,7 +293,9 @@ def test_evaluate_says_what_was_trained_on(tmp_path, capsys):
         for p in sums[:9]
     ]
     assert "9 of the 9" in evaluate.trained_on(str(later / "final"), swapped)
-    (out / "config.json").write_text(json.dumps(config | {"model": str(later / "final")}))
+    (out / "config.json").write_text(
+        json.dumps(config | {"model": str(later / "final")}), encoding="utf-8"
+    )
     assert "40 of the 50" in evaluate.trained_on(str(later / "final"), problems)  # a circle ends
     data.unlink()
     assert "cannot tell" in evaluate.trained_on(str(out / "final"), problems)
@@ -298,7 +304,7 @@ def test_evaluate_says_what_was_trained_on(tmp_path, capsys):
 def test_evaluate_asks_what_the_run_held_out(tmp_path):
     """And says so: its task and level, or its file; --task and --data come first."""
     data = tmp_path / "q.jsonl"
-    data.write_text('{"question": "1 + 1?", "answer": 2}\n' * 2)
+    data.write_text('{"question": "1 + 1?", "answer": 2}\n' * 2, encoding="utf-8")
     run = dict(task="arithmetic", difficulty=3, data="", eval_data="", instruction="Short.")
     run |= {"max_new_tokens": 9}
     args = dict(task=None, difficulty=None, data=None, instruction=None, max_new_tokens=None)
@@ -332,7 +338,7 @@ def started(tmp_path, tiny_folder, opened, monkeypatch):
     def start(*more):
         run = opened("--model", str(model), *more)
         train.checkpoint.save(run, 0)
-        run.lock.close()
+        run.lock.lock.release()
         return run.out, model, run.options.data
 
     return start
@@ -341,7 +347,7 @@ def started(tmp_path, tiny_folder, opened, monkeypatch):
 def resumed(out, *more):
     options = train.parse(["--out", str(out), "--resume", *map(str, more)], "")
     run, step = open_run(options, OneProcess("cpu"))
-    run.lock.close()
+    run.lock.lock.release()
     return run, step
 
 
@@ -369,18 +375,18 @@ def test_another_model_is_refused_without_a_reference_too(started, tmp_path):
     nudge(other)
     with pytest.raises(BadInput, match="name that model"):
         resumed(out, "--model", other)
-    assert json.loads((out / "config.json").read_text())["model"] == str(model)
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["model"] == str(model)
     shutil.rmtree(model)
     assert resumed(out)[1] == 0  # nothing needs it
 
 
 def test_changed_questions_are_refused(started, monkeypatch):
     out, _, data = started()
-    text = open(data).read()
-    open(data, "w").write(text.replace('"answer": "5"', '"answer": "6"'))
+    text = open(data, encoding="utf-8").read()
+    open(data, "w", encoding="utf-8").write(text.replace('"answer": "5"', '"answer": "6"'))
     with pytest.raises(BadInput, match="the questions in use are not those"):
         resumed(out)
-    open(data, "w").write(text)
+    open(data, "w", encoding="utf-8").write(text)
     assert resumed(out)[1] == 0
 
 
@@ -396,6 +402,6 @@ def test_the_instruction_is_asked_saved_and_taken_over(opened, tmp_path):
         other = opened("--instruction", text)
         question = other.items[0][0].question
         assert question.endswith("plus 1?" if not text else "plus 1?\nBe brief.")
-        saved = json.loads((other.out / "config.json").read_text())["instruction"]
+        saved = json.loads((other.out / "config.json").read_text(encoding="utf-8"))["instruction"]
         assert saved == text
     assert opened("--data", "", "--task", "arithmetic").options.instruction == ""

@@ -91,7 +91,7 @@ def refused(tmp_path_factory):
 
 
 def result(out):
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
     return load_file(out / "final" / "model.safetensors"), rows
 
 

@@ -172,7 +172,9 @@ def opened(tmp_path, monkeypatch):
         for a in range(1, 7)
         for b in range(7, 12)
     ]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "q.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     monkeypatch.setattr(
         train, "grade", lambda p, text: Grade(*[zlib.crc32(text.encode()) % 3 == 0] * 2)
     )

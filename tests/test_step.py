@@ -206,14 +206,18 @@ def test_a_run_of_an_older_version_is_one_line(opened, tmp_path):
     """A new option has its default; a checkpoint that lacks something is refused."""
     run = opened()
     checkpoint.save(run, 0)
-    run.lock.close()
+    run.lock.lock.release()
     config = run.out / "config.json"
-    config.write_text(config.read_text().replace('"plain": false,', ""))
+    config.write_text(
+        config.read_text(encoding="utf-8").replace('"plain": false,', ""), encoding="utf-8"
+    )
     old = run.out / "checkpoint-0" / "run.json"
-    old.write_text(old.read_text().replace("sampler_stats", "stats"))
-    sums = json.loads((old.parent / "checksums.json").read_text())
+    old.write_text(
+        old.read_text(encoding="utf-8").replace("sampler_stats", "stats"), encoding="utf-8"
+    )
+    sums = json.loads((old.parent / "checksums.json").read_text(encoding="utf-8"))
     sums["run.json"] = hashlib.sha256(old.read_bytes()).hexdigest()
-    (old.parent / "checksums.json").write_text(json.dumps(sums))
+    (old.parent / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
     again = options.parse(["--resume", "--out", str(run.out)], "")
     assert again.plain is False
     with pytest.raises(BadInput, match="older version of this code .no sampler_stats") as error:
@@ -239,7 +243,7 @@ def test_every_panel_is_drawn(tmp_path):
     from scripts import curves
 
     text = "".join(json.dumps(row).replace("NaN", "null") + "\n" for row in ROWS)
-    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     for title, draw in curves.PANELS:
         figure, panel = plt.subplots()
@@ -282,7 +286,11 @@ HOLD += "(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 def test_a_folder_has_one_writer(tmp_path, opened):
     """Another process's lock is refused by name, and is gone once that process is killed."""
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     )
     try:
         assert holder.stdout.readline() == "held\n"
@@ -292,10 +300,10 @@ def test_a_folder_has_one_writer(tmp_path, opened):
         holder.kill()  # -9
         holder.wait()
     with opening.lock(tmp_path):
-        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / ".writer").read_text(encoding="utf-8") == f"{os.getpid()}\n"
         with pytest.raises(BadInput, match="is writing to this folder"):
             opening.lock(tmp_path)
-    opening.lock(tmp_path).close()
+    opening.lock(tmp_path).lock.release()
 
 
 def test_a_run_holds_the_lock_of_its_folder(opened):
@@ -323,14 +331,16 @@ def test_the_reference_is_scored_without_an_entropy(opened, monkeypatch):
 def test_threads_spin_briefly_unless_told_otherwise():
     """Set before torch is imported, and only where the user has set nothing."""
     for program in ("train", "evaluate", "internals"):
-        text = (ROOT / f"{program}.py").read_text()
+        text = (ROOT / f"{program}.py").read_text(encoding="utf-8")
         assert text.index("\nimport program.threads") < text.index("\nimport torch")
     say = "import os, program.threads; print(os.environ.get('GOMP_SPINCOUNT'))"
     base = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     cases = [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
     for given, expected in cases:
         command = [sys.executable, "-c", say]
-        done = subprocess.run(command, cwd=ROOT, env=base | given, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=base | given, capture_output=True, text=True, encoding="utf-8"
+        )
         assert done.stdout.strip() == expected, done.stderr
 
 

@@ -294,7 +294,7 @@ def without_math_verify(monkeypatch, installed=False):
 
 def write(path, *rows):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines))
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
 
 
@@ -407,7 +407,7 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist([{"x": 1}]), tmp_path / "b.parquet")
     with pytest.raises(BadInput, match="row 1: needs prompt"):
         read_problems(tmp_path / "b.parquet")
-    (tmp_path / "c.parquet").write_text("not parquet")
+    (tmp_path / "c.parquet").write_text("not parquet", encoding="utf-8")
     with pytest.raises(BadInput, match="not a readable parquet file"):
         read_problems(tmp_path / "c.parquet")
 
@@ -479,9 +479,12 @@ def test_a_script_without_a_main_guard_may_grade(tmp_path):
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from grading.latex import latex_equal\n"
-        "print(latex_equal('yx', 'xy'), latex_equal('y', 'x'))\n"
+        "print(latex_equal('yx', 'xy'), latex_equal('y', 'x'))\n",
+        encoding="utf-8",
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, encoding="utf-8"
+    )
     assert done.stdout == "True False\n", done.stderr
 
 

@@ -84,7 +84,9 @@ def weights(out):
 
 
 def metrics(out):
-    rows = [json.loads(line) for line in open(pathlib.Path(out) / "metrics.jsonl")]
+    rows = [
+        json.loads(line) for line in open(pathlib.Path(out) / "metrics.jsonl", encoding="utf-8")
+    ]
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
@@ -98,7 +100,7 @@ def same(a, b):
 
 def test_a_run_and_its_files(real_verdicts, tmp_path, capsys):
     run(tmp_path / "run", "--data", "")
-    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8")]
     assert [r["step"] for r in rows] == [0, 1, 2]
     assert {"eval_accuracy", "eval_greedy", "pass_rate", "expected_live_groups"} <= rows[0].keys()
     promised = (
@@ -106,11 +108,13 @@ def test_a_run_and_its_files(real_verdicts, tmp_path, capsys):
         "ratio_max dead_groups all_right all_wrong"
     ).split()
     assert {*promised, *TIMES} <= rows[1].keys() and "eval_accuracy" in rows[2]
-    samples = [json.loads(line) for line in open(tmp_path / "run" / "samples.jsonl")]
+    samples = [
+        json.loads(line) for line in open(tmp_path / "run" / "samples.jsonl", encoding="utf-8")
+    ]
     for s in samples:
         assert len(s["tokens"]) == len(s["entropy"]) == len(s["temperature"])
         assert s["question"] and s["reward"] in (0, 1)
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert config["clip_high"] == 0.28 and config["max_new_tokens"] == 8
     for folder in ("final", "checkpoint-2"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder)
@@ -286,7 +290,7 @@ def test_dynamic_sampling_ends_when_every_group_is_dead(
     before = load_file(tiny_folder / "model.safetensors")
     questions = [{"question": f"{i} + {i}?", "answer": "987654"} for i in range(20)]
     never = tmp_path / "never.jsonl"
-    never.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    never.write_text("".join(json.dumps(row) + "\n" for row in questions), encoding="utf-8")
     sampling = "--dynamic-sampling --max-rounds 2".split()
     final, rows = run(tmp_path / "run", *sampling, "--data", never)
     assert "4 of 4 groups are still all right or all wrong" in capsys.readouterr().out
@@ -332,14 +336,14 @@ def test_an_entropy_is_named_by_its_temperature(tmp_path, opened, capsys):
     _, raw = train.score(run.policy, rollout, every, None, at_1)
     assert metrics["sampler_entropy"] == pytest.approx(float(raw.sum() / tokens), rel=1e-4)
     assert float(scored.sum() / tokens) < 0.95 * metrics["sampler_entropy"]
-    sample = json.loads(open(run.out / "samples.jsonl").readline())
+    sample = json.loads(open(run.out / "samples.jsonl", encoding="utf-8").readline())
     assert "sampler_entropy" in sample and "entropy" not in sample
     metrics, _ = train.guarded_step(2, run)
     report.record(2, metrics, None, run)
     assert "sampler_entropy" not in metrics and "  entropy " in capsys.readouterr().out
     at_base = run.last_batch.trained_entropy.sum() / run.last_batch.rollout.mask.sum()
     assert metrics["entropy"] == pytest.approx(float(at_base), rel=1e-6)
-    assert '"entropy"' in open(run.out / "samples.jsonl").readlines()[-1]
+    assert '"entropy"' in open(run.out / "samples.jsonl", encoding="utf-8").readlines()[-1]
 
 
 def test_bupo_auto_and_arms(tiny_folder, tmp_path, capsys):
@@ -392,7 +396,9 @@ def test_four_steps_are_two_and_resume_and_two(tmp_path, name):
         run(tmp_path / "parts", *extra, "--eval-every", 2, steps=2)
     train.main(["--out", str(tmp_path / "parts"), "--resume", "--steps", "4"])
     assert same(whole, weights(tmp_path / "parts")) and rows == metrics(tmp_path / "parts")
-    samples = lambda name: [json.loads(s) for s in open(tmp_path / name / "samples.jsonl")]
+    samples = lambda name: [
+        json.loads(s) for s in open(tmp_path / name / "samples.jsonl", encoding="utf-8")
+    ]
     assert samples("whole") == samples("parts")
 
 
@@ -459,7 +465,7 @@ def test_a_run_killed_in_its_first_step_looks_once(three_steps, tmp_path):
 
 def test_a_half_written_line_and_an_unfinished_checkpoint_disappear(tmp_path):
     _, rows = run(tmp_path / "run", steps=2)
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+    with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 3, "loss"')
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / ".checkpoint-3.tmp")
     train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "3"])
@@ -475,8 +481,10 @@ def test_resume_refuses_other_options_models_and_tokenizers(tmp_path, tiny_folde
     with pytest.raises(BadInput, match="another model than --model"):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--model", str(TINY)])
     other = shutil.copytree(tiny_folder, tmp_path / "other")
-    text = (other / "tokenizer.json").read_text()
-    (other / "tokenizer.json").write_text(text.replace('"<|im_start|>"', '"<|start|>"'))
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(
+        text.replace('"<|im_start|>"', '"<|start|>"'), encoding="utf-8"
+    )
     with pytest.raises(BadInput, match="another tokenizer than --model"):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--model", str(other)])
     message = "already holds a run; --resume continues it, --overwrite deletes it"
@@ -491,7 +499,7 @@ def test_a_resume_of_nothing_and_a_folder_that_is_a_file_are_refused(tmp_path):
     with pytest.raises(BadInput, match="typo: holds no run that --resume could go on with"):
         train.main(["--resume", "--out", str(out)])
     assert not out.parent.exists()
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     for path in ("file", "file/run"):
         with pytest.raises(BadInput, match=f"--out .*{path}: leads through a file"):
             run(tmp_path / path)
@@ -575,10 +583,12 @@ def test_a_nan_reward_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "collect", collect)
     with pytest.raises(BadInput, match="bad steps in a row"):
         run(tmp_path / "run", "--max-bad-steps", 2, steps=9)
-    bad = [json.loads(line) for line in open(tmp_path / "run" / "bad-step-2.jsonl")]
+    bad = [
+        json.loads(line) for line in open(tmp_path / "run" / "bad-step-2.jsonl", encoding="utf-8")
+    ]
     # the batch that was refused, in valid JSON
     assert len(bad) == 16 and sum(row["reward"] is None for row in bad) == 1
-    assert "a reward is NaN" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "a reward is NaN" in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("library", ["os", "torch", "safetensors"])
@@ -728,7 +738,7 @@ def test_what_becomes_of_an_update():
         (["--offload", "--dtype", "float16"], "--dtype float16: its loss scaling"),
         (["--decode-rows", "3"], "--decode-rows 3: the 4 answers to a prompt"),
         (["--diagnose-every", "1"], "--diagnose-every 1: needs --bupo-layer"),
-        (["--device", "gpu"], "--device gpu: must be cpu, cuda or cuda:N"),
+        (["--device", "gpu"], "--device gpu: must be cpu, cuda, mps or xpu"),
         (["--threads", "0"], "--threads 0: this machine has"),
         (["--threads", "-1"], "--threads -1: this machine has"),
         (["--threads", "9999"], "--threads 9999: this machine has"),
@@ -762,9 +772,9 @@ def make_unusable_models(folder, good):
         file.unlink()
     content = (folder / "cut" / "model.safetensors").read_bytes()
     (folder / "cut" / "model.safetensors").write_bytes(content[: len(content) // 2])
-    config = json.loads((folder / "short" / "config.json").read_text())
+    config = json.loads((folder / "short" / "config.json").read_text(encoding="utf-8"))
     config |= {"num_hidden_layers": 4, "layer_types": None}
-    (folder / "short" / "config.json").write_text(json.dumps(config))
+    (folder / "short" / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def test_models_that_cannot_be_used(tmp_path, tiny_folder):
