@@ -139,9 +139,8 @@ def laid_out(tools, monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "commit", lambda real=claims.commit: "c0ffee")
     monkeypatch.setattr(claims.claims_page, "PAGE", tmp_path / "evidence.md")
     monkeypatch.setattr(claims.claims_page, "PLOTS", tmp_path / "plots")
-    pilot.write_text(
-        json.dumps({"difficulty": 3, "rates": {"grpo": 1e-4, "dapo": 2e-4}}), encoding="utf-8"
-    )
+    chosen = {"difficulty": 3, "rates": {"grpo": 1e-4, "dapo": 2e-4}}
+    pilot.write_text(json.dumps(chosen), encoding="utf-8")
 
     def training(command, **how):
         trained.append(command)
@@ -164,9 +163,8 @@ def laid_out(tools, monkeypatch, tmp_path):
             }
         )
         rows[1] |= step
-        (out / "metrics.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-        )
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (out / "metrics.jsonl").write_text(text, encoding="utf-8")
         return type("Done", (), {"returncode": 0, "stderr": ""})()
 
     monkeypatch.setattr(claims.subprocess, "run", training)
