@@ -147,8 +147,13 @@ def laid_out(tools, monkeypatch, tmp_path):
         out = tmp_path / command[command.index("--out") + 1]
         out.mkdir(parents=True, exist_ok=True)
         seed = int(command[command.index("--seed") + 1])
-        step = {"all_wrong": 1, "groups": 4, "updates": 2, "response_length": 9.0}
-        step["seconds_update"] = 1.0
+        step = {
+            "all_wrong": 1,
+            "groups": 4,
+            "updates": 2,
+            "response_length": 9.0,
+            "seconds_update": 1.0,
+        }
         better = "--no-" not in " ".join(command) and "hapo" in command
         right = seed / 1000 + 0.3 * better
         asked = int(re.findall(r"--steps (\d+)", " ".join(command))[-1])

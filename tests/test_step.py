@@ -153,7 +153,7 @@ def test_groups_that_stayed_dead_are_not_in_the_denominator(opened, monkeypatch,
     assert batch.in_loss.tolist() == [True, True] + [False] * 6
     assert report.tally(batch)["dead"] == 3
     batch.rollout.mask[0, 4:] = False  # a shorter answer: the three means differ
-    batch.loss_mask = batch.rollout.mask & batch.in_loss[:, None]
+    batch.loss_mask &= batch.rollout.mask
     batch.old_logp, batch.entropy = train.score(
         run.policy, batch.rollout, [list(range(8))], None, run
     )
