@@ -33,6 +33,7 @@ from program.command import OneLineParser, run_main
 from program.devices import check_device, default_device, default_dtype
 from program.errors import BadInput
 from program.models import load_model, run_config, vocabulary
+from questions.files import Form
 from questions.prompts import (
     FILE_INSTRUCTION,
     default_instruction,
@@ -73,6 +74,7 @@ class Answer(NamedTuple):
     grade: Grade
     tokens: int
     finished: bool
+    reward: float | None = None  # of a function of one's own
 
 
 def sample_answers(
@@ -100,7 +102,7 @@ def sample_answers(
     with tqdm(total=len(problems), desc=progress, disable=not progress or None, leave=False) as bar:
         for i in range(0, len(problems), chunk):
             part = problems[i : i + chunk]
-            prompts = [render_prompt(p.question, tokenizer)[1] for p in part]
+            prompts = [render_prompt(p.question, tokenizer, p.history)[1] for p in part]
             draws = [draws_of(seed, n, max_new_tokens, samples) for n in numbers[i : i + chunk]]
             rollout = generate(
                 model,
@@ -174,7 +176,9 @@ def parse(argv: list[str] | None) -> object:
         "addition",
     )
     add("--difficulty", type=int, default=None, help="level of the built-in task")
-    add("--data", metavar="FILE", help="JSONL or parquet instead; all its rows are used")
+    add("--data", metavar="FILE", help="questions instead, as in train.py; all its rows are used")
+    for name, usual in (("data-split", "test"), ("question-column", ""), ("answer-column", "")):
+        add(f"--{name}", default=usual, help="as in train.py")
     add(
         "--instruction",
         metavar="TEXT",
@@ -191,15 +195,15 @@ def parse(argv: list[str] | None) -> object:
     add("--device", default=default_device())
     add("--out", default=None, metavar="FILE.json")
     args = parser.parse_args(argv)
-    least = ("samples", "limit", "max_new_tokens", "rows_at_once")
-    for name in least:
+    for name in ("samples", "limit", "max_new_tokens", "rows_at_once"):
         value, high = getattr(args, name), 256 if name == "samples" else math.inf
         if value is not None and not 1 <= value <= high:
             limit = " and at most 256" if name == "samples" else ""
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1{limit}")
     check_device(args.device)
     program.threads.use_threads(args.threads)
-    if args.out and (pathlib.Path(args.out).is_dir() or pathlib.Path(args.out).parent.is_file()):
+    out = pathlib.Path(args.out or "result.json")
+    if out.is_dir() or out.parent.is_file():
         raise BadInput(
             f"--out {args.out}: not a file that can be written; name one, such as result.json"
         )
@@ -240,6 +244,7 @@ class Asked(NamedTuple):
     eval_data: str
     instruction: str
     max_new_tokens: int
+    form: Form  # of the file
 
 
 def asked_of(args: object, run: dict | None) -> Asked:
@@ -254,7 +259,18 @@ def asked_of(args: object, run: dict | None) -> Asked:
         instruction = args.instruction
     cap = args.max_new_tokens or own.get("max_new_tokens", default_cap(task, data))
     held_out = own.get("eval_data", "")
-    return Asked(task, None if data else level, data, held_out, instruction, cap)
+    form = form_of(own)
+    if held_out:
+        form = form._replace(split=own.get("eval_split", "test"))
+    if args.data:
+        form = Form(args.data_split, args.question_column, args.answer_column)
+    return Asked(task, None if data else level, data, held_out, instruction, cap, form)
+
+
+def form_of(run: dict) -> Form:
+    """What a run's options say of its data."""
+    columns = (run.get(f"{name}_column", "") for name in ("question", "answer"))
+    return Form(run.get("data_split", "train"), *columns)
 
 
 def trained_on(model: str, problems: list[Problem]) -> str | None:
@@ -264,10 +280,12 @@ def trained_on(model: str, problems: list[Problem]) -> str | None:
     while run is not None and model not in seen:
         seen.add(model)
         try:
+            form, own = form_of(run), bool(run.get("reward_function"))
             if run["eval_data"]:
-                train_set = read_problems(run["data"])
+                train_set = read_problems(run["data"], "--data", form, own)
             else:
-                train_set, _ = load_problems(run["task"], run["data"] or None, run["difficulty"])
+                asked = (run["task"], run["data"] or None, run["difficulty"])
+                train_set, _ = load_problems(*asked, form, own)
         except BadInput as error:
             return f"cannot tell which questions {model} was trained on ({error})"
         known.update(map(key_of, train_set))
@@ -284,8 +302,8 @@ def trained_on(model: str, problems: list[Problem]) -> str | None:
 def held_out_questions(args: object, asked: Asked) -> list[Problem]:
     """Every row of a file that is named; else the held-out part."""
     if args.data or asked.eval_data:
-        return read_problems(args.data or asked.eval_data)
-    return load_problems(asked.task, asked.data or None, asked.difficulty)[1]
+        return read_problems(args.data or asked.eval_data, "--data", asked.form)
+    return load_problems(asked.task, asked.data or None, asked.difficulty, asked.form)[1]
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -298,7 +316,7 @@ def main(argv: list[str] | None = None) -> dict:
     dtype = getattr(torch, default_dtype(args.device))
     model, tokenizer = load_model(args.model, args.device, dtype)
     problems = [problem for problem, _ in fit_context(problems, tokenizer, model.config, cap)]
-    text, ids = render_prompt(problems[0].question, tokenizer)
+    text, ids = render_prompt(problems[0].question, tokenizer, problems[0].history)
     level = f", level {asked.difficulty}" if asked.difficulty else ""
     print(
         f"{asked.eval_data or asked.data or asked.task}{level}: {len(problems)} questions, "

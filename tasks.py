@@ -1,7 +1,6 @@
 """Prompts and verifiable rewards: a question goes in, a text comes out, and a check says 0 or 1.
 
-Built-in tasks stand in BUILT_IN; a file of questions is JSONL with `question` or `prompt` and
-`answer`, or parquet with `prompt` and `reward_model`.
+Built-in tasks stand in BUILT_IN; what files and data sets may look like, in questions/files.py.
 
 The same `grade` (grading/answers.py) serves as reward and as evaluation. It returns two verdicts,
 strict and lenient. Parsers alone can move a score by tens of points, so both are always reported.
@@ -10,14 +9,14 @@ strict and lenient. Parsers alone can move a score by tens of points, so both ar
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from grading.answers import explicit_answer, kind_of
 from grading.latex import has_math_verify
 from program.errors import BadInput
 from questions.countdown import random_expression
-from questions.files import rows_of
+from questions.files import AS_USUAL, Form, Row, Unusable, row_of, rows_of
 
 FILE_CAP = 512  # tokens an answer to a file's question may have where nobody says
 QUESTIONS = 20_000  # drawn for a built-in task; many are equal
@@ -32,6 +31,9 @@ class Problem:
     answer: str  # the number, the words, the LaTeX answer, or Countdown's target
     kind: str = "number"
     numbers: tuple[int, ...] = ()  # Countdown: the numbers that must be used
+    history: tuple[tuple[str, str], ...] = ()  # (role, text): what stands before the question
+    place: str = field(default="", compare=False)  # in its file
+    row: dict = field(default_factory=dict, compare=False)  # all of its columns
 
 
 class Task(NamedTuple):
@@ -119,6 +121,8 @@ def load_problems(
     task: str = "addition",
     data: str | None = None,
     difficulty: int | None = None,
+    form: Form = AS_USUAL,
+    any_answer: bool = False,
 ) -> tuple[list[Problem], list[Problem]]:
     """(training problems, held-out problems), disjoint by key_of, and the same in every run.
 
@@ -128,7 +132,7 @@ def load_problems(
     """
     rng = random.Random(f"{task} 0")
     if data is not None:
-        rows = read_problems(data)
+        rows = read_problems(data, "--data", form, any_answer)
         problems = list({key_of(p): p for p in rows}.values())
         if repeated := len(rows) - len(problems):
             print(f"{data}: {repeated} of {len(rows)} rows ask what another does; left out")
@@ -156,37 +160,46 @@ def load_problems(
 def key_of(problem: Problem) -> tuple:
     """The same for a question however it is spaced and written. In built-in tasks the order of the
     words is no difference: "3 plus 4" held out must not be trained on as "4 plus 3"."""
-    question = problem.question.casefold()
+    before = [text for _, text in problem.history]
+    question = " ".join([*before, problem.question]).casefold()
     if problem.kind in ("integer", "countdown"):
         return *sorted(re.findall(r"\w+", question)), problem.answer
     return tuple(question.split())
 
 
-def read_problems(path: str, flag: str = "--data") -> list[Problem]:
-    """All usable rows of a file. Rows whose answer cannot be checked are counted and reported."""
-    problems, unusable, example = [], 0, None
-    for place, question, answer in rows_of(path, flag):
-        problem = _problem_of(question, answer)
-        if problem is None:
-            unusable, example = unusable + 1, example or (place, answer)
-        else:
-            problems.append(problem)
-    if unusable:
-        why = "neither a number nor a word, and LaTeX needs: pip install math-verify"
-        if has_math_verify():
-            why = "empty, or of several lines without #### or \\boxed"
-        print(
-            f"{path}: {unusable} of {unusable + len(problems)} rows skipped, their answer is "
-            f"{why}; the first is {example[0]}: {example[1][:60]!r}"
-        )
+def read_problems(
+    path: str, flag: str = "--data", form: Form = AS_USUAL, any_answer: bool = False
+) -> list[Problem]:
+    """All usable rows of a file or data set; `any_answer`: also those whose answer cannot be
+    checked. The others are counted and reported, by reason, with the first of each."""
+    problems, unusable = [], {}
+    for place, columns in rows_of(path, flag, form.split):
+        try:
+            problems.append(_problem_of(row_of(place, columns, form), any_answer))
+        except Unusable as reason:
+            unusable.setdefault(str(reason), []).append(place)
+    total = len(problems) + sum(map(len, unusable.values()))
     if not problems:
-        what = "no row has an answer that can be checked" if unusable else "the file is empty"
+        first = next((f"{places[0]}: {reason}" for reason, places in unusable.items()), "")
+        what = f"none of its {total} rows can be used; {first}" if unusable else "it holds no rows"
         raise BadInput(f"{flag} {path}: {what}")
+    for reason, places in unusable.items():
+        print(f"{path}: {len(places)} of {total} rows left out, the first is {places[0]}: {reason}")
     return problems
 
 
-def _problem_of(question, answer):
-    """The Problem of a row, or None where its answer cannot be checked."""
-    stated = explicit_answer(answer.strip())
+def _problem_of(row: Row, any_answer: bool) -> Problem:
+    """The Problem of a row; Unusable where its answer cannot be checked and has to be."""
+    stated = explicit_answer(row.answer.strip())
     kind = kind_of(stated) if stated else None
-    return Problem(question, stated, kind) if kind else None
+    if kind is None and not any_answer:
+        raise Unusable(UNCHECKED if has_math_verify() else NO_LATEX)
+    answer, kind = (stated, kind) if kind else (row.answer, "unchecked")
+    return Problem(row.question, answer, kind, (), row.history, row.place, row.columns)
+
+
+UNCHECKED = "its answer is empty, or of several lines without #### or \\boxed"
+NO_LATEX = (
+    "its answer is neither a number nor a word, and LaTeX needs math-verify: pip install "
+    "math-verify"
+)

@@ -39,7 +39,7 @@ from run.ending import finish, give_up
 from run.guard import StopRequest
 from run.opening import open_run
 from run.options import Options, parse
-from run.state import Run, Stopwatch
+from run.state import Run
 from sampling import Rollout
 from scale import memory
 from scale.shard import open_ranks
@@ -52,7 +52,7 @@ Layer = int | None
 
 def train_step(step: int, run: Run) -> Step:
     """One batch of answers, from prompts to updated weights."""
-    options, clock = run.options, Stopwatch()
+    options, clock = run.options, run.clock()
 
     # 1. Whose policy learns? The model's own (None) or, in BuPO's first phase, layer l's.
     layer = run.schedule(step)  # BuPO 1: the schedule
@@ -120,7 +120,7 @@ def collect(step: int, layer: Layer, run: Run, attempt: int = 0) -> Batch:
     strict, lenient = rollout.mask.new_tensor(grades).T
     first = [texts.index(text, row // G * G) for row, text in enumerate(texts)]
     right = run.verdict(Grade(strict, lenient), step, attempt)[first]  # equal answers, equal pay
-    rewards = right.float()
+    rewards = run.pay(right, problems, texts)[first]
     live = losses.differ(rewards, G)  # before a length penalty, which would wake dead groups
     if options.overlong_buffer:
         cap, buffer = options.max_new_tokens, options.overlong_buffer
@@ -359,7 +359,8 @@ def inspect_group(step: Step, run: Run) -> dict:
     G = run.options.answers_per_prompt
     right = batch.right.view(-1, G)
     share_right = right.float().mean(1)
-    distance = (share_right - 0.5).abs()
+    centred = share_right - 0.5
+    distance = centred.abs()
     most_mixed = int(distance.argmin())
     first = G * most_mixed
     rows = list(range(first, first + G))

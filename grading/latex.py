@@ -1,19 +1,14 @@
 """LaTeX answers: math-verify, an optional library, in a process that is killed when time is up."""
 
 import importlib.util
-import json
-import pathlib
 import re
-import subprocess
-import sys
 from concurrent import futures
 
+from program.apart import Apart, Died, answer_lines
 from program.errors import BadInput
 
 LATEX_SECONDS = 5.0
 LONGEST_ANSWER = 1_000  # characters
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-START = "import sys; sys.path[0] = sys.argv[1]; from grading.latex import serve; serve()"
 
 
 def has_math_verify():
@@ -22,52 +17,33 @@ def has_math_verify():
 
 class _LatexChecker:
     """math-verify in a process of its own: an answer that hangs it costs LATEX_SECONDS and a new
-    process. It has a session of its own, so that no Ctrl-C reaches it; killed all the same, it is
-    asked again, once."""
+    process. Killed, it is asked again, once."""
 
     def __init__(self):
-        self.process, self.failures = None, 0
-        self.reader = futures.ThreadPoolExecutor(1)  # a pipe has no time-out, a future has
+        self.apart, self.failures = Apart("grading.latex"), 0
 
     def equal(self, answer, truth):
         verdict = None
-        try:
-            for _ in range(2):
-                if reply := self._ask([answer, truth], LATEX_SECONDS):
-                    verdict = json.loads(reply)
-                    break
-                self._stop()
-        except futures.TimeoutError:
-            self._stop()
-        except BaseException:  # this reply must not be taken for the next question's
-            self._stop()
-            raise
+        for _ in range(2):
+            try:
+                if self.apart.process is None:
+                    self._start()
+                verdict = self.apart.ask([answer, truth], LATEX_SECONDS)
+                break
+            except futures.TimeoutError:
+                break
+            except Died:
+                pass
         self.failures += verdict is None
         return bool(verdict)
 
-    def _ask(self, question, seconds):
-        """The reply, a line of JSON; empty if the process has ended."""
-        if self.process is None:
-            self._start()
-        try:
-            self.process.stdin.write(json.dumps(question) + "\n")
-            self.process.stdin.flush()
-        except OSError:
-            return ""
-        return self.reader.submit(self.process.stdout.readline).result(seconds)
-
     def _start(self):
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        command = [sys.executable, "-c", START, str(ROOT)]
-        self.process = subprocess.Popen(command, encoding="utf-8", start_new_session=True, **pipes)
-        if self._ask(["1", "1"], 60) != "true\n":  # importing sympy takes seconds
+        try:
+            ready = self.apart.ask(["1", "1"], 60)  # importing sympy takes seconds
+        except (Died, futures.TimeoutError):
+            ready = None
+        if ready is not True:
             raise BadInput("math-verify does not start; pip install --upgrade math-verify")
-
-    def _stop(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-        self.process = None
 
 
 LATEX = _LatexChecker()
@@ -82,20 +58,18 @@ def latex_equal(answer, truth):
 
 
 def serve():
-    """A line of JSON in, [answer, truth]; a line out: true, false, or null for "cannot tell"."""
+    """[answer, truth] in; true, false, or null for "cannot tell" out."""
     import logging
-    import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
-    replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints does not answer
-    for line in sys.stdin:
-        try:
-            verdict = _equal(*json.loads(line))
-        except Exception:  # noqa: BLE001 - whatever fails there means "could not tell"
-            verdict = None
-        print(json.dumps(verdict), file=replies, flush=True)
+    answer_lines(_verdict)
+
+
+def _verdict(pair):
+    try:
+        return _equal(*pair)
+    except Exception:  # noqa: BLE001 - whatever fails there means "could not tell"
+        return None
 
 
 def _equal(answer, truth):

@@ -76,10 +76,6 @@ def widest(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def synchronize():
+def synchronize(device):
     """Wait until what was launched on a device has run."""
-    for kind in (torch.cuda, torch.xpu):
-        if kind.is_initialized():
-            kind.synchronize()
-    if torch.backends.mps.is_available():
-        torch.mps.synchronize()
+    getattr(torch, device.type).synchronize()

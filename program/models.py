@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from program.errors import BadInput
+from program.hub import check_network
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -38,11 +39,10 @@ def load_config(name):
             f"--model {name}: no such folder; "
             "give a Hugging Face model folder or a hub name such as Qwen/Qwen3-0.6B"
         )
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise BadInput(
-            f"--model {name}: the folder holds no config.json; "
-            "give a folder written by save_pretrained"
-        )
+    if folder.is_dir():
+        _check_folder(name, folder)
+    if not folder.is_dir():
+        check_network(f"--model {name}", str(name))
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # noqa: BLE001 - the library raises many kinds, the hub's among them
@@ -57,6 +57,19 @@ def load_config(name):
             "model; this project trains those only"
         )
     return config
+
+
+def _check_folder(name, folder):
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise BadInput(
+            f"--model {name}: holds a LoRA adapter, not a model; merge it into its base model "
+            "(peft: merge_and_unload, then save_pretrained) and name that folder"
+        )
+    if not (folder / "config.json").is_file():
+        raise BadInput(
+            f"--model {name}: the folder holds no config.json; "
+            "give a folder written by save_pretrained"
+        )
 
 
 def load_tokenizer(name):
@@ -84,6 +97,12 @@ def load_model(name, device="cpu", dtype=torch.float32):
     move bfloat16 weights."""
     load_config(name)
     tokenizer = load_tokenizer(name)
+    folder = pathlib.Path(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise BadInput(
+            f"--model {name}: holds a configuration and no weights (*.safetensors); download or "
+            "copy them, too"
+        )
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True

@@ -29,18 +29,21 @@ def instruct(problems: list, instruction: str) -> list:
 TEMPLATE = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
-def render_prompt(question: str, tokenizer: object) -> tuple[str, list[int]]:
+def render_prompt(question: str, tokenizer: object, history: tuple = ()) -> tuple[str, list[int]]:
     """(text, token ids) of one question: through the tokenizer's chat template if it has one."""
-    return render_prompts([question], tokenizer)[0]
+    return render_prompts([(question, history)], tokenizer)[0]
 
 
-def render_prompts(questions: list[str], tokenizer: object) -> list[tuple[str, list[int]]]:
-    """Of many questions at once, in a quarter of the time."""
+def render_prompts(asked: list[tuple], tokenizer: object) -> list[tuple[str, list[int]]]:
+    """Of many (question, history) at once, in a quarter of the time. A history is the system
+    message and the turns before the question, ((role, text), ...)."""
+    chats = [(*history, ("user", question)) for question, history in asked]
     if getattr(tokenizer, "chat_template", None):
-        chats = [[{"role": "user", "content": question}] for question in questions]
+        chats = [[{"role": role, "content": text} for role, text in chat] for chat in chats]
         texts = tokenizer.apply_chat_template(chats, **TEMPLATE)
         return list(zip(texts, tokenizer(texts, add_special_tokens=False).input_ids))
-    texts = [f"Question: {question}\nAnswer:" for question in questions]
+    form = {"user": "Question: {}\nAnswer:", "assistant": " {}\n\n", "system": "{}\n\n"}
+    texts = ["".join(form.get(role, "{}\n\n").format(text) for role, text in c) for c in chats]
     rows = tokenizer(texts).input_ids
     end = getattr(tokenizer, "eos_token_id", None)
     # some tokenizers close every text with an end token, behind which no answer begins
@@ -61,6 +64,22 @@ def end_of_turn(tokenizer: object) -> int | None:
     return behind[0] if behind and behind[0] in added and added[behind[0]].special else None
 
 
+def _rendered(problems, tokenizer):
+    """render_prompts of problems; BadInput names the one that template or tokenizer refuses."""
+    try:
+        return render_prompts([(p.question, p.history) for p in problems], tokenizer)
+    except Exception as error:  # noqa: BLE001 - a template may raise anything, tokenizers too
+        if len(problems) > 1:
+            return [pair for p in problems for pair in _rendered([p], tokenizer)]
+        (problem,) = problems
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        where = f"{problem.place}, " if problem.place else ""
+        raise BadInput(
+            f"{where}question {problem.question[:60]!r}: the model's chat template or tokenizer "
+            f"refuses it ({first}); remove the row, or mend the template"
+        ) from error
+
+
 def fit_context(
     problems: list,
     tokenizer: object,
@@ -78,7 +97,7 @@ def fit_context(
     bar = tqdm(total=len(problems), desc="rendering prompts", leave=False, delay=1, disable=None)
     for i in range(0, len(problems), together):
         some = problems[i : i + together]
-        rendered = render_prompts([p.question for p in some], tokenizer)
+        rendered = _rendered(some, tokenizer)
         items += [(problem, ids) for problem, (_, ids) in zip(some, rendered)]
         bar.update(len(some))
     bar.close()

@@ -59,8 +59,8 @@ def save(run, step):
         save_model(run, aside, weights)
         torch.save(moments, aside / "optimizer.pt")
         made_of = fingerprint(run.policy.config, run.tokenizer)
-        options = sum_of_options(run.options)
-        state = {"step": step, "fingerprint": made_of, "options": options, **run.state()}
+        settings = sum_of_settings(run.options)
+        state = {"step": step, "fingerprint": made_of, "settings": settings, **run.state()}
         (aside / "run.json").write_text(json.dumps(state), encoding="utf-8")
         files = sorted(p for p in aside.iterdir() if p.is_file())
         for path in files:
@@ -186,16 +186,20 @@ def _fault(folder):
     return None if listed else "it lists no run.json or optimizer.pt"
 
 
-def sum_of_options(options):
-    """SHA-256 of the options that a resumed run may not change."""
-    kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in MAY_CHANGE}
+def sum_of_settings(options):
+    """SHA-256 of the options that a resumed run may not change, where they are not the default: an
+    option that is new since says nothing about a run of before."""
+    default = {f.name: f.default for f in dataclasses.fields(options)}
+    given = {k: v for k, v in dataclasses.asdict(options).items() if v != default[k]}
+    kept = {k: v for k, v in given.items() if k not in MAY_CHANGE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def restore(run, folder):
     """Put back everything but the weights; returns the step the checkpoint was written at."""
     state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    if state.get("options", sum_of_options(run.options)) != sum_of_options(run.options):
+    own = sum_of_settings(run.options)
+    if state.get("settings", own) != own:
         raise BadInput(
             f"--resume: {folder} is of a run with other options than {run.out / 'config.json'}; "
             "move away what does not belong there, or start a new run in another --out"

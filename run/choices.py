@@ -16,6 +16,8 @@ from fast.logprobs import chunked_logprobs_and_entropy
 from program.errors import BadInput, NonFinite
 from run import arms, rounds
 from run.machine import Weights, split_rows
+from run.own_reward import OwnReward
+from run.state import Stopwatch
 from scale.half import ScaledWeights
 from scale.master import MasterWeights
 from scale.passes import even_passes, one_exchange, passes_of_tokens
@@ -43,6 +45,11 @@ def choose_steps(run):
     run.schedule = schedule_of(run)
     run.temperature = temperature_of(o)
     run.verdict = arms.coin(run) if o.reward == "random" else paid(o.reward)
+    run.clock = functools.partial(Stopwatch, run.ranks.device)
+    run.pay = lambda right, problems, texts: right.float()
+    if o.reward_function:
+        run.own_reward = OwnReward(o.reward_function, functools.partial(print, flush=True))
+        run.pay = functools.partial(own_rewards, run.own_reward)
     run.rounds = rounds.dynamic_sampling if o.dynamic_sampling else lambda collect, *a: collect(*a)
     run.mean_loss = mean_of(o)
     run.arms = [arms.ARMS[o.comparison]] if o.comparison != "none" else []
@@ -144,6 +151,13 @@ def temperature_of(options):
 def paid(reward):
     """The verdict used as reward, of both: strict or lenient."""
     return lambda grades, step, attempt: getattr(grades, reward)
+
+
+def own_rewards(function, right, problems, texts):
+    """A reward for every answer, (B,), NaN where the function failed: then the step is bad."""
+    G = len(texts) // len(problems)
+    rewards = [function(problems[row // G], text) for row, text in enumerate(texts)]
+    return torch.tensor(rewards, device=right.device)
 
 
 def mean_of(options):

@@ -41,7 +41,7 @@ def open_run(options, ranks):
         check_fingerprint(options, found)
 
     policy, tokenizer = open_policy(options, source, ranks)
-    items, held_out = load_data(options, tokenizer, config, say)
+    items, held_out = data_of_run(options, tokenizer, config, say)
     first_weights = None if found else sum_of_weights(policy)
     run = Run(
         options=options,
@@ -63,9 +63,11 @@ def open_run(options, ranks):
             "answers end at --max-new-tokens only"
         )
     run.origin = {"questions": sum_of_questions(items, held_out)}
+    if run.own_reward:
+        run.origin["reward_function"] = run.own_reward.sum
     if found:
-        asked, step = run.origin["questions"], checkpoint.restore(run, found)
-        check_origin(run, asked, ranks)
+        now, step = run.origin, checkpoint.restore(run, found)
+        check_origin(run, now)
     else:
         run.origin["weights"], step = first_weights, None
     if options.masters_apart and run.reference is not None:
@@ -140,10 +142,16 @@ def check_fingerprint(options, found):
             )
 
 
-def check_origin(run, questions, ranks):
-    """A resumed run must ask what it asked, and hold to the initial model that it started with."""
+def check_origin(run, now):
+    """A resumed run must ask what it asked and pay what it paid, and hold to the initial model that
+    it started with. Data are compared by what they hold, wherever they lie."""
     options = run.options
-    if questions != run.origin["questions"]:
+    if now.get("reward_function") != run.origin.get("reward_function"):
+        raise BadInput(
+            f"--reward-function {options.reward_function}: the file is not what it was when the "
+            f"run in {options.out} was started; restore it, or start a new run in another --out"
+        )
+    if now["questions"] != run.origin["questions"]:
         what = f"--data {options.data}" if options.data else f"--task {options.task}"
         raise BadInput(
             f"{what}: the questions in use are not those that the run in {options.out} was started "
@@ -152,7 +160,7 @@ def check_origin(run, questions, ranks):
         )
     initial = run.reference
     if initial is None and options.model != started_with(options):
-        initial = open_reference(options, ranks)
+        initial = open_reference(options, run.ranks)
     if initial is not None and sum_of_weights(initial) != run.origin["weights"]:
         raise BadInput(
             f"--model {options.model}: its weights are not those that the run in {options.out} was "
@@ -184,8 +192,19 @@ def sum_of_questions(items, held_out):
     for p in [problem for problem, _ in items] + held_out:
         # integers were checked as other numbers once, and runs of then go on
         kind = "number" if p.kind == "integer" else p.kind
-        asked.append((p.question, p.answer, kind, p.numbers))
+        asked.append((p.question, p.answer, kind, p.numbers, *([p.history] if p.history else [])))
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def data_of_run(options, tokenizer, config, say):
+    """load_data; a resumed run's may have moved."""
+    try:
+        return load_data(options, tokenizer, config, say)
+    except BadInput as error:
+        if not options.resume:
+            raise
+        again = "if it lies elsewhere now, add --data NEWPATH (or --eval-data)"
+        raise BadInput(f"{error}; {again}") from error
 
 
 def load_data(options, tokenizer, config, say):
@@ -193,13 +212,16 @@ def load_data(options, tokenizer, config, say):
 
     Prompts that leave no room for an answer are dropped and counted.
     """
+    own = bool(options.reward_function)  # which may pay for answers that no rule can check
     if options.eval_data:
-        train_set = read_problems(options.data)
-        held_out = read_problems(options.eval_data, "--eval-data")
+        form = options.form._replace(split=options.eval_split)
+        train_set = read_problems(options.data, "--data", options.form, own)
+        held_out = read_problems(options.eval_data, "--eval-data", form, own)
         random.Random(0).shuffle(held_out)  # the first ones are asked, and a file may be sorted
         say_overlap(train_set, held_out, options, say)
     else:
-        train_set, held_out = load_problems(options.task, options.data or None, options.difficulty)
+        asked = (options.task, options.data or None, options.difficulty)
+        train_set, held_out = load_problems(*asked, options.form, own)
     cap, asked = options.max_new_tokens, options.instruction
     train_set, held_out = instruct(train_set, asked), instruct(held_out, asked)
     items = fit_context(train_set, tokenizer, config, cap, say)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from dataclasses import dataclass
 
 from bupo import target_layer
@@ -13,6 +14,7 @@ from losses import GROUP_RULES
 from program.command import OneLineParser
 from program.devices import check_device, default_device, default_dtype
 from program.errors import BadInput
+from questions.files import Form
 from questions.prompts import FILE_INSTRUCTION, default_instruction
 from tasks import BUILT_IN, FILE_CAP, default_cap
 
@@ -33,8 +35,16 @@ class Options:
     model: str = opt("assets/tiny-qwen3", "Hugging Face folder or hub name")
     task: str = opt("addition", f"built-in task; {TASKS}", sorted(BUILT_IN))
     difficulty: int = opt(None, "level of the built-in task; default its first")
-    data: str = opt("", "JSONL or parquet file of questions instead of a built-in task")
-    eval_data: str = opt("", "file of held-out questions; default: some rows of --data")
+    data: str = opt(
+        "",
+        "questions instead of a built-in task: .jsonl, .json, .csv or .parquet, each also .gz; a "
+        "folder or a hub's OWNER/NAME through datasets",
+    )
+    data_split: str = opt("train", "of a data set that has several")
+    eval_data: str = opt("", "held-out questions, as --data; default: some rows of --data")
+    eval_split: str = opt("test", "the same of --eval-data")
+    question_column: str = opt("", "default question, prompt or messages")
+    answer_column: str = opt("", "default answer or reward_model.ground_truth")
     instruction: str = opt(
         None, f"line behind every question, '' for none; default '{FILE_INSTRUCTION}' for files"
     )
@@ -42,6 +52,9 @@ class Options:
         "lenient",
         "which verdict is the reward; random: a coin, a control that nothing can be learned from",
         ["strict", "lenient", "random"],
+    )
+    reward_function: str = opt(
+        "", "FILE.py:NAME, a function (question, answer, text) -> float that is paid instead"
     )
     out: str = opt("", "output folder; default runs/ALGO-TASK")
     resume: bool = opt(False, "continue the run in --out where its newest whole checkpoint stands")
@@ -149,6 +162,11 @@ class Options:
         return self.answers_per_step // self.updates_per_rollout
 
     @property
+    def form(self):
+        """What was said of --data."""
+        return Form(self.data_split, self.question_column, self.answer_column)
+
+    @property
     def verdict(self):
         """What is measured on held-out questions: the verdict used as reward, if one is."""
         return "lenient" if self.reward == "random" else self.reward
@@ -174,7 +192,10 @@ def parse(argv, description):
     """Options from the command line, a resumed run's config.json, and each other."""
     given = vars(_parser(description).parse_args(argv))
     options = Options(**given)
-    name = pathlib.Path(options.data).stem if options.data else options.task
+    name = options.task
+    if options.data:
+        name = re.sub(r"(\.\w{2,7}){1,2}$", "", pathlib.Path(options.data).name)
+        name = re.sub(r"\W+", "-", name)
     options = dataclasses.replace(options, out=options.out or f"runs/{options.algo}-{name}")
     held = pathlib.Path(options.out) / "config.json"
     if any(p.exists() and not p.is_dir() for p in (held.parent, *held.parent.parents)):
@@ -243,6 +264,7 @@ MAY_CHANGE = {  # on resume: these change no result
         "diagnose_every",
     ),
     *("resume", "overwrite", "out", "model"),
+    *("data", "eval_data"),  # the questions in use must be the same
 }
 
 
@@ -284,7 +306,8 @@ def complete(options):
         dtype = "bfloat16" if options.masters_apart else default_dtype(options.device)
         options = dataclasses.replace(options, dtype=dtype)
     check_ranges(options)
-    for wrong, name, why in (*impossible(options), *without_effect(options)):
+    faults = [*impossible(options), *without_effect(options), *without_data(options)]
+    for wrong, name, why in faults:
         if wrong:
             raise BadInput(f"{flag_of(name)} {getattr(options, name)}: {why}")
     return options
@@ -434,9 +457,6 @@ def without_effect(options):
     yield not steered and o.rho != default["rho"], "rho", "does nothing without HAPO's A, C and D"
     unused = o.max_rounds != default["max_rounds"] and not o.dynamic_sampling
     yield unused, "max_rounds", "does nothing without --dynamic-sampling"
-    for name in ("task", "difficulty"):
-        unused = o.data and getattr(o, name) != default[name]
-        yield unused, name, "belongs to the built-in tasks and would do nothing with --data"
     for name in ("bupo_norm", "bupo_arm", "bupo_steps"):
         unused = not o.bupo_layer and getattr(o, name) != default[name]
         yield unused, name, "does nothing without --bupo-layer"
@@ -447,3 +467,21 @@ def without_effect(options):
         "bupo_norm",
         f"no internal policy is trained with --bupo-arm {o.bupo_arm}",
     )
+
+
+def without_data(o):
+    """As `without_effect`, of what is asked and paid."""
+    default = {f.name: f.default for f in dataclasses.fields(Options)}
+    yield (
+        o.reward_function and o.reward == "random",
+        "reward",
+        "--reward-function is paid instead; leave one of them out",
+    )
+    for name in ("data_split", "question_column", "answer_column"):
+        unused = not o.data and getattr(o, name) != default[name]
+        yield unused, name, "does nothing without --data"
+    unused = not o.eval_data and o.eval_split != default["eval_split"]
+    yield unused, "eval_split", "does nothing without --eval-data"
+    for name in ("task", "difficulty"):
+        unused = o.data and getattr(o, name) != default[name]
+        yield unused, name, "belongs to the built-in tasks and would do nothing with --data"

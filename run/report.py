@@ -228,6 +228,8 @@ def console_line(m, options):
         + " + ".join(f"{s:.2f} {part}" for part, s in seconds.items())
         + f", {m['tokens_per_second']:.0f} tok/s",
     ]
+    if "eval_reward" in m:
+        parts.append(f"held-out reward {m['eval_reward']:.3f}")
     if "eval_accuracy" in m:
         parts.append(f"held-out {m['eval_accuracy']:.3f} (greedy {m['eval_greedy']:.3f})")
     return "  ".join(parts)
@@ -241,7 +243,9 @@ def held_out(run, step):
     options, name = run.options, f"evaluating step {step}"
     asked = [run.held_out[i % len(run.held_out)] for i in range(options.eval_prompts)]
     seed = seed_of(options.seed, "held out")
-    sampled = summarise(evaluate_over(run, asked, 1.0, seed, f"{name}, sampled"))
+    answers = evaluate_over(run, asked, 1.0, seed, f"{name}, sampled")
+    sampled = summarise(answers)
+    own = [answer.reward for row in answers for answer in row] if run.own_reward else []
     each = run.held_out[: options.eval_prompts]
     greedy = summarise(evaluate_over(run, each, 0.0, 0, f"{name}, greedy"))
     return {
@@ -250,6 +254,7 @@ def held_out(run, step):
         "eval_strict": sampled.strict,
         "eval_lenient": sampled.lenient,
         "eval_error": getattr(sampled, options.verdict + "_error"),
+        **({"eval_reward": sum(own) / len(own)} if own else {}),
         "eval_finished": sampled.finished,
         "eval_length": sampled.length,
     }
@@ -274,6 +279,9 @@ def evaluate_over(run, problems, temperature, seed, name, samples=1):
         numbers=ranks.mine(range(count)),
     )
     by_question = {}  # a question that was asked twice is one question with two answers
+    if run.own_reward:
+        paid = lambda p, a: a._replace(reward=run.own_reward(p, a.text))
+        answers = [[paid(p, answer) for answer in row] for p, row in zip(problems, answers)]
     rows = [(p.question, row) for p, row in zip(problems, answers)]
     for part in ranks.gather_objects(rows):
         for question, row in part:

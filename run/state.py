@@ -61,6 +61,9 @@ class Run:
     schedule: Callable = None  # step -> the layer whose policy learns, or None
     temperature: Callable = None  # (entropies, statistics) -> temperatures
     verdict: Callable = None  # (grades, step, attempt) -> (B,) bool: the verdict used as reward
+    clock: Callable = None  # () -> a Stopwatch
+    own_reward: Callable = None  # (problem, text) -> float: --reward-function
+    pay: Callable = None  # (verdicts, problems, texts) -> (B,) rewards
     rounds: Callable = None  # (collect, step, layer, run) -> the step's batch
     mean_loss: Callable = None  # (per token, mask, tokens, answers) -> the update's loss
     arms: list = ()  # run/arms.py: what changes a scored batch
@@ -121,11 +124,12 @@ class Run:
 class Stopwatch:
     """Seconds of each part of a step, by name."""
 
-    def __init__(self):
-        self.seconds, self._since = {}, time.perf_counter()
+    def __init__(self, device):
+        self.device, self.seconds, self._since = device, {}, time.perf_counter()
 
     def lap(self, name):
-        synchronize()
+        if self.device.type != "cpu":
+            synchronize(self.device)  # what was launched has run
         now = time.perf_counter()
         self.seconds[name], self._since = now - self._since, now
 

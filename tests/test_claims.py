@@ -144,33 +144,7 @@ def laid_out(tools, monkeypatch, tmp_path):
 
     def training(command, **how):
         trained.append(command)
-        out = tmp_path / command[command.index("--out") + 1]
-        out.mkdir(parents=True, exist_ok=True)
-        seed = int(command[command.index("--seed") + 1])
-        step = {
-            "all_wrong": 1,
-            "groups": 4,
-            "updates": 2,
-            "response_length": 9.0,
-            "seconds_update": 1.0,
-        }
-        better = "--no-" not in " ".join(command) and "hapo" in command
-        right = seed / 1000 + 0.3 * better
-        asked = int(re.findall(r"--steps (\d+)", " ".join(command))[-1])
-        rows = [{"step": 0, "eval_accuracy": 0.1, "eval_greedy": 0.1}]
-        rows.append(
-            {
-                "step": stop.get(seed, asked),
-                "eval_accuracy": right,
-                "eval_greedy": 0.9,
-                "entropy": 0.1,
-                "eval_length": 9.0,
-            }
-        )
-        rows[1] |= step
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (out / "metrics.jsonl").write_text(text, encoding="utf-8")
-        return type("Done", (), {"returncode": 0, "stderr": ""})()
+        return write_a_training(tmp_path, command, stop)
 
     monkeypatch.setattr(claims.subprocess, "run", training)
 
@@ -179,6 +153,37 @@ def laid_out(tools, monkeypatch, tmp_path):
         claims.main()
 
     return run, runs, trained, stop
+
+
+def write_a_training(folder, command, stop):
+    """What a run of train.py leaves: its lines."""
+    out = folder / command[command.index("--out") + 1]
+    out.mkdir(parents=True, exist_ok=True)
+    seed = int(command[command.index("--seed") + 1])
+    step = {
+        "all_wrong": 1,
+        "groups": 4,
+        "updates": 2,
+        "response_length": 9.0,
+        "seconds_update": 1.0,
+    }
+    better = "--no-" not in " ".join(command) and "hapo" in command
+    right = seed / 1000 + 0.3 * better
+    asked = int(re.findall(r"--steps (\d+)", " ".join(command))[-1])
+    rows = [{"step": 0, "eval_accuracy": 0.1, "eval_greedy": 0.1}]
+    rows.append(
+        {
+            "step": stop.get(seed, asked),
+            "eval_accuracy": right,
+            "eval_greedy": 0.9,
+            "entropy": 0.1,
+            "eval_length": 9.0,
+        }
+    )
+    rows[1] |= step
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (out / "metrics.jsonl").write_text(text, encoding="utf-8")
+    return type("Done", (), {"returncode": 0, "stderr": ""})()
 
 
 def names_in(runs):

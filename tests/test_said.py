@@ -18,6 +18,7 @@ import train
 from evaluate import Answer
 from grading.answers import Grade
 from program.errors import BadInput
+from questions.files import Form
 from questions.prompts import FILE_INSTRUCTION
 from run import report
 from run.batch import Pass, Update, rollout_of
@@ -308,16 +309,22 @@ def test_evaluate_asks_what_the_run_held_out(tmp_path):
     run = dict(task="arithmetic", difficulty=3, data="", eval_data="", instruction="Short.")
     run |= {"max_new_tokens": 9}
     args = dict(task=None, difficulty=None, data=None, instruction=None, max_new_tokens=None)
+    args |= dict(data_split="test", question_column="", answer_column="")
     asked = lambda run, **given: evaluate.asked_of(types.SimpleNamespace(**args | given), run)
-    assert asked(run) == ("arithmetic", 3, "", "", "Short.", 9)
-    assert asked(run, difficulty=2, instruction="", max_new_tokens=5)[1::3] == (2, "")
-    assert asked(run, task="addition") == ("addition", 3, "", "", "Short.", 40)
-    assert asked(run, data="f.jsonl") == ("addition", None, "f.jsonl", "", "Short.", 512)
+    assert asked(run)[:6] == ("arithmetic", 3, "", "", "Short.", 9)
+    assert asked(run, difficulty=2, instruction="", max_new_tokens=5)[1:5:3] == (2, "")
+    assert asked(run, task="addition")[:6] == ("addition", 3, "", "", "Short.", 40)
+    assert asked(run, data="f.jsonl")[:6] == ("addition", None, "f.jsonl", "", "Short.", 512)
     older = {"task": "addition", "difficulty": 2, "max_new_tokens": 9}  # of before --instruction
-    assert asked(older) == ("addition", 2, "", "", "", 9)
-    assert asked(None) == ("addition", 3, "", "", "", 40)
-    assert asked(None, data="f.jsonl") == ("addition", None, "f.jsonl", "", FILE_INSTRUCTION, 512)
+    assert asked(older)[:6] == ("addition", 2, "", "", "", 9)
+    assert asked(None)[:6] == ("addition", 3, "", "", "", 40)
+    of_a_file = ("addition", None, "f.jsonl", "", FILE_INSTRUCTION, 512)
+    assert asked(None, data="f.jsonl")[:6] == of_a_file
+    columns = dict(question_column="q", answer_column="a", data_split="dev")
+    assert asked(None, data="f.jsonl", **columns).form == Form("dev", "q", "a")
+    assert asked(run | columns).form == Form("dev", "q", "a")
     of_file = run | {"data": str(data), "eval_data": str(data)}
+    assert asked(of_file | columns).form == Form("test", "q", "a")
     assert asked(of_file)[2:4] == (str(data), str(data))
     args = types.SimpleNamespace(**args)
     problems = evaluate.held_out_questions(args, evaluate.asked_of(args, of_file))

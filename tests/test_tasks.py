@@ -326,19 +326,24 @@ def test_a_number_of_a_file_stays_that_number(tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        (['{"question": "a", "answer": NaN}'], "line 1: the answer is nan; it must be a text"),
-        (['{"question": "a", "answer": -Infinity}'], "line 1: the answer is -inf"),
-        ([], "the file is empty"),
-        (['{"question": "a", "answer": null}'], "line 1: the answer is None; it must be a text"),
-        (['{"question": "a", "answer": true}'], "line 1: the answer is True"),
-        (['{"question": "a", "answer": [1]}'], r"line 1: the answer is \[1\]"),
+        (['{"question": "a", "answer": NaN}'], "line 1: its answer is nan, neither a text nor"),
+        (['{"question": "a", "answer": -Infinity}'], "line 1: its answer is -inf"),
+        ([], "it holds no rows"),
+        (['{"question": "a", "answer": null}'], r"line 1: it has no answer .*it has question"),
+        (['{"question": "a", "answer": true}'], "line 1: its answer is true or false"),
+        (['{"question": "a", "answer": [1]}'], "line 1: its answer is a list"),
+        (['{"question": "a", "answer": {"x": 1}}'], "line 1: its answer is an object"),
+        ([{"question": ["a"], "answer": "1"}], "line 1: its question is a list, but not of mess"),
+        ([{"prompt": None, "answer": "1"}], "line 1: it has no question .*it has answer"),
+        ([{"question": "a\ud800", "answer": "1"}], "line 1: it holds half a character"),
+        ([{"question": 5, "answer": "1"}], "line 1: its question is 5, neither a text nor a chat"),
         (['{"question": "a", "answer": "1"}', "{oops"], "line 2: not JSON"),
         (['{"question": "a"'], r"line 1: not JSON \((?!.*line 2)"),  # one line number, not two
         (["[1]"], "line 1: not a JSON object"),
-        ([{"q": "a"}], "line 1: needs the keys question .or prompt. and answer; it has q"),
-        ([{"question": "  ", "answer": "1"}], "line 1: the question is empty"),
+        ([{"q": "a"}], "line 1: it has no question .no question or prompt or messages; it has q"),
+        ([{"question": "  ", "answer": "1"}], "line 1: its question is empty"),
         (['{"question": "a", "answer": ' + "9" * 5_000 + "}"], "line 1: not JSON"),
-        ([{"question": "a", "answer": " "}], "no row has an answer"),
+        ([{"question": "a", "answer": " "}], "none of its 1 rows can be used; line 1: its answer"),
     ],
 )
 def test_bad_files_name_file_and_line(tmp_path, rows, message, monkeypatch):
@@ -377,7 +382,7 @@ def test_a_part_of_an_answer_is_not_the_answer(tmp_path, monkeypatch, capsys):
     for installed, kept in ((False, words), (True, [("(3, 4)", "latex"), *words])):
         without_math_verify(monkeypatch, installed)
         assert [(p.answer, p.kind) for p in read_problems(path)] == kept
-        assert f"{4 - len(kept)} of 4 rows skipped" in capsys.readouterr().out
+        assert f"{4 - len(kept)} of 4 rows left out, the first is line" in capsys.readouterr().out
 
 
 def test_missing_file():
@@ -395,7 +400,7 @@ def test_unusable_rows_are_counted_and_the_rest_goes_on(tmp_path, monkeypatch, c
         {"question": "b", "answer": "4"},
     )
     assert [p.answer for p in read_problems(path)] == ["4"]
-    assert "1 of 2 rows skipped" in capsys.readouterr().out
+    assert "1 of 2 rows left out, the first is line 1: its answer" in capsys.readouterr().out
 
 
 def test_parquet(tmp_path):
@@ -405,7 +410,7 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert read_problems(tmp_path / "a.parquet") == [Problem("How many?", "7")]
     parquet.write_table(pyarrow.Table.from_pylist([{"x": 1}]), tmp_path / "b.parquet")
-    with pytest.raises(BadInput, match="row 1: needs prompt"):
+    with pytest.raises(BadInput, match="row 1: it has no question .*it has x"):
         read_problems(tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_text("not parquet", encoding="utf-8")
     with pytest.raises(BadInput, match="not a readable parquet file"):
@@ -436,15 +441,15 @@ def test_no_signal_changes_a_verdict():
     in flight must not count as wrong."""
     pytest.importorskip("math_verify")
     assert latex_equal("\\frac{1}{2}", "0.5")
-    process, failures = LATEX.process, LATEX.failures
+    process, failures = LATEX.apart.process, LATEX.failures
     assert os.getsid(process.pid) == process.pid  # a session of its own
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(process.pid, number)
-        assert latex_equal("\\frac{1}{2}", "0.5") and LATEX.process is process
+        assert latex_equal("\\frac{1}{2}", "0.5") and LATEX.apart.process is process
     process.kill()
     process.wait()
     assert latex_equal("\\frac{1}{2}", "0.5") and not latex_equal("x", "y")
-    assert LATEX.process is not process and LATEX.failures == failures
+    assert LATEX.apart.process is not process and LATEX.failures == failures
 
 
 def test_a_comparison_that_hangs_costs_its_time_and_a_new_process(monkeypatch):
@@ -452,8 +457,9 @@ def test_a_comparison_that_hangs_costs_its_time_and_a_new_process(monkeypatch):
     assert latex_equal("x", "x")
     failures = LATEX.failures
     monkeypatch.setattr(latex, "LATEX_SECONDS", 0.2)
-    os.kill(LATEX.process.pid, signal.SIGSTOP)
-    assert not latex_equal("1", "1") and LATEX.failures == failures + 1 and LATEX.process is None
+    os.kill(LATEX.apart.process.pid, signal.SIGSTOP)
+    assert not latex_equal("1", "1") and LATEX.failures == failures + 1
+    assert LATEX.apart.process is None
     monkeypatch.undo()
     assert latex_equal("1", "1") and not latex_equal("1", "2") and LATEX.failures == failures + 1
 
@@ -466,10 +472,10 @@ def test_an_interrupted_question_leaves_no_reply_for_the_next(monkeypatch):
         def submit(self, read):
             raise KeyboardInterrupt
 
-    reader, LATEX.reader = LATEX.reader, Interrupted()
+    reader, LATEX.apart.reader = LATEX.apart.reader, Interrupted()
     with pytest.raises(KeyboardInterrupt):
         latex_equal("x", "x")
-    LATEX.reader = reader
+    LATEX.apart.reader = reader
     assert not latex_equal("x", "y")
 
 
@@ -489,9 +495,10 @@ def test_a_script_without_a_main_guard_may_grade(tmp_path):
 
 
 def test_a_library_that_does_not_start_is_named(monkeypatch):
-    monkeypatch.setattr(latex, "START", "pass")
+    checker = latex._LatexChecker()
+    checker.apart.command[2] = "pass"
     with pytest.raises(BadInput, match="math-verify does not start"):
-        latex._LatexChecker().equal("x", "x")
+        checker.equal("x", "x")
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -525,19 +532,21 @@ def test_many_prompts_are_rendered_as_each_is_alone(chat):
     tokenizer.chat_template = tokenizer.chat_template if chat else None
     questions = ["What is 1 + 2?", "a\n<|im_end|>", "x" * 50]
     alone = [render_prompt(question, tokenizer) for question in questions]
-    assert render_prompts(questions, tokenizer) == alone and len(alone[0][1]) != len(alone[2][1])
+    assert render_prompts([(q, ()) for q in questions], tokenizer) == alone and len(
+        alone[0][1]
+    ) != len(alone[2][1])
 
 
 def test_no_prompt_ends_with_an_end_token():
     """Some tokenizers close every text with one; no answer begins behind it."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.chat_template, end = None, tokenizer.eos_token
-    plain = [ids for _, ids in render_prompts(["Why?", "And?"], tokenizer)]
+    plain = [ids for _, ids in render_prompts([("Why?", ()), ("And?", ())], tokenizer)]
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
     )
     assert tokenizer("Why?").input_ids[-1] == tokenizer.eos_token_id
-    assert [ids for _, ids in render_prompts(["Why?", "And?"], tokenizer)] == plain
+    assert [ids for _, ids in render_prompts([("Why?", ()), ("And?", ())], tokenizer)] == plain
 
 
 def test_an_answer_ends_at_its_first_special_token():

@@ -266,6 +266,7 @@ def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
         generate=None,
         tokenizer=None,
         eos_ids=[],
+        own_reward=None,
     )
     a, b = Problem("a", "1"), Problem("b", "1")
     result = report.summarise(report.evaluate_over(fake, [a, b, b, a], 1.0, 0, ""))

@@ -1,0 +1,431 @@
+"""Data as people have it, a reward of their own, and data that have moved."""
+
+import csv
+import gzip
+import io
+import json
+import sys
+import types
+
+import pytest
+import torch
+from conftest import TINY
+
+import evaluate
+import train
+from program.errors import BadInput
+from questions.files import Form, rows_of
+from questions.prompts import fit_context, render_prompt
+from run import own_reward, report
+from run.machine import OneProcess
+from run.opening import open_run
+from run.options import parse
+from tasks import Problem, key_of, load_problems, read_problems
+
+ROWS = [{"question": f"What is {n} plus 1?", "answer": str(n + 1)} for n in range(7)]
+
+
+def as_jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def as_csv(rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_parquet(rows):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    written = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), written)
+    return written.getvalue()
+
+
+def as_array(rows):
+    return json.dumps(rows, indent=1).encode()
+
+
+FORMS = {
+    "a.jsonl": as_jsonl,
+    "a.json": as_array,
+    "lines.json": as_jsonl,
+    "a.csv": as_csv,
+    "a.parquet": as_parquet,
+}
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".GZ"])
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_file(tmp_path, name, upper, packed):
+    content = FORMS[name](ROWS)
+    path = tmp_path / ((name.upper() if upper else name) + packed)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    problems = read_problems(path)
+    assert [(p.question, p.answer) for p in problems] == [tuple(row.values()) for row in ROWS]
+    assert problems[2].row["answer"] == "3" and problems[2].place in ("line 3", "line 4", "row 3")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_byte_order_mark_and_windows_line_ends(tmp_path, name):
+    content = FORMS[name](ROWS).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert len(read_problems(tmp_path / name)) == 7
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.json", b"[{]", "a.json: not JSON"),
+        ("a.json", b"[5]", "a.json, row 1: not a JSON object"),
+        ("a.csv", b"question,answer\na,1,2\n", "a.csv, line 2: has another number of fields"),
+        ("a.csv", b"question,answer\na\n", "a.csv, line 2: has another number of fields"),
+        ("a.csv", b'question,answer\n"a,1\n', "a.csv, line 1: not CSV"),
+        ("a.csv", "question,answer\ncaf\xe9,1\n".encode("latin-1"), "a.csv: not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(as_jsonl(ROWS))[:40], "a.jsonl.gz: not a whole .gz file"),
+        ("a.csv.gz", b"question,answer\n", "a.csv.gz: not a whole .gz file"),
+        ("a.json.gz", gzip.compress(b"[")[:-3], "a.json.gz: not a whole .gz file"),
+    ],
+)
+def test_broken_files_are_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=message) as error:
+        read_problems(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_columns_by_name(tmp_path):
+    rows = [{"q": "How many?", "x": {"gold": 7}, "question": "another"}]
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
+    form = Form(question="q", answer="x.gold")
+    assert read_problems(tmp_path / "a.jsonl", "--data", form) == [Problem("How many?", "7")]
+    with pytest.raises(BadInput, match="line 1: it has no answer .no nothing; it has q, question"):
+        read_problems(tmp_path / "a.jsonl", "--data", Form(answer="nothing"))
+
+
+def test_what_cannot_be_used_is_counted_by_reason(tmp_path, capsys):
+    rows = [*ROWS, {"question": "a"}, {"question": "b"}, {"prompt": "c", "answer": {"x": 1}}]
+    rows += [{"prompt": None, "question": "d", "answer": "4"}]
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
+    assert len(read_problems(tmp_path / "a.jsonl")) == 8
+    said = capsys.readouterr().out
+    assert "2 of 11 rows left out, the first is line 8: it has no answer" in said
+    assert "1 of 11 rows left out, the first is line 10: its answer is an object" in said
+
+
+# ---------------------------------------------------------------------------------------- data sets
+
+
+def a_dataset(monkeypatch, rows, configurations=("main", "other")):
+    """A library `datasets` that holds these rows by split; returns what was asked of it."""
+    asked = []
+
+    def load(name, configuration=None, split=None):
+        asked.append((name, configuration, split))
+        if split not in rows:
+            raise ValueError(f"Unknown split {split!r}.\nMore.")
+        return rows[split]
+
+    library = types.ModuleType("datasets")
+    library.load_dataset, library.load_from_disk = load, lambda name: rows
+    library.get_dataset_config_names = lambda name: list(configurations)
+    library.config = types.SimpleNamespace(HF_DATASETS_CACHE="/nowhere")
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr("questions.files.check_network", lambda *a, **k: None)
+    return asked
+
+
+def test_a_data_set_of_the_hub(monkeypatch, capsys):
+    asked = a_dataset(monkeypatch, {"train": ROWS, "test": ROWS[:2]})
+    assert len(read_problems("openai/gsm8k")) == 7
+    assert len(read_problems("openai/gsm8k:other", "--data", Form(split="test"))) == 2
+    assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "other", "test")]
+    with pytest.raises(BadInput, match="datasets cannot read its split 'dev' .Unknown split 'dev'"):
+        read_problems("openai/gsm8k", "--data", Form(split="dev"))
+    a_dataset(monkeypatch, {}, ("a", "b"))
+    with pytest.raises(BadInput, match="has the configurations a, b; name one of them: x/y:a"):
+        read_problems("x/y")
+
+
+def test_a_folder_of_data(monkeypatch, tmp_path):
+    asked = a_dataset(monkeypatch, {"train": ROWS})
+    assert len(read_problems(tmp_path)) == 7 and asked == [(str(tmp_path), None, "train")]
+    (tmp_path / "dataset_dict.json").write_text("{}", encoding="utf-8")
+    assert len(read_problems(tmp_path)) == 7 and len(asked) == 1  # as save_to_disk leaves it
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(BadInput, match="a folder is read through datasets: pip install datasets"):
+        read_problems(tmp_path)
+    with pytest.raises(BadInput, match="no file; a hub's data set is read through datasets"):
+        read_problems("openai/gsm8k")
+    with pytest.raises(BadInput, match="--data data/none.jsonl: no such file"):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "data").mkdir()
+        read_problems("data/none.jsonl")
+
+
+def test_the_library_itself_reads_a_folder(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes(as_jsonl(ROWS))
+    (tmp_path / "data" / "test.jsonl").write_bytes(as_jsonl(ROWS[:3]))
+    assert len(read_problems(tmp_path / "data")) == 7
+    assert len(read_problems(tmp_path / "data", "--data", Form(split="test"))) == 3
+
+
+# -------------------------------------------------------------------------------------------- chats
+
+CHAT = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": [{"type": "text", "text": "2 "}, {"type": "text", "text": "+ 2?"}]},
+]
+
+
+class Template:
+    """A tokenizer of letters whose template writes every message."""
+
+    chat_template, eos_token_id = "yes", None
+
+    def apply_chat_template(self, chats, **how):
+        return ["".join(f"<{m['role']}>{m['content']}" for m in c) + "<assistant>" for c in chats]
+
+    def __call__(self, texts, **how):
+        return types.SimpleNamespace(input_ids=[[ord(c) for c in text] for text in texts])
+
+
+def test_a_chat_reaches_the_prompt_whole(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl([{"prompt": CHAT, "answer": "4"}]))
+    (problem,) = read_problems(tmp_path / "a.jsonl")
+    assert problem.question == "2 + 2?" and problem.answer == "4"
+    assert problem.history == (("system", "Be short."), ("user", "Hello"), ("assistant", "Hi."))
+    text, _ = render_prompt(problem.question, Template(), problem.history)
+    assert text == "<system>Be short.<user>Hello<assistant>Hi.<user>2 + 2?<assistant>"
+    config = types.SimpleNamespace(max_position_embeddings=500)
+    ((_, ids),) = fit_context([problem], Template(), config, 10)
+    assert "".join(map(chr, ids)) == text
+    tokenizer = Template()
+    tokenizer.chat_template = None
+    plain, _ = render_prompt(problem.question, tokenizer, problem.history)
+    assert plain == "Be short.\n\nQuestion: Hello\nAnswer: Hi.\n\nQuestion: 2 + 2?\nAnswer:"
+
+
+def test_another_system_message_is_another_question(tmp_path):
+    rows = [
+        {"prompt": [{**CHAT[0], "content": s}, CHAT[1]], "answer": "4"} for s in ("a", "b", "A")
+    ]
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
+    a, b, again = map(key_of, read_problems(tmp_path / "a.jsonl"))
+    assert a == again != b
+
+
+@pytest.mark.parametrize(
+    "prompt, reason",
+    [
+        (CHAT[:3], "its last message is the assistant's, not the user's"),
+        ([*CHAT[:3], {"role": "user"}], "not of messages with role and text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "not of messages with role and text"),
+        ([], "its question is a list, neither a text nor a chat"),
+    ],
+)
+def test_chats_that_are_none(tmp_path, prompt, reason):
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl([{"prompt": prompt, "answer": "4"}]))
+    with pytest.raises(BadInput, match=f"line 1: .*{reason}"):
+        read_problems(tmp_path / "a.jsonl")
+
+
+def test_verls_parquet_keeps_its_system_message(tmp_path):
+    row = {"prompt": [CHAT[0], CHAT[1]], "reward_model": {"ground_truth": "7", "style": "rule"}}
+    (tmp_path / "a.parquet").write_bytes(as_parquet([row]))
+    (problem,) = read_problems(tmp_path / "a.parquet")
+    assert problem == Problem("Hello", "7", history=(("system", "Be short."),))
+
+
+def test_a_row_that_the_template_refuses_is_named(tmp_path):
+    class Strict(Template):
+        def apply_chat_template(self, chats, **how):
+            if any(message["role"] == "system" for chat in chats for message in chat):
+                raise RuntimeError("System role not supported\nmore")
+            return super().apply_chat_template(chats, **how)
+
+    rows = [*ROWS, {"prompt": CHAT, "answer": "4"}]
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
+    config = types.SimpleNamespace(max_position_embeddings=500)
+    with pytest.raises(
+        BadInput, match="line 8, question '2 . 2.': .*System role not supp"
+    ) as error:
+        fit_context(read_problems(tmp_path / "a.jsonl"), Strict(), config, 10)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------ own rewards
+
+SHORTER = '''
+def shorter(question, answer, text):
+    """Exact match, less a thousandth a character."""
+    return float(text.strip() == answer) - 0.001 * len(text)
+'''
+
+
+def a_function(folder, text=SHORTER, name="shorter"):
+    (folder / "mine.py").write_text(text, encoding="utf-8")
+    return f"{folder / 'mine.py'}:{name}"
+
+
+def test_a_function_is_paid_and_its_lines_are_few(tmp_path):
+    pay = own_reward.OwnReward(a_function(tmp_path))
+    assert pay(Problem("q", "12"), "12") == pytest.approx(0.998)
+    assert pay(Problem("q", "12"), "so 12") == pytest.approx(-0.005)
+    assert len(SHORTER.strip().splitlines()) <= 6
+
+
+def test_the_row_is_handed_over_where_it_is_asked_for(tmp_path):
+    every = "def f(question, answer, text, **row): return row['level'] + len(row)"
+    one = "def f(question, answer, text, level=0): return level"
+    problem = Problem("q", "1", row={"question": "q", "answer": "1", "level": 5, "more": None})
+    assert own_reward.OwnReward(a_function(tmp_path, every, "f"))(problem, "x") == 7
+    assert own_reward.OwnReward(a_function(tmp_path, one, "f"))(problem, "x") == 5
+    neighbour = "import beside\ndef f(question, answer, text): return beside.VALUE"
+    (tmp_path / "beside.py").write_text("VALUE = 3", encoding="utf-8")
+    assert own_reward.OwnReward(a_function(tmp_path, neighbour, "f"))(problem, "x") == 3
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("raise ValueError('no')", "ValueError: no"),
+        ("return float('nan')", "the reward is nan"),
+        ("return 'much'", "could not convert"),
+        ("import os; os._exit(1)", "its process died"),
+        ("import os; os.write(1, b'x\\n')", "its process died, or wrote into its own replies"),
+        ("import time; time.sleep(60)", "no reward within 0.5 s"),
+    ],
+)
+def test_a_function_that_fails_is_named_with_the_answer(tmp_path, monkeypatch, text, said):
+    monkeypatch.setattr(own_reward, "REWARD_SECONDS", 0.5)
+    lines = []
+    function = (
+        f"def f(question, answer, text):\n    if text == 'bad':\n        {text}\n    return 2"
+    )
+    pay = own_reward.OwnReward(a_function(tmp_path, function, "f"), lines.append)
+    reward = pay(Problem("q", "1"), "bad")
+    assert reward != reward and len(lines) == 1
+    assert said in lines[0] and "for the answer 'bad'" in lines[0] and "mine.py:f" in lines[0]
+    monkeypatch.undo()
+    assert pay(Problem("q", "1"), "good") == 2 and len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("nothing.py:f", "no such file; give FILE.py:NAME"),
+        ("f", "give FILE.py:NAME"),
+        ("{}/mine.py:g", "AttributeError: .*has no function g"),
+        ("{}/broken.py:f", "SyntaxError"),
+    ],
+)
+def test_a_function_that_is_not_there_is_one_line(tmp_path, given, message):
+    a_function(tmp_path)
+    (tmp_path / "broken.py").write_text("def f(:", encoding="utf-8")
+    with pytest.raises(BadInput, match=f"--reward-function .*{message}"):
+        own_reward.OwnReward(given.format(tmp_path))
+
+
+def test_a_step_is_paid_by_the_function(opened, tmp_path, capsys):
+    """The verdict stands beside it; groups live by the rewards; a failure is a bad step."""
+    letters = "def f(question, answer, text): return text.count('1') / 7"
+    run = opened("--reward-function", a_function(tmp_path, letters, "f"))
+    metrics, bad = train.guarded_step(1, run)
+    batch = run.last_batch
+    expected = torch.tensor([text.count("1") / 7 for text in batch.texts])
+    assert bad is None and torch.allclose(batch.rewards, expected)
+    assert metrics["reward"] == pytest.approx(expected.mean().item())
+    assert metrics["right"] == batch.lenient.float().mean().item()
+    pairs = expected.view(-1, 2)
+    assert batch.live.view(-1, 2)[:, 0].tolist() == (pairs[:, 0] != pairs[:, 1]).tolist()
+    held_out = report.held_out(run, 0)
+    assert 0 <= held_out["eval_reward"] < 1 and "eval_accuracy" in held_out
+    report.record(1, metrics | held_out, None, run)
+    assert "held-out reward" in capsys.readouterr().out
+    run = opened("--reward-function", a_function(tmp_path, "def f(*a): raise OSError('down')", "f"))
+    metrics, bad = train.guarded_step(1, run)
+    assert "a reward is NaN" in bad and "OSError: down; for the answer" in capsys.readouterr().out
+
+
+def test_a_function_may_pay_for_answers_that_no_rule_checks(tmp_path):
+    poem = "Write a poem.\nOf two lines."
+    rows = [{"question": f"q{n}", "answer": f"{poem} {n}"} for n in range(8)]
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
+    with pytest.raises(BadInput, match="none of its 8 rows can be used"):
+        load_problems(data=tmp_path / "a.jsonl")
+    train_set, held_out = load_problems(data=tmp_path / "a.jsonl", any_answer=True)
+    assert len(train_set) + len(held_out) == 8 and train_set[0].kind == "unchecked"
+    assert not any(train.grade(train_set[0], train_set[0].answer))
+
+
+# ------------------------------------------------------------------------------------------ moving
+
+
+def small_run(out, *more):
+    sizes = (
+        "--prompts-per-step 2 --answers-per-prompt 2 --updates-per-rollout 1 --max-new-tokens 4 "
+        "--eval-prompts 2 --device cpu"
+    ).split()
+    return [*sizes, "--model", str(TINY), "--out", str(out), *more]
+
+
+def test_data_may_move_and_must_ask_the_same(tmp_path, monkeypatch):
+    data, moved = tmp_path / "a.jsonl", tmp_path / "moved.csv.gz"
+    data.write_bytes(as_jsonl(ROWS))
+    out = tmp_path / "run"
+    train.main(small_run(out, "--data", str(data), "--steps", "1"))
+    moved.write_bytes(gzip.compress(as_csv(ROWS)))
+    data.unlink()
+    again = ["--resume", "--out", str(out), "--steps", "2"]
+    with pytest.raises(BadInput, match="no such file; if it lies elsewhere now, add --data N"):
+        train.main(again)
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(as_jsonl(ROWS[1:]))
+    with pytest.raises(BadInput, match="other.jsonl: the questions in use are not those"):
+        train.main([*again, "--data", str(other)])
+    copied = tmp_path / "elsewhere" / "run"
+    copied.parent.mkdir()
+    out.rename(copied)
+    again[2] = str(copied)
+    train.main([*again, "--data", str(moved)])
+    lines = (copied / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+    assert json.loads((copied / "config.json").read_text(encoding="utf-8"))["data"] == str(moved)
+
+
+def test_a_changed_reward_function_is_another_run(tmp_path):
+    out, given = tmp_path / "run", a_function(tmp_path)
+    run, _ = open_run(parse(small_run(out, "--reward-function", given), ""), OneProcess("cpu"))
+    from run import checkpoint
+
+    checkpoint.save(run, 0)
+    run.lock.lock.release()
+    again = parse(["--resume", "--out", str(out)], "")
+    run, step = open_run(again, OneProcess("cpu"))
+    assert step == 0
+    run.lock.lock.release()
+    a_function(tmp_path, SHORTER.replace("0.001", "0.01"))
+    with pytest.raises(BadInput, match="the file is not what it was when the run"):
+        open_run(again, OneProcess("cpu"))
+
+
+def test_evaluate_reads_the_same_forms(tmp_path):
+    (tmp_path / "a.csv").write_bytes(as_csv([{"q": "What is 2 + 2?", "a": "4"}]))
+    columns = ["--question-column", "q", "--answer-column", "a"]
+    arguments = ["--model", str(TINY), "--data", str(tmp_path / "a.csv"), *columns]
+    asked = evaluate.asked_of(args := evaluate.parse(arguments), None)
+    assert evaluate.held_out_questions(args, asked) == [Problem("What is 2 + 2?", "4")]
+
+
+def test_places_are_those_of_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + as_jsonl(ROWS[:2]))
+    assert [place for place, _ in rows_of(tmp_path / "a.jsonl")] == ["line 2", "line 3"]
