@@ -18,6 +18,9 @@ class OneLineParser(argparse.ArgumentParser):
 def run_main(main):
     """Run a program; what the user can mend ends in one line and exit code 2."""
     name = pathlib.Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an answer may hold what a terminal cannot show
+            stream.reconfigure(errors="replace")
     try:
         return main()
     except BadInput as error:

@@ -1,0 +1,104 @@
+"""Show a run where others look at theirs: python scripts/follow.py RUN --to tensorboard
+
+Follows the run's metrics.jsonl and hands each number on to tensorboard, trackio or wandb, whichever
+is installed, until the run is over; --once hands on what is there. Training knows nothing of it: it
+may start later, end earlier, and run elsewhere. A resumed run that goes back is followed back.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from program.command import OneLineParser, run_main  # noqa: E402
+from program.errors import BadInput  # noqa: E402
+
+SECONDS = 2.0  # between two looks
+
+
+def to_tensorboard(folder, options):
+    """(step, numbers) -> None"""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(step, numbers):
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return write
+
+
+def to_trackio(folder, options):
+    import trackio
+
+    return _logged(trackio, folder, options)
+
+
+def to_wandb(folder, options):
+    import wandb
+
+    return _logged(wandb, folder, options)
+
+
+def _logged(library, folder, options):
+    library.init(project="hapo", name=folder.name, config=options)
+    return lambda step, numbers: library.log(numbers, step=step)
+
+
+TOOLS = {"tensorboard": to_tensorboard, "trackio": to_trackio, "wandb": to_wandb}
+
+
+def numbers_of(row):
+    """What can be drawn of a line: numbers, and lists of them by place."""
+    found = {}
+    for name, value in row.items():
+        values = {name: value}
+        if isinstance(value, list):
+            values = {f"{name}/{place}": x for place, x in enumerate(value, 1)}
+        for key, x in values.items():
+            if isinstance(x, (int, float)) and not isinstance(x, bool) and key != "step":
+                found[key] = x
+    return found
+
+
+def follow(folder, write, once=False, look=time.sleep):
+    """Hand on every whole line of metrics.jsonl, old and new, until the run is over."""
+    path, known = folder / "metrics.jsonl", 0
+    steps = json.loads((folder / "config.json").read_text(encoding="utf-8"))["steps"]
+    while True:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        for line in lines[min(known, len(lines)) :]:
+            row = json.loads(line)
+            write(row["step"], numbers_of(row))
+        known = len(lines)
+        last = json.loads(lines[-1])["step"] if lines else -1
+        if once or last >= steps:
+            return known
+        look(SECONDS)
+
+
+def main(argv=None):
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("--to", required=True, choices=TOOLS)
+    parser.add_argument("--once", action="store_true", help="do not wait for more")
+    args = parser.parse_args(argv)
+    folder = pathlib.Path(args.run)
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder}: holds no run; name the folder of a run of train.py")
+    options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        write = TOOLS[args.to](folder, options)
+    except ImportError:
+        raise BadInput(f"--to {args.to}: is not installed; pip install {args.to}") from None
+    print(f"{follow(folder, write, args.once)} lines of {folder / 'metrics.jsonl'} handed on")
+
+
+if __name__ == "__main__":
+    run_main(main)
