@@ -67,7 +67,7 @@ def test_a_run_its_resume_and_its_evaluation_need_no_posix(tmp_path, model):
     out, data = str(tmp_path / "run"), tmp_path / "q.csv"
     data.write_bytes(
         "question,answer\n".encode()
-        + b"".join(f"\u03c0 \u2248 {n}, caf\u00e9 {n}?,{n}\n".encode() for n in range(10))
+        + b"".join(f"\u03c0 \u2248 {n} caf\u00e9 {n}?,{n}\n".encode() for n in range(10))
     )
     where = ["--model", model, "--out", out, "--data", str(data)]
     code, said, err = elsewhere("train.py", *SMALL, *where, "--steps", "1")
