@@ -397,7 +397,7 @@ with torch.no_grad():
     old, H = score(policy, lines, mask)
 now = statistics(H[mask])
 h = modulation(H, now) * mask
-print("   token       H       h   log π_old")
+print("   token       H       h  log pi_old")
 for t in range(lengths[0]):
     token = repr(tokenizer.decode(tokens[0, t]))
     print(f"{token:>8}  {H[0, t]:6.3f}  {h[0, t]:+6.2f}  {old[0, t]:10.3f}")
@@ -677,9 +677,9 @@ def one_step(policy, optimizer, sums, seed, stats, tau=TAU, eps_high=EPS_HIGH, r
 # %%
 changes = {
     "as it is": {},
-    "ε_high doubled": {"eps_high": 2 * EPS_HIGH},
+    "eps_high doubled": {"eps_high": 2 * EPS_HIGH},
     "B off": {"rule": advantages_GRPO},
-    "τ = 0.5": {"tau": 0.5},
+    "tau = 0.5": {"tau": 0.5},
 }
 for name, change in changes.items():
     again = new_model()
@@ -690,8 +690,8 @@ for name, change in changes.items():
     edges = clip_range(h_again, change.get("eps_high", EPS_HIGH))
     fell, rose = stopped((then - was).exp(), A_again, *edges)
     T_again, first = seen["T"], seen["losses"][0]
-    print(f"{name:15s} first loss {first:+.4f}   then stopped: {fell} falling, {rose} rising")
-    print(f"{'':15s} T {T_again.min():.2f} to {T_again.max():.2f}   right: {seen['R'].sum():.0f}")
+    print(f"{name:17s} first loss {first:+.4f}   then stopped: {fell} falling, {rose} rising")
+    print(f"{'':17s} T {T_again.min():.2f} to {T_again.max():.2f}   right: {seen['R'].sum():.0f}")
 
 # %% [markdown]
 # The first update does not know ε_high: every ratio is 1, and so is inside C's zone however wide

@@ -18,8 +18,8 @@ from program.errors import BadInput  # noqa: E402
 LARGEST = 2_900_000  # bytes of a page; steps are left out until it fits
 TOKENS = ("entropy", "sampler_entropy", "temperature", "h", "advantage", "ratio", "clipped")
 CURVES = (
-    "reward entropy sampler_entropy response_length grad_norm eval_accuracy eval_greedy".split()
-)
+    "reward entropy sampler_entropy response_length grad_norm eval_accuracy eval_greedy eval_reward"
+).split()
 
 
 def rows_of(path):
