@@ -8,6 +8,7 @@ import pytest
 
 from grading.answers import grade
 from grading.numbers import parse_number
+from questions.files import Row
 from tasks import Problem, _problem_of
 
 TABLE = r"""
@@ -352,7 +353,7 @@ NO_NUMBER = (
 def test_gold_answers_that_are_no_number(gold):
     """They are words or LaTeX: no number may be made of a part of them."""
     assert parse_number(gold) is None
-    problem = _problem_of("q", gold)
+    problem = problem_of(gold)
     assert problem is None or problem.kind != "number"
 
 
@@ -366,7 +367,7 @@ def test_gold_answers_that_are_no_number(gold):
 )
 def test_gold_answers_with_a_name_or_a_unit(gold, value):
     assert float(parse_number(gold)) == value
-    assert _problem_of("q", gold).kind == "number"
+    assert problem_of(gold).kind == "number"
 
 
 WORDS = r"""
@@ -500,8 +501,14 @@ def word_rows(table):
 
 @pytest.mark.parametrize("gold", ["n!", "-i", "p - q", "(3, 4)", "x^2", "\\pi", "ab + bc", "pq"])
 def test_formulas_are_no_words(gold):
-    problem = _problem_of("q", gold)
+    problem = problem_of(gold)
     assert problem is None or problem.kind == "latex"
+
+
+def problem_of(gold):
+    """As a row of a file with this answer; None where no rule can check it."""
+    problem = _problem_of(Row("", "q", (), gold, {}), any_answer=True)
+    return None if problem.kind == "unchecked" else problem
 
 
 # ------------------------------------------------------------- the built-in tasks: integers alone
@@ -639,7 +646,7 @@ def test_answers_that_are_words_or_formulas(row, kind):
     gold, text, verdict = row
     if kind == "latex":
         pytest.importorskip("math_verify")
-    problem = _problem_of("q", gold)
+    problem = problem_of(gold)
     assert problem.kind == kind
     assert grade(problem, text) == (verdict == "strict", verdict != "wrong")
 
@@ -690,7 +697,7 @@ def contradictions():
 
 def test_no_text_is_right_for_two_answers_that_exclude_each_other():
     count = 0
-    problems = {g: _problem_of("q", g) for golds in EXCLUSIVE for g in golds}
+    problems = {g: problem_of(g) for golds in EXCLUSIVE for g in golds}
     for golds, text in contradictions():
         right = [gold for gold in golds if any(grade(problems[gold], text))]
         assert len(right) <= 1, (text, right)
@@ -708,7 +715,7 @@ WORDS_AND_SYMBOLS = (
 @pytest.mark.parametrize("gold", WORDS_AND_SYMBOLS.split("|"))
 def test_signs_and_doubts_are_part_of_an_answer(gold):
     assert len(set(WORDS_AND_SYMBOLS.split("|"))) >= 40
-    problem = _problem_of("q", gold)
+    problem = problem_of(gold)
     if problem is None or problem.kind == "latex":
         pytest.importorskip("math_verify")
     assert any(grade(problem, f"The answer is {gold}."))

@@ -85,7 +85,11 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path, name):
         ("a.csv", b"question,answer\na\n", "a.csv, line 2: has another number of fields"),
         ("a.csv", b'question,answer\n"a,1\n', "a.csv, line 1: not CSV"),
         ("a.csv", "question,answer\ncaf\xe9,1\n".encode("latin-1"), "a.csv: not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(as_jsonl(ROWS), mtime=0)[:40], "a.jsonl.gz: not a whole .gz file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(as_jsonl(ROWS), mtime=0)[:40],
+            "a.jsonl.gz: not a whole .gz file",
+        ),
         ("a.csv.gz", b"question,answer\n", "a.csv.gz: not a whole .gz file"),
         ("a.json.gz", gzip.compress(b"[", mtime=0)[:-3], "a.json.gz: not a whole .gz file"),
     ],

@@ -131,9 +131,8 @@ def test_fast_is_not_entered(tmp_path, monkeypatch):
 
 
 def test_logits_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
-    from scale import memory
 
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: 100)  # 100 pages of 100 bytes
+    monkeypatch.setattr("os.sysconf", lambda name: 100)  # 100 pages of 100 bytes
     arguments = [*STEP, "--data", questions(tmp_path), "--out", str(tmp_path / "run"), "--plain"]
     message = "--plain: whole logits of a pass of 16 answers need .* leave --plain out"
     with pytest.raises(BadInput, match=message) as error:

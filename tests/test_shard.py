@@ -139,7 +139,7 @@ def test_the_program_exits_with_two_and_no_traceback(refused):
 
 def test_more_processes_than_prompts_is_one_line():
     o = SimpleNamespace(offload=False, prompts_per_step=2, updates_per_rollout=1)
-    world = SimpleNamespace(size=4, sharded=True)
+    world = SimpleNamespace(size=4, sharded=True, device=SimpleNamespace(type="cpu"))
     message = (
         "--prompts-per-step 2: must be a multiple of processes x updates per rollout = 4 x 1 "
         ".more ranks than prompts."
