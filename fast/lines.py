@@ -1,59 +1,124 @@
-"""Short answers to one prompt share a line with it: the prompt is computed once for all of them.
+"""Answers follow each other in lines, behind their prompt: a pass computes few tokens in vain.
 
-The layout of some rows of a sampling.Rollout for one forward pass, and when it pays. The plain
-layout, one line an answer, is internals.one_line_each.
+The layout of some rows of a sampling.Rollout for one forward pass. A *segment* is a prompt and some
+of its answers; a line holds the segments that fit its width. The plain layout, one line an answer,
+is internals.one_line_each.
+
+    ids        p0 p1 a0 a1 b0 q0 q1 c0 c1 c2    prompt p with two answers, prompt q with one;
+    positions   0  1  2  3  2  0  1  2  3  4    an answer's last token predicts nothing and
+    owner       p  p  a  a  b  q  q  c  c  c    stays out
+
+A token sees what stands before it, of its prompt and of its own answer; the predecessors of a's
+three tokens, its last one included, are here p1 a0 a1.
 """
 
-import math
-from collections import Counter
+from typing import NamedTuple
 
 import torch
 
 from internals import Lines, one_line_each
 
 LONGEST_LINE = 1024  # tokens: masks stay small
+STEPS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8)  # widths that are tried, as multiples of the least
+
+
+class Segment(NamedTuple):
+    """A prompt and some of its answers, with the tokens of each that a line holds."""
+
+    size: int  # of all of them
+    prompt: int
+    rows: list
 
 
 def layout_for(config):
-    """The layout to score with: (rollout, rows) -> Lines."""
+    """The layout to score with: (rollout, rows) -> Lines. What was laid out last is kept: scoring
+    and updating ask for the same."""
+    known = {"rollout": None}
 
     def layout(rollout, rows):
-        per_line = answers_to_a_line(config, rollout, rows)
-        if per_line == 1:
-            return one_line_each(rollout, rows)
-        return shared_lines(rollout, rows, per_line)
+        if known["rollout"] is not rollout:
+            known.clear()
+            known["rollout"] = rollout
+        key = tuple(rows)
+        if key not in known:
+            packed = best_packing(config, rollout, rows)
+            known[key] = (
+                laid_out(rollout, rows, *packed) if packed else one_line_each(rollout, rows)
+            )
+        return known[key]
 
     return layout
 
 
-def answers_to_a_line(config, rollout, rows):
-    """How many answers share a line with their prompt in a pass over `rows`; 1: none do."""
-    if not takes_any_mask(config):
-        return 1
-    prompt, answer = rollout.prompt.shape[1], int(rollout.lengths[rows].max())
-    counts = Counter(row // rollout.group_size for row in rows).values()
-    return cheapest_share(counts, prompt, answer, config.hidden_size)
+def best_packing(config, rollout, rows):
+    """(lines of Segments, width), or None where a line for each answer costs less.
 
-
-def cheapest_share(counts, S, T, D):
-    """How many answers of up to T tokens share a line with their prompt of S tokens.
-
-    With k answers to a line, an answer's part of it is S / k + T tokens. Each of them costs about
-    24 D^2 operations in the matrices of a layer, and 4 D in its attention for each of the S + k T
-    tokens of the line, hidden ones too. The cost is in proportion to
-
-        (S / k + T) (6 D + S + k T),    least at    k = sqrt(S (6 D + S)) / T
-
-    counts: how many answers each prompt has in this pass. Where lines would stay so empty that they
-    hold more tokens than lines of their own, no answers share any.
+    A token costs about 24 D^2 operations in the matrices of a layer, and 4 D in its attention for
+    each token of its line, hidden ones too: W (6 D + W) for a line of width W. Without a mask, one
+    line an answer, attention looks back alone: W (6 D + W / 2).
     """
-    best = min(round((S * (6 * D + S)) ** 0.5 / T), (LONGEST_LINE - S) // T, max(counts))
-    if best < 2:
-        return 1
-    # no more lines than with `best`, equally full
-    per_line = math.ceil(max(counts) / math.ceil(max(counts) / best))
-    shared = sum(math.ceil(n / per_line) for n in counts) * (S + per_line * T)
-    return per_line if shared < sum(counts) * (S + T) else 1
+    lengths, prompts = rollout.lengths.tolist(), rollout.prompt_mask.sum(1).tolist()
+    return pack(config, rows, lengths, prompts, rollout.group_size)
+
+
+def packs(config, rollout, rows):
+    """Whether no answer is too long for a line that others share."""
+    longest = int(rollout.lengths[rows].max()) + rollout.prompt.shape[1]
+    return takes_any_mask(config) and longest <= LONGEST_LINE
+
+
+def pack(config, rows, lengths, prompts, G):
+    """best_packing of rows whose answers have `lengths`, and `prompts` tokens before them."""
+    least = max(prompts[row // G] + lengths[row] - 1 for row in rows)
+    if least > LONGEST_LINE or not takes_any_mask(config):
+        return None
+    D = config.hidden_size
+    widths = sorted({min(round(least * step), LONGEST_LINE) for step in STEPS})
+    tried = []
+    for width in widths:
+        lines = fill(segments(rows, lengths, prompts, G, width), width)
+        used = max(sum(segment.size for segment in line) for line in lines)
+        tried.append((lines, used))
+    best = min(tried, key=lambda packing: cost(packing, D))
+    alone = max(prompts[row // G] for row in rows) + max(lengths[row] for row in rows) - 1
+    return best if cost(best, D) < len(rows) * alone * (6 * D + alone / 2) else None
+
+
+def cost(packing, D):
+    lines, width = packing
+    return len(lines) * width * (6 * D + width)
+
+
+def segments(rows, lengths, prompts, G, width):
+    """Each prompt with its answers, in as many segments as the width asks for."""
+    groups, found = {}, []
+    for row in rows:
+        groups.setdefault(row // G, []).append(row)
+    for p, own in groups.items():
+        size, some = prompts[p], []
+        for row in sorted(own, key=lambda row: -lengths[row]):
+            if some and size + lengths[row] - 1 > width:
+                found.append(Segment(size, p, some))
+                size, some = prompts[p], []
+            size += lengths[row] - 1
+            some.append(row)
+        found.append(Segment(size, p, some))
+    return found
+
+
+def fill(segments, width):
+    """Lines of segments, the largest first, each into the first line that has room."""
+    lines, used = [], []
+    for segment in sorted(segments, key=lambda segment: -segment.size):
+        for i, n in enumerate(used):
+            if n + segment.size <= width:
+                lines[i].append(segment)
+                used[i] += segment.size
+                break
+        else:
+            lines.append([segment])
+            used.append(segment.size)
+    return lines
 
 
 def takes_any_mask(config):
@@ -64,47 +129,64 @@ def takes_any_mask(config):
     return config._attn_implementation == "sdpa" and not windowed
 
 
-def shared_lines(rollout, rows, per_line):
-    """Some rows as lines of a prompt and up to `per_line` of its answers, one behind the other,
-    none of which sees another.
+def laid_out(rollout, rows, lines, width):
+    """The Lines of a packing; the mask is (lines, 1, width, width)."""
+    lengths, prompts = rollout.lengths.tolist(), rollout.prompt_mask.sum(1).tolist()
+    padded, T = rollout.prompt.shape[1], rollout.tokens.shape[1]
+    # of each prompt and answer: where it stands, what it holds, whose it is, its first position
+    pieces, starts, behind = [], {}, {}
+    for i, line in enumerate(lines):
+        at = i * width
+        for number, segment in enumerate(line):
+            p, S = segment.prompt, prompts[segment.prompt]
+            pieces.append((at, S, p * padded + padded - S, 0, number, -1))
+            last, at = at + S - 1, at + S
+            for row in segment.rows:
+                n = lengths[row] - 1
+                source = rollout.prompt.numel() + row * T
+                pieces.append((at, n, source, S, number, len(behind)))
+                starts[row], behind[row] = at, last
+                at += n
+    dest, count, source, first, segment, owner = torch.tensor(pieces).T
+    which, place = spans(count)
+    filled = dest[which] + place
+    columns = torch.stack(
+        [source[which] + place, first[which] + place, segment[which], owner[which]]
+    )
+    table = torch.zeros(4, len(lines) * width, dtype=torch.long)
+    table[2:] = -2  # padding belongs to nobody, and sees itself alone
+    table[:, filled] = columns
+    real = torch.zeros(len(lines) * width, dtype=torch.bool)
+    real[filled] = True
 
-        ids        p0 p1 p2 a0 a1 b0 b1    prompt p with two answers of three tokens,
-        positions   0  1  2  3  4  3  4    whose last, a2 and b2, predict nothing and stay out
+    own = torch.tensor([lengths[row] for row in rows])
+    which, place = spans(own)
+    start = torch.tensor([starts[row] for row in rows])[which]
+    before = torch.tensor([behind[row] for row in rows])[which]
+    predecessors = torch.where(place == 0, before, start + place - 1)
 
-    The attention mask is (lines, 1, width, width); the predecessors are here p2 a0 a1 p2 b0 b1.
-    """
-    prompts, line, place = _places(rollout, rows, per_line)
-    device, mask = rollout.tokens.device, rollout.mask[rows]
-    width, length = rollout.prompt.shape[1], rollout.prompt_mask[prompts].sum(1, keepdim=True)
-    S, T = int(length.max()), int(mask.sum(1).max()) - 1
-    in_prompt, in_answer = torch.arange(S, device=device), torch.arange(T, device=device)
-    unpadded = (in_prompt + width - length).clamp_max(width - 1)
-    prompt = rollout.prompt[prompts].gather(1, unpadded)  # padded on the right
-    answers = prompt.new_zeros(len(prompts), per_line, T)
-    answers[line, place] = rollout.tokens[rows][:, :T]
-    ids = torch.cat([prompt, answers.flatten(1)], 1)
-    behind = (length + in_answer).repeat(1, per_line)
-    positions = torch.cat([in_prompt.expand(len(prompts), -1), behind], 1)
-
-    # a token sees what stands before it, of its prompt and of its own answer
-    answer_of = torch.arange(per_line, device=device).repeat_interleave(T)
-    owner = torch.cat([torch.full_like(in_prompt, -1), answer_of])
-    before = torch.ones(len(owner), len(owner), dtype=torch.bool, device=device).tril()
-    visible = before & ((owner == -1) | (owner == owner[:, None]))
-    padding = torch.nn.functional.pad(in_prompt >= length, (0, per_line * T))
-    last = torch.cat([length[line] - 1, S + place[:, None] * T + in_answer], 1)
-    predecessors = line[:, None] * len(owner) + last
-    visible = visible & ~padding[:, None, None]
-    return Lines(ids, visible, positions, predecessors[mask[:, : T + 1]])
+    device = rollout.tokens.device
+    table, real, predecessors = (x.to(device) for x in (table, real, predecessors))
+    source, positions, segment, owner = table.view(4, len(lines), width)
+    held = torch.cat([rollout.prompt.flatten(), rollout.tokens.flatten()])
+    ids = held[source] * real.view_as(source)
+    return Lines(ids, visible(segment, owner), positions, predecessors)
 
 
-def _places(rollout, rows, per_line):
-    """The prompt of each line; and for each row its line and its place behind the prompt."""
-    count, lines, line, place = Counter(), {}, [], []
-    for row in rows:
-        p = row // rollout.group_size
-        line.append(lines.setdefault((p, count[p] // per_line), len(lines)))
-        place.append(count[p] % per_line)
-        count[p] += 1
-    line, place = torch.tensor([line, place], device=rollout.tokens.device)
-    return [p for p, _ in lines], line, place
+def visible(segment, owner):
+    """Who sees whom, (lines, 1, width, width): what stands before, of its prompt (owner -1) and of
+    its own answer."""
+    width = segment.shape[1]
+    before = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
+    same_prompt = segment[:, :, None] == segment[:, None, :]
+    shared = owner[:, None, :] == -1
+    own = owner[:, :, None] == owner[:, None, :]
+    padding = torch.eye(width, dtype=torch.bool, device=segment.device) & (owner == -2)[:, None, :]
+    return ((before & same_prompt & (shared | own) & (owner != -2)[:, None, :]) | padding)[:, None]
+
+
+def spans(count):
+    """(which, place): 0 0 0 1 1 and 0 1 2 0 1 for counts of 3 and 2."""
+    which = torch.repeat_interleave(torch.arange(len(count)), count)
+    before = count.cumsum(0) - count
+    return which, torch.arange(len(which)) - before[which]

@@ -109,7 +109,8 @@ def passes_of(run):
     o = run.options
     passes = functools.partial(split_rows, size=o.micro_batch)
     if o.micro_tokens:
-        passes = functools.partial(passes_of_tokens, tokens=o.micro_tokens)
+        packs = None if o.plain else functools.partial(lines.packs, run.policy.config)
+        passes = functools.partial(passes_of_tokens, tokens=o.micro_tokens, packs=packs)
     if run.ranks.sharded:
         passes = functools.partial(even_passes, passes, run.ranks)
     if run.ranks.sharded and o.offload:

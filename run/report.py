@@ -145,10 +145,24 @@ def update_metrics(step, run):
         "outside_before_update": before["outside"] / max(1, before["tokens"]),
         "ratio_off_before_update": largest_ratio(first, step.batch, run)[1],
         "updates": applied,
+        "needed_share": needed_share(updates, step.batch, run),
         "skipped_updates": skipped,
         "dead_updates": outcomes.count("dead"),
         **({"rescaled_updates": rescaled} if rescaled else {}),
     }
+
+
+def needed_share(updates, batch, run):
+    """Of the tokens that the updates' passes computed, the share that was needed: those that
+    predict an answer's, and each prompt once a pass; the others pad or repeat a prompt."""
+    rollout, needed, computed = batch.rollout, 0, 0
+    lengths, prompts = rollout.lengths.cpu(), rollout.prompt_mask.sum(1).cpu()
+    for rows in (p.rows for u in updates for p in u.passes):
+        needed += int(lengths[rows].sum()) - len(rows)
+        needed += int(prompts[sorted({row // rollout.group_size for row in rows})].sum())
+        computed += run.layout(rollout, rows).ids.numel()
+    needed, computed = run.ranks.total(needed, computed)
+    return needed / computed if computed else 1.0
 
 
 def clip_counts(update, batch):

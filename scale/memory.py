@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fast.captured import KEYS_STEP
-from fast.lines import cheapest_share
+from fast.lines import LONGEST_LINE, pack
 from fast.logprobs import chunk_of
 from internals import decoder_body
 from program.devices import total_memory
@@ -124,7 +124,11 @@ def rows_in_a_pass(options, prompt_tokens, world_size):
     rows = options.answers_per_update // world_size
     rows = min(options.micro_batch or rows, rows)
     if options.micro_tokens:
-        rows = min(rows, max(1, options.micro_tokens // (prompt_tokens + options.max_new_tokens)))
+        shared = 1 if options.plain else options.answers_per_prompt  # who share a prompt in a line
+        a_row = prompt_tokens / shared + options.max_new_tokens
+        if prompt_tokens + options.max_new_tokens > LONGEST_LINE:
+            a_row = prompt_tokens + options.max_new_tokens
+        rows = min(rows, max(1, int(options.micro_tokens / a_row)))
     return rows
 
 
@@ -132,17 +136,18 @@ def _activations(config, options, prompt_tokens, world_size, compute, apart):
     """What a pass keeps for its backward pass, without gathered or cast weights; and what of a
     checkpointed layer is there once more while its own backward pass runs."""
     hidden, layers, longest = config.hidden_size, config.num_hidden_layers, options.max_new_tokens
-    rows, sequence = rows_in_a_pass(options, prompt_tokens, world_size), prompt_tokens + longest
-    if options.micro_tokens:
-        # shorter answers fill a pass up to its limit, sorted by length across groups: they seldom
-        # share lines
-        everything = sequence * options.answers_per_update // world_size
-        tokens, mask = max(sequence, min(options.micro_tokens, everything)), 0
-    else:
-        group = [min(rows, options.answers_per_prompt)]
-        per_line = 1 if options.plain else cheapest_share(group, prompt_tokens, longest, hidden)
-        lines, width = math.ceil(rows / per_line), prompt_tokens + per_line * longest
-        tokens, mask = lines * width, compute * lines * width**2 if per_line > 1 else 0
+    rows, G = rows_in_a_pass(options, prompt_tokens, world_size), options.answers_per_prompt
+    lines, width = rows, prompt_tokens + longest
+    packed = None
+    if not options.plain:
+        prompts = [prompt_tokens] * math.ceil(rows / G)
+        packed = pack(config, range(rows), [longest + 1] * rows, prompts, G)
+    if packed:
+        lines, width = len(packed[0]), packed[1]
+    tokens, mask = lines * width, compute * lines * width**2 if packed else 0
+    if options.micro_tokens and not packed:  # shorter answers fill a pass up to its limit
+        everything = width * options.answers_per_update // world_size
+        tokens = max(width, min(options.micro_tokens, everything))
     # one layer, in numbers a token: q k v, attention's output and its copy; what the feed-forward
     # block's gate, its activation, the other half and their product leave; two norms' inputs and
     # outputs, and the inputs of the seven matrices, which autocast casts for each (the residual

@@ -3,13 +3,30 @@
 from scale.shard import exchange_gradients
 
 
-def passes_of_tokens(rollout, rows, tokens):
-    """Rows in lists of at most `tokens` tokens each, padding included, or of one row."""
+def passes_of_tokens(rollout, rows, tokens, packs=None):
+    """Rows in lists of at most `tokens` tokens each, or of one row. Where answers are packed into
+    lines (`packs` says so), real ones, each prompt once; else with their padding."""
     lengths, prompt, parts = rollout.lengths.tolist(), rollout.prompt.shape[1], [[]]
+    if packs and packs(rollout, rows):
+        return _of_real_tokens(rollout, rows, tokens, lengths)
     for row in sorted(rows, key=lengths.__getitem__):  # neighbours of like length: little padding
         if parts[-1] and (len(parts[-1]) + 1) * (prompt + lengths[row]) > tokens:
             parts.append([])
         parts[-1].append(row)
+    return parts
+
+
+def _of_real_tokens(rollout, rows, tokens, lengths):
+    prompts, G = rollout.prompt_mask.sum(1).tolist(), rollout.group_size
+    parts, held = [], 0
+    for row in rows:
+        first = not parts or parts[-1][-1] // G != row // G
+        more = lengths[row] + first * prompts[row // G]
+        if not parts or held + more > tokens:
+            parts.append([])
+            held, more = 0, lengths[row] + prompts[row // G]
+        parts[-1].append(row)
+        held += more
     return parts
 
 

@@ -341,18 +341,19 @@ def test_a_function_that_is_not_there_is_one_line(tmp_path, given, message):
 
 def test_a_step_is_paid_by_the_function(opened, tmp_path, capsys):
     """The verdict stands beside it; groups live by the rewards; a failure is a bad step."""
-    letters = "def f(question, answer, text): return text.count('1') / 7"
+    letters = "def f(question, answer, text): return text.count('1') / 7 + int(answer)"
     run = opened("--reward-function", a_function(tmp_path, letters, "f"))
     metrics, bad = train.guarded_step(1, run)
     batch = run.last_batch
-    expected = torch.tensor([text.count("1") / 7 for text in batch.texts])
+    gold = [int(batch.problems[row // 2].answer) for row in range(8)]
+    expected = torch.tensor([text.count("1") / 7 + n for text, n in zip(batch.texts, gold)])
     assert bad is None and torch.allclose(batch.rewards, expected)
     assert metrics["reward"] == pytest.approx(expected.mean().item())
     assert metrics["right"] == batch.lenient.float().mean().item()
     pairs = expected.view(-1, 2)
     assert batch.live.view(-1, 2)[:, 0].tolist() == (pairs[:, 0] != pairs[:, 1]).tolist()
     held_out = report.held_out(run, 0)
-    assert 0 <= held_out["eval_reward"] < 1 and "eval_accuracy" in held_out
+    assert 1 <= held_out["eval_reward"] < 31 and "eval_accuracy" in held_out
     report.record(1, metrics | held_out, None, run)
     assert "held-out reward" in capsys.readouterr().out
     run = opened("--reward-function", a_function(tmp_path, "def f(*a): raise OSError('down')", "f"))

@@ -1,6 +1,8 @@
 """Internal policies: the residual identity, agreement with transformers, and a model whose
 entropies are known."""
 
+import dataclasses
+import functools
 import json
 import math
 
@@ -143,9 +145,9 @@ ROWS = {"rows of three groups": [5, 0, 1, 4, 3, 8], "answers of one token": [1, 
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("steps", [(1,), (1.5,), (3,), None])
 @pytest.mark.parametrize("layer", [None, 2])
-def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, rows, monkeypatch):
+def test_answer_states_are_those_of_each_line_alone(any_model, layer, steps, rows, monkeypatch):
     """Prompts of unequal length, a micro-batch that cuts through groups, lines with empty places:
     every state and the gradient of every weight."""
     any_model.train()
@@ -161,7 +163,10 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, 
     (expected * weight).sum().backward()
     grads = [None if p.grad is None else p.grad.clone() for p in any_model.parameters()]
     any_model.zero_grad()
-    monkeypatch.setattr(lines, "answers_to_a_line", lambda *sizes: together)
+    monkeypatch.setattr(lines, "STEPS", steps)
+    monkeypatch.setattr(lines, "cost", lambda packing, D: 0)  # pack, whatever it costs
+    if steps is None:
+        monkeypatch.setattr(lines, "pack", lambda *sizes: None)
     layout = lines.layout_for(any_model.config)
     states = internals.answer_states(any_model, ROLLOUT, rows, layer, layer is None, layout)
     torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
@@ -169,7 +174,7 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, together, 
     for p, g in zip(any_model.parameters(), grads):
         assert (p.grad is None) == (g is None)
         if g is not None:
-            torch.testing.assert_close(p.grad, g, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(p.grad, g, atol=3e-4, rtol=3e-4)
 
 
 def shapes_seen(model):
@@ -189,40 +194,93 @@ def test_a_shared_prompt_runs_once():
     model = random_model()
     shapes = shapes_seen(model)
     states_of(model, ROLLOUT, [0, 1, 3, 4])
-    # two prompts padded to 4, behind each two answers of 3, less the last token of the longest
-    assert shapes == [(2, 10)]
+    # prompts of 4 and 1 tokens, answers of 3, 1, 2 and 4, each without its last token
+    assert shapes == [(1, 11)]
     internals.answer_states(model, ROLLOUT, [0, 1, 3, 4])  # the plain layout: a line an answer
     assert shapes[1] == (4, 6)
 
 
-def test_answers_to_a_line():
-    """k = sqrt(S (6 D + S)) / T makes (S / k + T) (6 D + S + k T) least; long answers stand
-    alone."""
-    f, (S, T, D) = lines.cheapest_share, (17, 12, 96)
-    least = min(range(1, 100), key=lambda k: (S / k + T) * (6 * D + S + k * T))
-    assert f([16, 16], S, T, D) == 8 == least
-    assert f([9], S, T, D) == 5  # two lines of 5 and 4, not of 8 and 1
-    assert f([8], 100, 1000, 576) == 1
-    # at most (1024 - 500) / 50 = 10; 32 answers take four lines even so
-    assert f([32], 500, 50, 4096) == 8
-    # one prompt with 7 answers, 19 with one: 20 lines of 100 + 7 x 100 would hold 16,000 tokens,
-    # lines of their own 26 x 200 = 5,200
-    assert f([7] + [1] * 19, 100, 100, 896) == 1
+def test_a_line_by_hand():
+    """Two prompts, of 2 and of 1 tokens; answers of 3, 2 and 4 tokens, whose last ones predict
+    nothing: a line of 2 + 2 + 1 and 1 + 3 tokens, and one of padding."""
+    rollout = rollout_of([[1, 2], [3]], [[4, 5, 6], [7, 8], [9, 10, 11, 12], [13]])
+    segment = lines.Segment
+    packed = [[segment(5, 0, [0, 1]), segment(4, 1, [2, 3])], [segment(1, 1, [3])]]
+    packed[0][1] = segment(4, 1, [2])
+    ids, mask, positions, predecessors = lines.laid_out(rollout, [2, 0, 3, 1], packed, 9)
+    assert ids.tolist() == [[1, 2, 4, 5, 7, 3, 9, 10, 11], [3] + [0] * 8]
+    assert positions[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 3]
+    # of answers 2, 0, 3 and 1
+    assert predecessors.tolist() == [5, 6, 7, 8] + [1, 2, 3] + [9] + [1, 4]
+    sees = [row.nonzero().flatten().tolist() for row in mask[0, 0]]
+    assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]] + [
+        *([5], [5, 6], [5, 6, 7], [5, 6, 7, 8])
+    ]
+    assert mask[1, 0].sum() == 9 and bool(mask[1, 0].diagonal().all())  # padding sees itself
 
 
-def test_no_pass_holds_more_tokens_than_asked_for():
-    """--micro-tokens puts answers of like length together, whatever their prompts: shared lines
-    must not outgrow the limit."""
+def test_packing_is_tight_and_holds_every_answer_once():
+    torch.manual_seed(4)
+    lengths, prompts = torch.randint(1, 30, (64,)).tolist(), torch.randint(10, 20, (8,)).tolist()
+    config = random_model().config
+    packed, width = lines.pack(config, range(64), lengths, prompts, 8)
+    assert sorted(row for line in packed for s in line for row in s.rows) == list(range(64))
+    for line in packed:
+        assert sum(s.size for s in line) <= width
+        for s in line:
+            assert s.size == prompts[s.prompt] + sum(lengths[row] - 1 for row in s.rows)
+            assert {row // 8 for row in s.rows} == {s.prompt}
+    needed = sum(lengths) - 64 + sum(prompts)
+    assert len(packed) * width <= 1.2 * needed
+
+
+def test_packing_takes_the_cheapest_width():
+    """W (6 D + W) a line: a wide model fills its lines, a narrow one keeps them short."""
+    config = random_model().config
+    widths = []
+    for config.hidden_size in (96, 4096):
+        _, width = lines.pack(config, range(64), [33] * 64, [16] * 8, 8)
+        widths.append(width)
+    assert widths[0] < widths[1] == 16 + 8 * 32
+    # 40 answers to as many prompts of a token: lines of their own cost no more, and see no mask
+    assert lines.pack(config, range(40), [9] * 40, [1] * 40, 1) is None
+    assert lines.pack(config, range(8), [lines.LONGEST_LINE] * 8, [2], 8) is None
+
+
+def test_scoring_and_updating_share_a_layout():
+    model = random_model()
+    layout = lines.layout_for(model.config)
+    assert layout(ROLLOUT, [0, 1]) is layout(ROLLOUT, [0, 1])
+    assert layout(ROLLOUT, [0, 1]) is not layout(ROLLOUT, [0, 2])
+    other = dataclasses.replace(ROLLOUT)
+    assert layout(other, [0, 1]) is not layout(ROLLOUT, [0, 1])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_pass_holds_more_tokens_than_asked_for(packed):
+    """--micro-tokens: real ones where answers are packed, else with their padding."""
     torch.manual_seed(3)
     answers = [[7] * n for n in torch.randint(1, 33, (96,)).tolist()]
     prompts = [[5] * n for n in torch.randint(10, 40, (12,)).tolist()]
     rollout, model = rollout_of(prompts, answers), random_model()
     shapes = shapes_seen(model)
-    parts = passes_of_tokens(rollout, range(96), tokens=700)
+    packs = functools.partial(lines.packs, model.config) if packed else None
+    parts = passes_of_tokens(rollout, range(96), 700, packs)
     for part in parts:
-        states_of(model, rollout, part)
-    assert len(shapes) == len(parts) and max(rows * width for rows, width in shapes) <= 700
+        if packed:
+            states_of(model, rollout, part)
+        else:
+            internals.answer_states(model, rollout, part)
+        real = sum(len(answers[r]) for r in part) + sum(
+            len(prompts[p]) for p in {r // 8 for r in part}
+        )
+        assert real <= 700
     assert sorted(sum(parts, [])) == list(range(96))
+    computed = [rows * width for rows, width in shapes]
+    assert len(shapes) == len(parts)
+    assert max(computed) <= (700 * 1.3 if packed else 700)
+    if packed:
+        assert sum(computed) < 1.2 * (sum(map(len, answers)) + sum(map(len, prompts)))
 
 
 @pytest.mark.parametrize("setting", ["eager", "sliding window"])

@@ -62,11 +62,14 @@ def test_parts_by_hand():
     # answers of 100 tokens stand alone: 4 lines of 106
     alone = needs("--max-new-tokens", "100")
     assert alone.activations == 3 * 4 * 106 * a_token + 2 * parameters
-    # passes of at most 50 tokens are full, however long an answer could be;
-    # 4 answers of 16 are not more than 64; and one answer always goes through
-    for limit, tokens in (("50", 50), ("1000", 64), ("5", 16)):
-        some = needs("--micro-tokens", limit)
-        assert some.activations == 3 * tokens * a_token + 2 * parameters
+    # 52 real tokens are 4 answers and their two prompts, in two lines as above; one answer always
+    # goes through, in a line of its own
+    assert needs("--micro-tokens", "55").activations == e.activations
+    assert needs("--micro-tokens", "1000").activations == e.activations
+    assert needs("--micro-tokens", "5").activations == 3 * 16 * a_token + 2 * parameters
+    # answers that are too long for a shared line fill passes up to the limit, however long
+    long = needs("--micro-tokens", "2200", "--max-new-tokens", "1050")
+    assert long.activations == 3 * 2200 * a_token + 2 * parameters
     updating, sampling = e.gradients + e.activations + e.logits, e.kv_cache + e.sampling
     assert e.peak == e.weights + e.moments + e.replica + max(updating, sampling)
 

@@ -118,7 +118,7 @@ def test_fast_is_not_entered(tmp_path, monkeypatch):
         (cpu, ["few_rows"]),
         (decoding, ["generate", "Draw", "repeat_cache", "drop_finished", "index_and_shares"]),
         (forward, ["prefill", "next_logits"]),
-        (lines, ["answers_to_a_line", "shared_lines"]),
+        (lines, ["layout_for", "pack", "laid_out"]),
         (logprobs, ["_ChunkedLogProb"]),
     ):
         for name in names:

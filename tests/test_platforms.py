@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -148,7 +149,12 @@ def test_a_hub_name_without_a_network_is_one_line(monkeypatch, no_proxy):
     with pytest.raises(BadInput, match="--model Nobody/none: no such folder, and the hub cannot"):
         load_config("Nobody/none")
     monkeypatch.setattr(hub, "SECONDS", 0.05)
-    monkeypatch.setattr(socket, "create_connection", lambda *args: __import__("time").sleep(1))
+
+    def slow(*args):
+        time.sleep(1)
+        return types.SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(socket, "create_connection", slow)
     with pytest.raises(BadInput, match="no answer in 0.05 s"):
         load_config("Nobody/none")
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, verdicts
 
+import internals
 import losses
 import train
 from program.errors import BadInput
@@ -138,6 +139,22 @@ def test_a_rule_beside_hapos_own_is_one_line():
     with pytest.raises(BadInput, match="--advantage rloo: HAPO's B is a group rule of its own"):
         options.parse(["--estimate", "--advantage", "rloo"], "")
     options.parse(["--estimate", "--advantage", "rloo", "--no-token-group-average"], "")
+
+
+def test_the_share_of_needed_tokens_by_hand(opened, monkeypatch):
+    """Two groups of answers in one pass: prompts once, answers without their last token."""
+    verdicts(monkeypatch, True, False)
+    run = opened("--prompts-per-step", "2")
+    step = train.train_step(1, run)
+    lengths, prompts = step.batch.rollout.lengths, step.batch.rollout.prompt_mask.sum(1)
+    needed = int(lengths.sum()) - 4 + int(prompts.sum())
+    packed = run.layout(step.batch.rollout, [0, 1, 2, 3]).ids.numel()
+    assert report.needed_share(step.updates, step.batch, run) == needed / packed > 0.8
+    run.layout = internals.one_line_each
+    width = int((prompts.repeat_interleave(2) + lengths).max()) - 1
+    share = report.needed_share(step.updates, step.batch, run)
+    assert share == needed / (4 * width) < 0.7
+    assert report.needed_share([], step.batch, run) == 1
 
 
 # ------------------------------------------------------------------------------------ denominators
