@@ -6,6 +6,13 @@
 # thirty more. Every equation of HAPO (arXiv 2509.16591) stands beside the lines that compute it and
 # the numbers that these lines gave. A laptop takes seconds for it.
 #
+# HAPO asks of each token how uncertain the model was there, and lets that steer four things:
+#
+# - **A**: uncertain tokens are drawn hotter, sure ones cooler (part 4);
+# - **B**: how good an answer is, is counted in tokens (part 7);
+# - **C**: uncertain tokens that have moved learn more, sure ones that have not learn less (part 8);
+# - **D**: uncertain tokens may rise further, sure ones fall further (part 8).
+#
 # Nothing is imported from the project before the last cell, which shows that the project computes
 # the same. Questions in **bold** are worth a guess before you read on.
 #
@@ -13,7 +20,7 @@
 # |---|---|---|
 # | P, G, B | 8, 8, 64 | questions, answers to each, answers in all |
 # | S, T | 15, about 30 | tokens of a question, of the longest answer |
-# | V | 320 | ids that the model can say |
+# | V | 320 | ids that the model can say; logits beyond them are cut off |
 # | (B, T) | | one number for each token of each answer, 0 behind its end |
 #
 # You need torch and transformers 5; with matplotlib there are figures.
@@ -221,12 +228,13 @@ def constant(H):
 tokens, mask, H, _ = sample(policy, prompts, seed=0, heat=constant)
 print("answers, tokens of the longest:", tuple(tokens.shape))
 print("answer tokens:", int(mask.sum()))
-for row in range(4):
+for row in (2, 7, 26, 31):
     answer = tokens[row][mask[row]]
     print(repr(tokenizer.decode(answer)))
 
 # %% [markdown]
-# The model either blurts out a number or writes the steps. It does not know that steps pay.
+# The model mostly blurts out a number, and now and then writes the steps: here the first answer is
+# blurted and wrong, two worked ones are right, and one slips. It does not know that steps pay.
 #
 # ## 3. Sure or uncertain? One h for each token
 #
@@ -286,7 +294,7 @@ if plt:
         axes.axvline(x, color="black", linestyle="--")
         axes.text(x, 60, label + " ", rotation=90, ha="right", va="top")
     axes.set(xlabel="x = log H", ylabel="tokens")
-    axes.set_title("Most tokens are sure: four fifths lie left of h = 0")
+    axes.set_title("Most tokens are sure, by orders of magnitude: log H spreads them out")
     plt.show()
 
 # %% [markdown]
@@ -295,8 +303,9 @@ if plt:
 # $$T = T_{base}\,(1 + \tau h) \quad \text{(Eq. 8)}$$
 #
 # h needs the statistics of a whole batch, and the batch that is being drawn is not whole yet.
-# **Where do they come from?** From the batch before. So the first batch was for its statistics
-# alone, and the next one is the one we learn from.
+# **Where do they come from?** From the batch before. Here the first batch is for its statistics
+# alone, and the next one is the one we learn from. (A run learns from its first batch, too, drawn
+# at T_base. C and D, later, take the statistics of the batch itself.)
 
 
 # %%
@@ -375,7 +384,9 @@ if plt:
 #
 # Learning compares the policy with itself before: the ratio $r = \pi / \pi_{old}$. The sampler has
 # already seen a probability of every token. **Why do we compute it again?** Because each token was
-# drawn at a temperature of its own. Numerator and denominator must be one function, at T_base.
+# drawn at a temperature of its own, and numerator and denominator must be one function: this one,
+# at T_base. (It could have kept a second one; but a fast sampler rounds otherwise than a trainer,
+# and then r would not be 1 where nothing has moved.)
 
 
 # %%
@@ -454,7 +465,7 @@ def advantages_B(R, lengths):
 
 
 def advantages_GRPO(R, lengths):
-    """The same over answers."""
+    """The same over answers, with the deviation of a sample (n - 1)."""
     mean = R.mean(1, keepdim=True)
     deviation = R.std(1, keepdim=True)
     A = (R - mean) / (deviation + 1e-6)
@@ -574,8 +585,10 @@ if plt:
 # ## 9. Update: four times, on a quarter of the answers each
 #
 # **What is r in the first update? And what is the loss of a step that learns?** Nothing has moved
-# yet, so r is exactly 1. The advantages of a group add up to 0, so the loss is near 0; what C did
-# moves it off. What learns is the gradient.
+# yet, so r is exactly 1. B's advantages add up to 0 over the tokens of a group, so without C the
+# loss of the first update would be 0. C shrinks those of sure tokens, which are most of the tokens
+# of long, right answers: what is left of the wrong ones weighs more, and the loss lies above 0.
+# What learns is the gradient.
 
 
 # %%
@@ -599,7 +612,8 @@ def new_optimizer(policy, lr=LR):
 
 
 def stopped(r, A, lowest, highest):
-    """How many tokens have fallen, risen as far as they may: the clip takes their gradient away."""
+    """How many tokens have passed their bound, falling and rising: the clip takes their gradient
+    away."""
     fell = (r < lowest) & (A < 0)
     rose = (r > highest) & (A > 0)
     return int(fell.sum()), int(rose.sum())
@@ -635,11 +649,14 @@ if plt:
     for edge in clip_range(grid):
         axes.plot(grid, edge, color="black")
     axes.set(xlabel="h", ylabel="r after the step", ylim=(0.3, 2.0))
-    axes.set_title("After four updates: beyond the lines of D tokens learn no more")
+    axes.set_title("After four updates: ▲ above, ▼ below the lines of D learn no more")
     axes.legend(loc="upper left")
     plt.show()
 
 # %% [markdown]
+# Of the falling tokens D stops as many as one range for all would: they are uncertain ones, whose
+# lower bound D leaves alone. Of the rising ones it stops fewer.
+#
 # ## 10. Change something
 #
 # Here is the whole step once more, as one function. **Predict before you run the next cell:**
@@ -684,9 +701,9 @@ changes = {
 for name, change in changes.items():
     again = new_model()
     seen, _ = one_step(again, new_optimizer(again), SUMS, 8, before, **change)
-    was, texts_again, own, A_again, h_again = seen["batch"]
+    was, lines_again, own, A_again, h_again = seen["batch"]
     with torch.no_grad():
-        then, _ = score(again, texts_again, own)
+        then, _ = score(again, lines_again, own)
     edges = clip_range(h_again, change.get("eps_high", EPS_HIGH))
     fell, rose = stopped((then - was).exp(), A_again, *edges)
     T_again, first = seen["T"], seen["losses"][0]
@@ -695,16 +712,17 @@ for name, change in changes.items():
 
 # %% [markdown]
 # The first update does not know ε_high: every ratio is 1, and so is inside C's zone however wide
-# that is. Later updates stop fewer tokens that rise; those that fall are stopped as before. Without
-# B the advantages no longer add up to 0 over tokens: right answers are longer here, so the loss
-# falls below 0. With τ = 0.5 sure tokens are drawn colder and uncertain ones much hotter: other
-# answers, other rewards. None of these losses says which change is better. The loss does not
-# measure learning.
+# that is. After the step fewer rising tokens are beyond their bound, and as many falling ones.
+# Without B the advantages no longer add up to 0 over tokens: right answers are longer here, so the
+# loss falls below 0. With τ = 0.5 sure tokens are drawn colder and uncertain ones much hotter:
+# other answers, and with this seed more right ones, since what is sure here is mostly a digit in
+# the middle of a sum. None of these losses says which change is better. The loss does not measure
+# learning, and one step of one seed decides nothing.
 #
 # ## 11. Thirty steps
 #
-# The same function, thirty times, on sixteen new questions each. How often are its answers right,
-# and how often if it is asked almost without chance, at T = 0.05?
+# The same function, thirty times, on sixteen new questions each, with a learning rate of 0.0002.
+# How often are its answers right, and how often if it is asked almost without chance, at T = 0.05?
 
 # %%
 STEPS = int(os.environ.get("LESSON_STEPS", "30"))
@@ -725,7 +743,7 @@ def asked_coldly(policy):
 
 
 policy = new_model()
-optimizer = new_optimizer(policy, lr=2e-4)
+optimizer = new_optimizer(policy, lr=0.0002)
 stats, accuracy, length = None, [], []
 print(f"before: {asked_coldly(policy):.2f} right at T = 0.05")
 for step in range(1, STEPS + 1):
