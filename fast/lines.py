@@ -39,26 +39,23 @@ def layout_for(config):
         if known["rollout"] is not rollout:
             known.clear()
             known["rollout"] = rollout
+            known["sizes"] = sizes_of(rollout)
         key = tuple(rows)
         if key not in known:
-            packed = best_packing(config, rollout, rows)
-            known[key] = (
-                laid_out(rollout, rows, *packed) if packed else one_line_each(rollout, rows)
-            )
+            sizes = known["sizes"]
+            packed = pack(config, rows, *sizes, rollout.group_size)
+            if packed:
+                known[key] = laid_out(rollout, rows, *packed, *sizes)
+            else:
+                known[key] = one_line_each(rollout, rows)
         return known[key]
 
     return layout
 
 
-def best_packing(config, rollout, rows):
-    """(lines of Segments, width), or None where a line for each answer costs less.
-
-    A token costs about 24 D^2 operations in the matrices of a layer, and 4 D in its attention for
-    each token of its line, hidden ones too: W (6 D + W) for a line of width W. Without a mask, one
-    line an answer, attention looks back alone: W (6 D + W / 2).
-    """
-    lengths, prompts = rollout.lengths.tolist(), rollout.prompt_mask.sum(1).tolist()
-    return pack(config, rows, lengths, prompts, rollout.group_size)
+def sizes_of(rollout):
+    """Tokens of every answer, and of every prompt."""
+    return rollout.lengths.tolist(), rollout.prompt_mask.sum(1).tolist()
 
 
 def packs(config, rollout, rows):
@@ -68,7 +65,13 @@ def packs(config, rollout, rows):
 
 
 def pack(config, rows, lengths, prompts, G):
-    """best_packing of rows whose answers have `lengths`, and `prompts` tokens before them."""
+    """(lines of Segments, width) of rows whose answers have `lengths`, and `prompts` tokens before
+    them; None where a line for each answer costs less.
+
+    A token costs about 24 D^2 operations in the matrices of a layer, and 4 D in its attention for
+    each token of its line, hidden ones too: W (6 D + W) for a line of width W. Without a mask, one
+    line an answer, attention looks back alone: W (6 D + W / 2).
+    """
     least = max(prompts[row // G] + lengths[row] - 1 for row in rows)
     if least > LONGEST_LINE or not takes_any_mask(config):
         return None
@@ -129,9 +132,8 @@ def takes_any_mask(config):
     return config._attn_implementation == "sdpa" and not windowed
 
 
-def laid_out(rollout, rows, lines, width):
+def laid_out(rollout, rows, lines, width, lengths, prompts):
     """The Lines of a packing; the mask is (lines, 1, width, width)."""
-    lengths, prompts = rollout.lengths.tolist(), rollout.prompt_mask.sum(1).tolist()
     padded, T = rollout.prompt.shape[1], rollout.tokens.shape[1]
     # of each prompt and answer: where it stands, what it holds, whose it is, its first position
     pieces, starts, behind = [], {}, {}

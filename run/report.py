@@ -17,15 +17,15 @@ def weight_sample(run):
     """About a thousand entries of every weight, to see what share of them a step really changes."""
     parts = []
     for p in run.policy.parameters():
-        parts.append(run.weights.some(p, max(1, p.numel() // 1000)).cpu())
-    return torch.cat(parts)
+        parts.append(run.weights.some(p, max(1, p.numel() // 1000)))
+    return torch.cat(parts).cpu()
 
 
 @torch.no_grad()
 def weight_norms(run):
     """The norm of every weight: one that is NaN or infinite must not be saved as good."""
     local = [p.to_local() if hasattr(p, "to_local") else p for p in run.policy.parameters()]
-    return torch.stack([norm.float().cpu() for norm in torch._foreach_norm(local)])
+    return torch.stack([norm.float() for norm in torch._foreach_norm(local)]).cpu()
 
 
 def tally(batch):
@@ -44,7 +44,8 @@ def tally(batch):
         "finished_tokens": rollout.lengths[done],
         "tokens": rollout.lengths,
     }
-    sums = {name: int(values.sum()) for name, values in sums.items()}
+    totals = torch.stack([values.sum() for values in sums.values()]).tolist()
+    sums = dict(zip(sums, totals))
     rewards = float(batch.rewards.cpu().double().sum())
     return {"answers": len(right), "groups": len(groups), "rewards": rewards, **sums}
 
@@ -179,8 +180,9 @@ def clip_counts(update, batch):
             "clamped": valid & ((logp - old_logp).abs() > LOG_RATIO_LIMIT),
             "kl_old": kl_k3(old_logp, logp)[valid],  # of KL(old || new): the answers are old's
         }
-        for name, values in counts.items():
-            sums[name] += float(values.sum())
+        totals = torch.stack([values.sum().float() for values in counts.values()]).tolist()
+        for name, total in zip(counts, totals):  # one wait for a device, not six
+            sums[name] += total
     return sums
 
 

@@ -207,7 +207,9 @@ def test_a_line_by_hand():
     segment = lines.Segment
     packed = [[segment(5, 0, [0, 1]), segment(4, 1, [2, 3])], [segment(1, 1, [3])]]
     packed[0][1] = segment(4, 1, [2])
-    ids, mask, positions, predecessors = lines.laid_out(rollout, [2, 0, 3, 1], packed, 9)
+    ids, mask, positions, predecessors = lines.laid_out(
+        rollout, [2, 0, 3, 1], packed, 9, *lines.sizes_of(rollout)
+    )
     assert ids.tolist() == [[1, 2, 4, 5, 7, 3, 9, 10, 11], [3] + [0] * 8]
     assert positions[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 3]
     # of answers 2, 0, 3 and 1
