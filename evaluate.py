@@ -188,25 +188,24 @@ def parse(argv: list[str] | None) -> object:
     add("--samples", type=int, default=8, metavar="K", help="answers a question, 1 to 256")
     add("--temperature", type=float, default=1.0, help="0 is greedy")
     add("--max-new-tokens", type=int, default=None, help="default: the run's or the task's")
-    add("--limit", type=int, default=None, metavar="N", help="only the first N questions")
+    add("--limit", type=int, metavar="N", help="only the first N questions")
     add("--seed", type=int, default=0)
     add("--rows-at-once", type=int, default=512, help="answers decoded together")
     add("--threads", type=int, default=None, metavar="N", help="CPU threads")
     add("--device", default=default_device())
+    add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the device's own")
     add("--out", default=None, metavar="FILE.json")
     args = parser.parse_args(argv)
     for name in ("samples", "limit", "max_new_tokens", "rows_at_once"):
         value, high = getattr(args, name), 256 if name == "samples" else math.inf
         if value is not None and not 1 <= value <= high:
-            limit = " and at most 256" if name == "samples" else ""
+            limit = "" if high == math.inf else f" and at most {high}"
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1{limit}")
     check_device(args.device)
     program.threads.use_threads(args.threads)
     out = pathlib.Path(args.out or "result.json")
     if out.is_dir() or out.parent.is_file():
-        raise BadInput(
-            f"--out {args.out}: not a file that can be written; name one, such as result.json"
-        )
+        raise BadInput(f"--out {args.out}: not a file that can be written; name one")
     if not 0 <= args.temperature <= 100:
         raise BadInput(f"--temperature {args.temperature}: must lie between 0 (greedy) and 100")
     if args.temperature == 0 and args.samples > 1:
@@ -313,7 +312,7 @@ def main(argv: list[str] | None = None) -> dict:
     if overlap := trained_on(args.model, problems):
         print(f"warning: {overlap}")
     problems, cap = instruct(problems, asked.instruction), asked.max_new_tokens
-    dtype = getattr(torch, default_dtype(args.device))
+    dtype = getattr(torch, args.dtype or default_dtype(args.device))
     model, tokenizer = load_model(args.model, args.device, dtype)
     problems = [problem for problem, _ in fit_context(problems, tokenizer, model.config, cap)]
     text, ids = render_prompt(problems[0].question, tokenizer, problems[0].history)

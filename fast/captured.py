@@ -49,14 +49,14 @@ def why_not(model):
     return None
 
 
-def decode(model, logits, cache, prompt_mask, G, cap, eos, draw_next):
+def decode(model, logits, cache, prompt_mask, G, cap, ends, draw_next):
     """As fast.decoding's loop behind the prompts: logits (P, V) and cache are what prefill has
     left, draw_next(logits, t, row) draws token t of some rows of the rollout."""
     steps = _Steps(model, logits, cache, prompt_mask, G, cap)
     answers = _Answers(steps, cap)
     with packed_attention(model):
         for t in range(cap):
-            answers.add(t, draw_next(steps.logits, t, steps.row), eos)
+            answers.add(t, draw_next(steps.logits, t, steps.row), ends)
             if (t + 1) % CHECK == 0 or t + 1 == cap:
                 live = answers.look()
                 if t + 1 == cap or not live:
@@ -196,14 +196,14 @@ class _Answers:
         self.finished = torch.zeros_like(steps.alive)
         self.bad = torch.full((1,), -1, device=steps.row.device)  # where the first NaN was drawn
 
-    def add(self, t, drawn, eos):
+    def add(self, t, drawn, ends):
         steps = self.steps
         broken = (steps.alive & ~drawn.logp.isfinite()).any() & (self.bad < 0)
         self.bad = torch.where(broken, t, self.bad)
         self.recent.append(drawn)
         steps.token.copy_(drawn.tokens[:, None])
         steps.length.add_(steps.alive)
-        steps.alive.logical_and_(~torch.isin(drawn.tokens, eos))
+        steps.alive.logical_and_(~ends[drawn.tokens])
 
     def look(self):
         """The slots of the rows that live on. The one place where Python waits for the card."""

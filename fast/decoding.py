@@ -45,7 +45,9 @@ def generate(
     together = max(1, decode_rows // G) if decode_rows else len(prompts)
     if uniform is None:
         uniform = torch.rand(max_new_tokens, len(prompts) * G)
-    eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
+    ends = torch.zeros(len(model.get_input_embeddings().weight), dtype=torch.bool)
+    ends[[i for i in eos_ids if i < len(ends)]] = True
+    ends = ends.to(device)  # a table by id: a search through many ids sorts, and waits
     captures = capture and captured.why_not(model) is None
     loop = captured.decode if captures else decode
     draw, tables = Draw(), []
@@ -60,7 +62,7 @@ def generate(
                 return draw(logits, temperature, draws[t, row], measure_entropy)
 
             cap = max_new_tokens
-            tables.append(loop(model, logits, cache, prompt_mask, G, cap, eos, draw_next))
+            tables.append(loop(model, logits, cache, prompt_mask, G, cap, ends, draw_next))
     table = {name: torch.cat([part[name] for part in tables]) for name in tables[0]}
     width = int(table["mask"].sum(1).max())
     cut = {name: x[:, :width] if x.dim() == 2 else x for name, x in table.items()}
@@ -68,8 +70,9 @@ def generate(
     return Rollout(prompt=prompt, prompt_mask=prompt_mask, **cut)
 
 
-def decode(model, logits, cache, prompt_mask, G, cap, eos, draw_next):
-    """The loop behind the prompts: the fields of a Rollout by name, `cap` tokens wide.
+def decode(model, logits, cache, prompt_mask, G, cap, ends, draw_next):
+    """The loop behind the prompts: the fields of a Rollout by name, `cap` tokens wide. `ends` says
+    of every id whether it ends an answer.
 
     logits (P, V) and cache are what prefill has left; draw_next(logits, t, row) draws token t of
     some rows of the rollout.
@@ -94,7 +97,7 @@ def decode(model, logits, cache, prompt_mask, G, cap, eos, draw_next):
         token, tokens[row, t], mask[row, t] = drawn.tokens, drawn.tokens, True
         for name, table in kept.items():
             table[row, t] = getattr(drawn, name)
-        ended = torch.isin(token, eos)
+        ended = ends[token]
         finished[row] = ended
         if t + 1 == cap or bool(ended.all()):
             break

@@ -281,6 +281,9 @@ if plt:
     plt.show()
 
 # %% [markdown]
+# The first layers say something else, from the fourth on most of it is there. (The model has not
+# always said its likeliest token: answers are drawn.)
+#
 # ## 3. How entropy flows, and where to begin
 #
 # Entropy is how uncertain a policy is: $-\sum_v \pi_v \log \pi_v$, here as a mean over answer
@@ -294,7 +297,9 @@ if plt:
 # $$\Delta\mathcal{H}^l = \mathcal{H}(F^l) - \mathcal{H}(\mathrm{LN}(H^{l-1} + A^l))$$
 #
 # The last layer that raises entropy is the **boundary layer**: above it the model only converges.
-# That one is aligned first.
+# That one is aligned first: what it still has open, the paper argues, is what is worth deciding
+# well, and the layers above build upon it. (The *states* grow surer from layer to layer all the
+# same: a block that explores adds to a sum that is already sure.)
 
 
 # %%
@@ -319,7 +324,9 @@ of_A = [mean_entropy(x) for x in attended]
 of_F = [mean_entropy(x) for x in fed]
 of_given = [mean_entropy(x) for x in given]
 change = [out - into for out, into in zip(of_F, of_given)]
+own = entropy(policy(lines).logits[:, S - 1 : -1, :V][mask].log_softmax(-1)).mean()
 print("entropy of H^0 ... H^L:", rounded(flow))
+print(f"of the model's own policy, the last one with its norm: {own:.2f}")
 print("by feed-forward block: ", rounded(change))
 rising = [l for l, x in enumerate(change, 1) if x > 0]
 boundary = rising[-1]
@@ -356,7 +363,8 @@ if plt:
 # $$r = \frac{\pi_l(o)}{\pi_{l,old}(o)}, \qquad L = -\,\mathrm{mean}\
 #   \min\bigl(r A,\ \mathrm{clip}(r, 1 - \varepsilon, 1 + \varepsilon) A\bigr)$$
 #
-# The mean is GRPO's: over the tokens of an answer, then over answers. **Which weights will have no
+# The mean is GRPO's: over the tokens of an answer, then over answers. (On the first page it is
+# HAPO's, over all tokens at once.) **Which weights will have no
 # gradient?**
 
 
@@ -428,8 +436,9 @@ print("the final norm has one:", norms["model.norm.weight"] is not None)
 
 # %% [markdown]
 # Nothing above layer l has a gradient: it is None, not 0, so the optimiser passes these weights by,
-# weight decay included. The embedding has one twice over: as the first state, and as E_u. So a
-# first phase *does* change what the layers above are given, and how their last state is read.
+# weight decay included. The embedding has one twice over, since both ends of this model are one
+# matrix: as the first state, and as E_u. So a first phase *does* change what the layers above are
+# given, and how their last state is read.
 
 
 # %%
@@ -458,7 +467,7 @@ if plt:
     axes.bar(place - 0.2, phase_1, 0.4, color="black", label="phase 1")
     axes.bar(place + 0.2, phase_2, 0.4, color="0.8", hatch="//", label="phase 2")
     axes.set(xlabel="layer", ylabel="gradient norm")
-    axes.set_title(f"Phase 1 moves layers 1 to {boundary}, phase 2 all of them")
+    axes.set_title(f"Gradients reach layers 1 to {boundary} in phase 1, all in phase 2")
     axes.legend()
     plt.show()
 
@@ -495,7 +504,7 @@ def of_right_tokens(policy):
     """Mean log π of the tokens of right answers, by layer; the last is the model's own."""
     own = R > 0
     means = []
-    for layer in [*range(1, L), None]:
+    for layer in [*range(1, L), None]:  # None: layer L, with its norm
         log_p = score(policy, lines[own], mask[own], layer)
         mean = log_p.sum() / mask[own].sum()
         means.append(mean.item())
@@ -518,11 +527,17 @@ if plt and STEPS:
     axes.plot(layers, became, "s-", color="black", label="after ten steps")
     axes.axvline(boundary, color="0.7", linestyle=":")
     axes.set(xlabel="layer", ylabel="mean log π of right tokens")
-    axes.set_title(f"Aligned is layer {boundary}; what the others make of it is another matter")
+    axes.set_title(
+        f"Layer {boundary} has learned; those above it lag (6: the model, with its norm)"
+    )
     axes.legend()
     plt.show()
 
 # %% [markdown]
+# Layers 1 to l make the tokens of right answers likelier, layer l most of all; those above make
+# them less likely, for they are given states that they do not know. To close that gap is phase 2's
+# work.
+#
 # ## 6. Phase 2, and what came of it
 #
 # Now the whole model trains, for ten more steps. Beside it: twenty steps without a first phase.
@@ -544,7 +559,7 @@ if plt and STEPS:
     axes.plot(steps, first + second, "s-", color="black", label="BuPO", markersize=3)
     axes.axvspan(0.5, STEPS / 2 + 0.5, color="0.93")
     axes.set(xlabel="step", ylabel="share of right answers")
-    axes.set_title("Shaded: the first phase, in which the model itself is not trained")
+    axes.set_title("Shaded: the first phase, in which layer 3's policy is trained, not the last")
     axes.legend()
     plt.show()
 

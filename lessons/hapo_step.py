@@ -8,10 +8,16 @@
 #
 # HAPO asks of each token how uncertain the model was there, and lets that steer four things:
 #
-# - **A**: uncertain tokens are drawn hotter, sure ones cooler (part 4);
-# - **B**: how good an answer is, is counted in tokens (part 7);
-# - **C**: uncertain tokens that have moved learn more, sure ones that have not learn less (part 8);
-# - **D**: uncertain tokens may rise further, sure ones fall further (part 8).
+# - **A**: uncertain tokens are drawn hotter, sure ones cooler (part 4): try other ways where there
+#   are some, and do not slip where there is one;
+# - **B**: how good an answer is, is counted in tokens (part 7): a long answer weighs more, and the
+#   tokens of a group pull neither up nor down in sum;
+# - **C**: uncertain tokens that have moved learn more, sure ones that have not learn less (part 8):
+#   what decides an answer is learned, what follows from it is left alone;
+# - **D**: uncertain tokens may rise further, sure ones fall further (part 8): a rare way may become
+#   likely, a sure mistake may go.
+#
+# These are the paper's reasons; [evidence](../docs/evidence.md) says what they are worth on a toy.
 #
 # Nothing is imported from the project before the last cell, which shows that the project computes
 # the same. Questions in **bold** are worth a guess before you read on.
@@ -545,7 +551,7 @@ def redistribute(A, h, r, eps_high=EPS_HIGH):
     low = 1 - EPS_LOW / 2
     high = 1 + eps_high / 2
     unmoved = (r >= low) & (r <= high)
-    changes = (h > 0) ^ unmoved
+    changes = (h > 0) ^ unmoved  # uncertain and moved, or sure and unmoved: one of the two
     return torch.where(changes, A * (1 + h), A)
 
 
@@ -585,10 +591,10 @@ if plt:
 # ## 9. Update: four times, on a quarter of the answers each
 #
 # **What is r in the first update? And what is the loss of a step that learns?** Nothing has moved
-# yet, so r is exactly 1. B's advantages add up to 0 over the tokens of a group, so without C the
-# loss of the first update would be 0. C shrinks those of sure tokens, which are most of the tokens
-# of long, right answers: what is left of the wrong ones weighs more, and the loss lies above 0.
-# What learns is the gradient.
+# yet, so r is exactly 1. B's advantages add up to 0 over the tokens of a group, and each quarter
+# holds whole groups, so without C the loss of the first update would be 0. C shrinks those of sure
+# tokens, which are most of the tokens of long, right answers: what is left of the wrong ones
+# weighs more, and the loss lies above 0. What learns is the gradient.
 
 
 # %%
@@ -715,9 +721,8 @@ for name, change in changes.items():
 # that is. After the step fewer rising tokens are beyond their bound, and as many falling ones.
 # Without B the advantages no longer add up to 0 over tokens: right answers are longer here, so the
 # loss falls below 0. With τ = 0.5 sure tokens are drawn colder and uncertain ones much hotter:
-# other answers, and with this seed more right ones, since what is sure here is mostly a digit in
-# the middle of a sum. None of these losses says which change is better. The loss does not measure
-# learning, and one step of one seed decides nothing.
+# other answers, and by luck of this seed more right ones. None of these losses says which change is
+# better. The loss does not measure learning, and one step of one seed decides nothing.
 #
 # ## 11. Thirty steps
 #
@@ -781,6 +786,8 @@ if plt and STEPS:
 # runs it. BuPO's first phase has [a page of its own](bupo_phase.ipynb).
 #
 # ## The project computes the same
+#
+# (If you have changed an equation above, the line that compares it ends with an error here.)
 
 # %%
 sys.path.insert(0, str(PROJECT))
