@@ -77,7 +77,7 @@ class Options:
     answers_per_prompt: int = opt(8, "G, answers a prompt")
     updates_per_rollout: int = opt(4, "optimiser steps on one batch of answers")
     micro_batch: int = opt(0, "sequences in one pass; 0: all at once (never changes the result)")
-    micro_tokens: int = opt(0, "instead of --micro-batch: tokens in one pass, padding included")
+    micro_tokens: int = opt(0, "instead of --micro-batch: tokens in one pass")
     decode_rows: int = opt(0, "answers drawn at the same time, whole groups; 0: all of a step")
     prefill_tokens: int = opt(
         PREFILL_TOKENS, "prompt tokens read at the same time, padding included"
