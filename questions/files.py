@@ -216,7 +216,9 @@ def _parquet(path, flag):
 def _is_hub_name(name):
     """owner/name, or owner/name:configuration, as a hub calls its data sets."""
     path = pathlib.Path(str(name).partition(":")[0])
-    return len(path.parts) == 2 and not path.is_absolute() and not path.parent.is_dir()
+    file = path.suffix.lower() in (".jsonl", ".json", ".csv", ".parquet", ".gz", ".txt")
+    two = len(path.parts) == 2 and not path.is_absolute()
+    return two and not file and not path.parent.is_dir()
 
 
 def _dataset(name, flag, split):

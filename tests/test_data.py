@@ -168,6 +168,8 @@ def test_a_folder_of_data(monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "data").mkdir()
         read_problems("data/none.jsonl")
+    with pytest.raises(BadInput, match="--data dta/none.csv.gz: no such file"):
+        read_problems("dta/none.csv.gz")
 
 
 def test_the_library_itself_reads_a_folder(tmp_path, monkeypatch):
