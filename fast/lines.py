@@ -48,7 +48,12 @@ def layout_for(config):
                 known[key] = laid_out(rollout, rows, *packed, *sizes)
             else:
                 known[key] = one_line_each(rollout, rows)
-        return known[key]
+        lines = known[key]
+        if isinstance(
+            lines.mask, tuple
+        ):  # made anew for each pass: it is as large as width squared
+            lines = lines._replace(mask=visible(*lines.mask))
+        return lines
 
     return layout
 
@@ -133,7 +138,7 @@ def takes_any_mask(config):
 
 
 def laid_out(rollout, rows, lines, width, lengths, prompts):
-    """The Lines of a packing; the mask is (lines, 1, width, width)."""
+    """The Lines of a packing; in place of the mask what `visible` makes it of."""
     padded, T = rollout.prompt.shape[1], rollout.tokens.shape[1]
     # of each prompt and answer: where it stands, what it holds, whose it is, its first position
     pieces, starts, behind = [], {}, {}
@@ -172,7 +177,7 @@ def laid_out(rollout, rows, lines, width, lengths, prompts):
     source, positions, segment, owner = table.view(4, len(lines), width)
     held = torch.cat([rollout.prompt.flatten(), rollout.tokens.flatten()])
     ids = held[source] * real.view_as(source)
-    return Lines(ids, visible(segment, owner), positions, predecessors)
+    return Lines(ids, (segment, owner), positions, predecessors)
 
 
 def visible(segment, owner):

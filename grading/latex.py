@@ -62,7 +62,7 @@ def serve():
     import logging
 
     logging.disable(logging.CRITICAL)
-    answer_lines(_verdict)
+    answer_lines(lambda: _verdict)
 
 
 def _verdict(pair):

@@ -5,6 +5,7 @@ of JSON.
 """
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -58,11 +59,14 @@ class Apart:
         self.process = None
 
 
-def answer_lines(reply_to):
-    """What such a process does: a line of JSON in, one out, until nothing more comes. A library
-    that prints does not answer; signals are the parent's affair."""
+def answer_lines(open_it):
+    """What such a process does: a line of JSON in, one out, until nothing more comes. `open_it` ()
+    returns the function that replies. Whatever prints meanwhile, code in C included, prints to
+    standard error and answers nothing; signals are the parent's affair."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    replies, sys.stdout = sys.stdout, sys.stderr
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    reply_to = open_it()
     for line in sys.stdin:
         print(json.dumps(reply_to(json.loads(line))), file=replies, flush=True)

@@ -170,9 +170,8 @@ def check_origin(run, now):
 
 def started_with(options):
     """The --model that is written in the run's config.json."""
-    return json.loads((pathlib.Path(options.out) / "config.json").read_text(encoding="utf-8"))[
-        "model"
-    ]
+    config = pathlib.Path(options.out) / "config.json"
+    return json.loads(config.read_text(encoding="utf-8"))["model"]
 
 
 @torch.no_grad()

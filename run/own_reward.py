@@ -49,8 +49,8 @@ class OwnReward:
             row = {name: row[name] for name in self.columns if name in row}
         try:
             reply = self.apart.ask([problem.question, problem.answer, text, row], REWARD_SECONDS)
-        except (Died, ValueError):
-            reply = {"error": "its process died, or wrote into its own replies"}
+        except Died:
+            reply = {"error": "its process died"}
         except futures.TimeoutError:
             reply = {"error": f"no reward within {REWARD_SECONDS:g} s"}
         if "error" in reply:
@@ -64,20 +64,18 @@ class OwnReward:
 
 def serve():
     """The function's file and name stand behind the project's folder in the command."""
-    file, name = sys.argv[2:]
-    function, columns, fault = None, [], None
+    answer_lines(lambda: replies_of(*sys.argv[2:]))
+
+
+def replies_of(file, name):
+    """None -> the columns that the function asks for; a question -> its reward."""
     try:
         function = load(file, name)
         columns = columns_of(function)
     except Exception as error:  # noqa: BLE001 - the file is the user's
-        fault = f"{type(error).__name__}: {error}"
-
-    def reply_to(asked):
-        if fault:
-            return {"error": fault}
-        return {"columns": columns} if asked is None else reward_of(function, *asked)
-
-    answer_lines(reply_to)
+        fault = {"error": f"{type(error).__name__}: {error}"}
+        return lambda asked: fault
+    return lambda asked: {"columns": columns} if asked is None else reward_of(function, *asked)
 
 
 def load(file, name):

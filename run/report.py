@@ -259,9 +259,10 @@ def held_out(run, step):
     options, name = run.options, f"evaluating step {step}"
     asked = [run.held_out[i % len(run.held_out)] for i in range(options.eval_prompts)]
     seed = seed_of(options.seed, "held out")
-    answers = evaluate_over(run, asked, 1.0, seed, f"{name}, sampled")
+    own = run.own_reward
+    answers = evaluate_over(run, asked, 1.0, seed, f"{name}, sampled", 1, own)
     sampled = summarise(answers)
-    own = [answer.reward for row in answers for answer in row] if run.own_reward else []
+    own = [answer.reward for row in answers for answer in row] if own else []
     each = run.held_out[: options.eval_prompts]
     greedy = summarise(evaluate_over(run, each, 0.0, 0, f"{name}, greedy"))
     return {
@@ -276,8 +277,8 @@ def held_out(run, step):
     }
 
 
-def evaluate_over(run, problems, temperature, seed, name, samples=1):
-    """[answers] to each problem, those of all processes."""
+def evaluate_over(run, problems, temperature, seed, name, samples=1, own_reward=None):
+    """[answers] to each problem, those of all processes; with what `own_reward` pays for each."""
     options, ranks, count = run.options, run.ranks, len(problems)
     problems = ranks.mine(problems)
     answers = sample_answers(
@@ -295,10 +296,10 @@ def evaluate_over(run, problems, temperature, seed, name, samples=1):
         numbers=ranks.mine(range(count)),
     )
     by_question = {}  # a question that was asked twice is one question with two answers
-    if run.own_reward:
-        paid = lambda p, a: a._replace(reward=run.own_reward(p, a.text))
+    if own_reward:
+        paid = lambda p, a: a._replace(reward=own_reward(p, a.text))
         answers = [[paid(p, answer) for answer in row] for p, row in zip(problems, answers)]
-    rows = [(p.question, row) for p, row in zip(problems, answers)]
+    rows = [((p.question, p.history), row) for p, row in zip(problems, answers)]
     for part in ranks.gather_objects(rows):
         for question, row in part:
             by_question.setdefault(question, []).extend(row)

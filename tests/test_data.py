@@ -307,7 +307,6 @@ def test_the_row_is_handed_over_where_it_is_asked_for(tmp_path):
         ("return float('nan')", "the reward is nan"),
         ("return 'much'", "could not convert"),
         ("import os; os._exit(1)", "its process died"),
-        ("import os; os.write(1, b'x\\n')", "its process died, or wrote into its own replies"),
         ("import time; time.sleep(60)", "no reward within 0.5 s"),
     ],
 )
@@ -323,6 +322,15 @@ def test_a_function_that_fails_is_named_with_the_answer(tmp_path, monkeypatch, t
     assert said in lines[0] and "for the answer 'bad'" in lines[0] and "mine.py:f" in lines[0]
     monkeypatch.undo()
     assert pay(Problem("q", "1"), "good") == 2 and len(lines) == 1
+
+
+def test_what_a_function_prints_is_no_reply(tmp_path, capfd):
+    noisy = "import os\nprint('loaded')\n" + (
+        "def f(question, answer, text):\n    os.write(1, b'5\\n')\n    print('here')\n    return 2"
+    )
+    assert own_reward.OwnReward(a_function(tmp_path, noisy, "f"))(Problem("q", "1"), "x") == 2
+    printed = capfd.readouterr()
+    assert printed.out == "" and "loaded" in printed.err
 
 
 @pytest.mark.parametrize(

@@ -207,13 +207,14 @@ def test_a_line_by_hand():
     segment = lines.Segment
     packed = [[segment(5, 0, [0, 1]), segment(4, 1, [2, 3])], [segment(1, 1, [3])]]
     packed[0][1] = segment(4, 1, [2])
-    ids, mask, positions, predecessors = lines.laid_out(
+    ids, owners, positions, predecessors = lines.laid_out(
         rollout, [2, 0, 3, 1], packed, 9, *lines.sizes_of(rollout)
     )
     assert ids.tolist() == [[1, 2, 4, 5, 7, 3, 9, 10, 11], [3] + [0] * 8]
     assert positions[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 3]
     # of answers 2, 0, 3 and 1
     assert predecessors.tolist() == [5, 6, 7, 8] + [1, 2, 3] + [9] + [1, 4]
+    mask = lines.visible(*owners)
     sees = [row.nonzero().flatten().tolist() for row in mask[0, 0]]
     assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]] + [
         *([5], [5, 6], [5, 6, 7], [5, 6, 7, 8])
@@ -252,10 +253,11 @@ def test_packing_takes_the_cheapest_width():
 def test_scoring_and_updating_share_a_layout():
     model = random_model()
     layout = lines.layout_for(model.config)
-    assert layout(ROLLOUT, [0, 1]) is layout(ROLLOUT, [0, 1])
-    assert layout(ROLLOUT, [0, 1]) is not layout(ROLLOUT, [0, 2])
-    other = dataclasses.replace(ROLLOUT)
-    assert layout(other, [0, 1]) is not layout(ROLLOUT, [0, 1])
+    ids = lambda rollout, rows: layout(rollout, rows).ids
+    assert ids(ROLLOUT, [0, 1]) is ids(ROLLOUT, [0, 1])
+    assert ids(ROLLOUT, [0, 1]) is not ids(ROLLOUT, [0, 2])
+    first, other = ids(ROLLOUT, [0, 1]), dataclasses.replace(ROLLOUT)
+    assert ids(other, [0, 1]) is not first and torch.equal(ids(other, [0, 1]), first)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -239,6 +239,8 @@ def test_no_text_file_is_opened_in_the_platforms_encoding():
             continue
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = getattr(getattr(call, "func", None), "attr", "")
-            if isinstance(call, ast.Call) and name in ("read_text", "write_text"):
+            built_in = getattr(getattr(call, "func", None), "id", "") == "open"
+            if isinstance(call, ast.Call) and (built_in or name in ("read_text", "write_text")):
                 named = {keyword.arg for keyword in call.keywords}
-                assert "encoding" in named, f"{path}:{call.lineno}"
+                binary = built_in and "b" in "".join(ast.unparse(x) for x in call.args[1:])
+                assert binary or "encoding" in named, f"{path}:{call.lineno}"

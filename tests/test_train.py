@@ -266,9 +266,9 @@ def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
         generate=None,
         tokenizer=None,
         eos_ids=[],
-        own_reward=None,
     )
-    a, b = Problem("a", "1"), Problem("b", "1")
+    before = (("system", "Be short."),)  # the same words behind other ones are another question
+    a, b = Problem("a", "1"), Problem("a", "1", history=before)
     result = report.summarise(report.evaluate_over(fake, [a, b, b, a], 1.0, 0, ""))
     # a: right, wrong; b: right, wrong. Both means are 1/2, so their standard error is 0 (as four
     # answers it would be 0.29)
