@@ -1,11 +1,15 @@
 """One training step against TRL's GRPOTrainer: same model, same prompts, in one run.
 
-    pip install trl && python benchmarks/step_vs_trl.py [--steps 12]
+    pip install trl && python benchmarks/step_vs_trl.py [--task addition] [--steps 12]
 
-256 answers of at most 12 tokens, 4 updates. The model is a Qwen3 of 0.48 M parameters with random
-weights and the tokenizer of assets/tiny-qwen3; rewards are a coin per answer, so no group is dead
-and every update is made. Ours runs GRPO and HAPO; a "step" is sampling, scoring and four updates on
-all sides.
+coin      256 answers of at most 12 tokens, nearly all of them that long. The model is a Qwen3 of
+          0.48 M parameters with random weights; rewards are a coin per answer, so no group is dead
+          and every update is made.
+addition  512 answers of 1 to 40 tokens, as the default run begins: the shipped model on its sums,
+          with the sums' own rewards.
+
+Ours runs GRPO and HAPO; a "step" is sampling, scoring and four updates on all sides, at a learning
+rate that leaves the answers as they are.
 """
 
 import argparse
@@ -17,7 +21,7 @@ import time
 from common import AutoTokenizer, median, qwen3, ratio
 
 import train
-from grading.answers import Grade
+from grading.answers import Grade, grade
 from questions.prompts import render_prompt
 from run import options
 from run.machine import OneProcess
@@ -25,18 +29,19 @@ from run.opening import open_run
 from tasks import load_problems
 
 TINY = str(pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen3")
-STEP = (
-    "--prompts-per-step 16 --answers-per-prompt 16 --max-new-tokens 12 --lr 1e-6 --device cpu"
-).split()
+SIZES = {"coin": (16, 12), "addition": (32, 40)}  # prompts of 16 answers; longest answer
 
 
-def ours(folder, algo, steps):
+def ours(folder, task, algo, steps):
     """Seconds of each step but the first two."""
-    out = tempfile.mkdtemp()
-    o = options.parse(["--model", folder, "--out", out, "--algo", algo, *STEP], "")
+    prompts, longest = SIZES[task]
+    size = f"--prompts-per-step {prompts} --answers-per-prompt 16 --max-new-tokens {longest}"
+    how = f"--model {folder} --out {tempfile.mkdtemp()} --algo {algo} --lr 1e-6 --device cpu"
+    o = options.parse([*size.split(), *how.split()], "")
     run, _ = open_run(o, OneProcess(o.device))
     coin = random.Random(0)
-    train.grade = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
+    graded = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
+    train.grade = graded if task == "coin" else grade
     seconds = []
     for step in range(1, steps + 1):
         started = time.perf_counter()
@@ -45,17 +50,18 @@ def ours(folder, algo, steps):
     return seconds[2:]
 
 
-def trl_config(steps):
+def trl_config(task, steps):
     from trl import GRPOConfig
 
+    prompts, longest = SIZES[task]
     return GRPOConfig(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=prompts * 16 // 4,
         gradient_accumulation_steps=1,
         steps_per_generation=4,
         num_generations=16,
         num_iterations=1,
-        max_completion_length=12,
+        max_completion_length=longest,
         max_steps=4 * steps + 1,
         learning_rate=1e-6,
         beta=0.0,
@@ -69,7 +75,7 @@ def trl_config(steps):
     )
 
 
-def trl(folder, steps):
+def trl(folder, task, steps):
     """Seconds of each step but the first two."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -78,19 +84,22 @@ def trl(folder, steps):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     problems = load_problems("addition")[0][:2000]
     prompts = [render_prompt(p.question, tokenizer)[0] for p in problems]
+    asked = dict(zip(prompts, problems))
     coin, times = random.Random(0), []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             times.append(time.perf_counter())
 
-    def reward(completions, **kwargs):
-        return [float(coin.random() < 0.5) for _ in completions]
+    def reward(prompts, completions, **kwargs):
+        if task == "coin":
+            return [float(coin.random() < 0.5) for _ in completions]
+        return [float(grade(asked[p], text).strict) for p, text in zip(prompts, completions)]
 
     trainer = GRPOTrainer(
         model=folder,
         reward_funcs=reward,
-        args=trl_config(steps),
+        args=trl_config(task, steps),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
         callbacks=[Clock()],
@@ -100,26 +109,35 @@ def trl(folder, steps):
     return [b - a for a, b in zip(cycles, cycles[1:])][2:]
 
 
+def random_model(folder):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    model = qwen3(hidden=96, layers=4)
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=SIZES, default="coin")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(TINY)
-        model = qwen3(hidden=96, layers=4)
-        model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if args.task == "coin":
+            random_model(folder)
+        else:
+            folder = TINY
         seconds = {"TRL GRPOTrainer": [], "ours, grpo": [], "ours, hapo": []}
         for _ in range(args.rounds):
-            seconds["TRL GRPOTrainer"].append(median(trl(folder, args.steps)))
-            seconds["ours, grpo"].append(median(ours(folder, "grpo", args.steps)))
-            seconds["ours, hapo"].append(median(ours(folder, "hapo", args.steps)))
+            seconds["TRL GRPOTrainer"].append(median(trl(folder, args.task, args.steps)))
+            for algo in ("grpo", "hapo"):
+                times = ours(folder, args.task, algo, args.steps)
+                seconds[f"ours, {algo}"].append(median(times))
+    prompts, longest = SIZES[args.task]
     print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, 256 answers of at "
-        f"most 12 tokens, 4 updates; medians of {args.steps - 2} steps in each of "
-        f"{args.rounds} rounds"
+        f"{args.task}: {16 * prompts} answers of at most {longest} tokens, 4 updates; medians of "
+        f"{args.steps - 2} steps in each of {args.rounds} rounds"
     )
     for name, values in seconds.items():
         print(

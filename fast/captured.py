@@ -4,21 +4,22 @@ An eager step of a small model is some thousand kernel launches, and Python issu
 than the card runs them. Here a step is recorded once as a CUDA graph and then replayed by a single
 launch. For that nothing in it may depend on data or on a number that Python knows: the place where
 keys and values are written, the mask and the positions are tensors that the step itself moves on.
-Drawing stays outside the graph, some thirty launches, and asks the card nothing: whether rows have
-ended is read once in CHECK steps. Until then they go on, and what they draw is dropped; then live
-rows move to the front and a graph of fewer rows takes over.
+The draw is part of it: a token of decoding is one launch. Whether rows have ended is read once in
+CHECK steps. Until then they go on, and what they draw is dropped; then live rows move to the front
+and a graph of fewer rows takes over.
 
 `decode` draws the tokens of fast.decoding's own loop. On a CPU the same steps run uncaptured.
+
+Graphs are recorded anew for every rollout: its buffers are given back to the update, whose peak is
+the larger one, and a graph knows the addresses of its buffers. One is alive at a time: destroying
+one clears the workspace of every graph on its stream.
 
 Shapes: B rows of the rollout, n of them in the current step, S prompt positions, L key positions
 that the current step sees, T answer positions, V vocabulary.
 """
 
-import contextlib
-
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from fast.forward import next_logits
@@ -52,28 +53,26 @@ def why_not(model):
 def decode(model, logits, cache, prompt_mask, G, cap, ends, draw_next):
     """As fast.decoding's loop behind the prompts: logits (P, V) and cache are what prefill has
     left, draw_next(logits, t, row) draws token t of some rows of the rollout."""
-    steps = _Steps(model, logits, cache, prompt_mask, G, cap)
-    answers = _Answers(steps, cap)
-    with packed_attention(model):
-        for t in range(cap):
-            answers.add(t, draw_next(steps.logits, t, steps.row), ends)
-            if (t + 1) % CHECK == 0 or t + 1 == cap:
-                live = answers.look()
-                if t + 1 == cap or not live:
-                    break
-                steps.drop_all_but(live)
-            steps.advance(t)
+    steps = _Steps(model, cache, prompt_mask, G, cap)
+    answers = _Answers(steps, cap, ends, draw_next)
+    answers.draw(logits.repeat_interleave(G, 0))
+    for t in range(1, cap + 1):
+        if t % CHECK == 0 or t == cap:
+            live = answers.look(t)
+            if t == cap or not live:
+                break
+            steps.drop_all_but(live)
+        steps.advance(t, answers.draw)
     return answers.tensors()
 
 
 class _Steps:
     """The rows in flight, and the model's step on them. The first n rows of every buffer count."""
 
-    def __init__(self, model, logits, cache, prompt_mask, G, cap):
+    def __init__(self, model, cache, prompt_mask, G, cap):
         self.model = model
-        device, self.S = logits.device, prompt_mask.shape[1]
+        device, self.S = prompt_mask.device, prompt_mask.shape[1]
         total = -(-(self.S + cap) // KEYS_STEP) * KEYS_STEP
-        self.logits = logits.repeat_interleave(G, 0)
         self.place = torch.full((1,), self.S, device=device)  # where the next token's keys go
         self.columns = torch.arange(total, device=device)
         self.cache = DynamicCache()
@@ -81,7 +80,7 @@ class _Steps:
             layer = cache.layers.pop(0)
             static = _StaticLayer(layer.keys, layer.values, G, total, self.place)
             self.cache.layers.append(static)
-        visible = torch.zeros(len(self.logits), total, dtype=torch.bool, device=device)
+        visible = torch.zeros(len(prompt_mask) * G, total, dtype=torch.bool, device=device)
         visible[:, : self.S] = prompt_mask.repeat_interleave(G, 0)
         self.n, self.visible = len(visible), visible
         self.token = torch.zeros_like(visible[:, :1], dtype=int)
@@ -89,7 +88,7 @@ class _Steps:
         self.row = torch.arange(self.n, device=device)  # which row of the rollout each one is
         self.alive = torch.ones(self.n, dtype=torch.bool, device=device)
         self.length = torch.zeros_like(self.row)
-        self.captures, self.shape, self.graph = logits.is_cuda, None, None
+        self.captures, self.shape, self.graph = device.type == "cuda", None, None
 
     def drop_all_but(self, live):
         """Rows in `live` move into the first rows, where those that ended give them their place, if
@@ -108,34 +107,34 @@ class _Steps:
             setattr(self, name, value.index_copy_(0, holes, value[movers])[:n])
         self.n = n
 
-    def advance(self, t):
-        """Feed answer token t: self.logits, (n, V), are those of the next one."""
-        last = (self.S + t) // CHECK * CHECK + 2 * CHECK  # written before L is looked at again
+    def advance(self, t, draw):
+        """Feed the last token and draw answer token t."""
+        last = (self.S + t - 1) // CHECK * CHECK + 2 * CHECK  # written before L is looked at again
         L = min(-(-last // KEYS_STEP) * KEYS_STEP, len(self.columns))
         if (self.n, L) != self.shape:  # the first step of a shape runs as it is, and so warms up
             self.shape, self.graph = (self.n, L), None
             for layer in self.cache.layers:
                 layer.show(self.n, L)
-            self.logits = self._step()
+            self._step(draw)
         elif not self.captures:
-            self.logits = self._step()
+            self._step(draw)
         elif self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             # a pool of its own: one that is shared must never be without a graph
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.logits = self._step()
+                self._step(draw)
             self.graph.replay()  # capturing has run nothing
         else:
             self.graph.replay()
 
-    def _step(self):
+    def _step(self, draw):
         L = self.shape[1]
         self.visible.masked_fill_(self.columns == self.place, True)
         mask = self._mask(self.visible[:, :L], self.columns[:L])
         logits = next_logits(self.model, self.token, mask, self.position, self.cache)
         self.position.add_(1)
         self.place.add_(1)
-        return logits
+        draw(logits)
 
     def _mask(self, visible, columns):
         """What is added to the attention's logits, (n, 1, 1, L): of every layer, or by kind."""
@@ -187,36 +186,42 @@ class _StaticLayer(DynamicLayer):
 class _Answers:
     """What was drawn. Written to tables of the rollout's rows only when somebody looks."""
 
-    def __init__(self, steps, cap):
-        self.steps, self.recent, self.t = steps, [], 0
+    def __init__(self, steps, cap, ends, draw_next):
+        self.steps, self.ends, self.draw_next, self.written = steps, ends, draw_next, 0
+        self.t = torch.zeros(1, dtype=torch.long, device=steps.row.device)  # position of the next
         table = torch.zeros(steps.n, cap, device=steps.row.device)
         self.tables = {name: table.clone() for name in Drawn._fields[1:]}
         self.tables["tokens"] = table.long()
+        # of each slot, the last CHECK ones
+        self.recent = {name: x[:, :CHECK].clone() for name, x in self.tables.items()}
         self.lengths = torch.zeros_like(steps.row)
         self.finished = torch.zeros_like(steps.alive)
         self.bad = torch.full((1,), -1, device=steps.row.device)  # where the first NaN was drawn
 
-    def add(self, t, drawn, ends):
-        steps = self.steps
+    def draw(self, logits):
+        """The next token of every row in flight, from its logits, (n, V). Part of the graph."""
+        steps, column = self.steps, self.t % CHECK
+        drawn = self.draw_next(logits, self.t, steps.row)
         broken = (steps.alive & ~drawn.logp.isfinite()).any() & (self.bad < 0)
-        self.bad = torch.where(broken, t, self.bad)
-        self.recent.append(drawn)
+        self.bad.copy_(torch.where(broken, self.t, self.bad))
+        for name, value in drawn._asdict().items():
+            self.recent[name][: steps.n].index_copy_(1, column, value[:, None])
         steps.token.copy_(drawn.tokens[:, None])
         steps.length.add_(steps.alive)
-        steps.alive.logical_and_(~ends[drawn.tokens])
+        steps.alive.logical_and_(~self.ends[drawn.tokens])
+        self.t.add_(1)
 
-    def look(self):
-        """The slots of the rows that live on. The one place where Python waits for the card."""
+    def look(self, t):
+        """The slots of the rows that live on behind t tokens. The one place where Python waits for the card."""
         steps = self.steps
         *alive, bad = torch.cat([steps.alive.long(), self.bad]).tolist()
         if bad >= 0:
             raise NonFinite(f"the model's logits are NaN or infinite at answer position {bad}")
-        until = self.t + len(self.recent)
         for name, table in self.tables.items():
-            drawn = torch.stack([getattr(x, name) for x in self.recent], 1)
-            table[steps.row, self.t : until] = drawn.to(table.dtype)
+            drawn = self.recent[name][: steps.n, : t - self.written]
+            table[steps.row, self.written : t] = drawn
         self.lengths[steps.row], self.finished[steps.row] = steps.length, ~steps.alive
-        self.recent, self.t = [], until
+        self.written = t
         return [slot for slot, lives in enumerate(alive) if lives]
 
     def tensors(self):
@@ -225,27 +230,3 @@ class _Answers:
         mask = torch.arange(width, device=self.lengths.device) < self.lengths[:, None]
         kept = {name: torch.where(mask, x, 0) for name, x in self.tables.items()}
         return {"mask": mask, "finished": self.finished, **kept}
-
-
-# ------------------------------------------------------------------------- attention of one query
-
-
-@contextlib.contextmanager
-def packed_attention(model):
-    """While open, the model's attention treats the query heads that share keys as so many queries
-    of one head: no copy of the keys for each, also in versions of transformers that make one."""
-    before = model.config._attn_implementation
-    AttentionInterface.register("packed_sdpa", _packed_sdpa)
-    model.config._attn_implementation = "packed_sdpa"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
-
-
-def _packed_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """query (n, heads, 1, size), key and value (n, kv_heads, L, size), mask (n, 1, 1, L)."""
-    n, heads, _, size = query.shape
-    packed = query.reshape(n, key.shape[1], -1, size)
-    out = scaled_dot_product_attention(packed, key, value, attention_mask, scale=scaling)
-    return out.reshape(n, 1, heads, size), None

@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from fast import captured, cpu, rows
+from fast.attention import packed_heads
 from fast.forward import next_logits, prefill
 from program.devices import widest
 from program.errors import NonFinite
@@ -62,7 +63,9 @@ def generate(
                 return draw(logits, temperature, draws[t, row], measure_entropy)
 
             cap = max_new_tokens
-            tables.append(loop(model, logits, cache, prompt_mask, G, cap, ends, draw_next))
+            with packed_heads(model):
+                table = loop(model, logits, cache, prompt_mask, G, cap, ends, draw_next)
+            tables.append(table)
     table = {name: torch.cat([part[name] for part in tables]) for name in tables[0]}
     width = int(table["mask"].sum(1).max())
     cut = {name: x[:, :width] if x.dim() == 2 else x for name, x in table.items()}

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from internals import Lines, one_line_each
+from program.attention import takes_any_mask
 
 LONGEST_LINE = 1024  # tokens: masks stay small
 STEPS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8)  # widths that are tried, as multiples of the least
@@ -127,14 +128,6 @@ def fill(segments, width):
             lines.append([segment])
             used.append(segment.size)
     return lines
-
-
-def takes_any_mask(config):
-    """PyTorch's attention applies whatever mask it is given; other kinds build their own, and
-    windows slide on theirs."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = kinds != {"full_attention"} or getattr(config, "sliding_window", None)
-    return config._attn_implementation == "sdpa" and not windowed
 
 
 def laid_out(rollout, rows, lines, width, lengths, prompts):

@@ -52,6 +52,15 @@ def default_dtype(device):
     return "bfloat16" if kind == "xpu" else "float32"
 
 
+def has_flash_attention(device, dtype, head_size):
+    """Whether PyTorch's attention has a kernel there that never holds all scores and knows grouped
+    heads."""
+    if device.type != "cuda":
+        return True
+    fits = dtype in (torch.float16, torch.bfloat16) and head_size <= 256
+    return fits and torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def pins_memory(device):
     """Whether copies to the device are faster from memory that cannot be swapped out."""
     return device.type in ("cuda", "xpu")

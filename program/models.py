@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from program.attention import mend_masks
 from program.errors import BadInput
 from program.hub import check_network
 
@@ -119,7 +120,7 @@ def load_model(name, device="cpu", dtype=torch.float32):
         )
     _check_vocabulary(name, model, tokenizer)
     assert_tied(model)
-    return model.to(device), tokenizer
+    return mend_masks(model.to(device)), tokenizer
 
 
 def _check_vocabulary(name, model, tokenizer):

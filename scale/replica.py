@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from internals import decoder_body
+from program.attention import mend_masks
 from program.models import assert_tied
 from scale.shard import whole
 
@@ -25,7 +26,7 @@ class Replica:
         for target, source in zip(model.buffers(), policy.buffers()):
             target.copy_(source)
         model.generation_config = policy.generation_config
-        self.model = model.requires_grad_(False)
+        self.model = mend_masks(model).requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self):

@@ -1,0 +1,65 @@
+"""The masks that PyTorch's attention is given.
+
+A model on its own leaves the mask out where it can, and asks for grouped heads instead: right where
+flash attention runs. Where it cannot (float32 on a GPU, a card before Ampere) one kernel is left
+that knows grouped heads, and it holds every score, S x S a head; with a mask the memory-efficient
+one takes over. And behind padding on the left stand rows that see nothing, for which kernels give
+zeros or NaN, as they please: here they see themselves, and nobody looks at them.
+
+Shapes: n rows, S positions.
+"""
+
+import torch
+
+from program.devices import has_flash_attention
+
+
+def takes_any_mask(config):
+    """PyTorch's attention applies whatever mask it is given; other kinds build their own, and
+    windows slide on theirs."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = kinds != {"full_attention"} or getattr(config, "sliding_window", None)
+    return config._attn_implementation == "sdpa" and not windowed
+
+
+def mend_masks(model):
+    """From now on the model's first forward pass over some text takes the mask above."""
+    if takes_any_mask(model.config):
+        model.base_model.register_forward_pre_hook(_give_mask, with_kwargs=True)
+    return model
+
+
+def _give_mask(body, args, kwargs):
+    ids = args[0] if args else kwargs["input_ids"]
+    seen, S = kwargs.get("attention_mask"), ids.shape[1]
+    if S == 1 or (seen is not None and seen.shape != ids.shape):
+        return None  # a token behind others; or a mask that is whole already
+    if seen is not None and bool(seen.all()):
+        seen = None
+    if seen is None and has_flash_attention(ids.device, dtype_of(body), head_size(body.config)):
+        mask = None
+    else:
+        mask = causal(ids, seen)
+    return args, {**kwargs, "attention_mask": mask}
+
+
+def causal(ids, seen=None):
+    """Who sees whom, (n, 1, S, S): what stands before; of it, what is `seen`, (n, S); and itself."""
+    n, S = ids.shape
+    before = torch.ones(S, S, dtype=torch.bool, device=ids.device).tril()
+    if seen is None:
+        return before.expand(n, 1, S, S)
+    itself = torch.eye(S, dtype=torch.bool, device=ids.device)
+    return ((before & seen[:, None].bool()) | itself)[:, None]
+
+
+def dtype_of(body):
+    """What a pass computes in."""
+    weight = body.get_input_embeddings().weight
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
+def head_size(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
