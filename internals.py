@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from losses import token_logprobs_and_entropy
 from program.errors import BadInput
-from sampling import Rollout, position_ids
+from sampling import Rollout, Rows, position_ids
 
 # --------------------------------------------------------------------------- the parts of a decoder
 
@@ -117,30 +117,32 @@ class Lines(NamedTuple):
     mask: Tensor | None  # the attention's; None: causal, with padding on the right alone
     positions: Tensor | None  # None: 0, 1, 2, ...
     predecessors: Tensor  # (N,) where in the flattened lines the state before each token stands
+    tokens: Tensor  # (N,) the tokens themselves, those of every answer in turn
 
 
-def one_line_each(rollout: Rollout, rows: list[int]) -> Lines:
+def one_line_each(rollout: Rollout, rows: Rows) -> Lines:
     """The plain layout: every answer behind its prompt, in a line of its own."""
     ids, _, predicts = rollout.sequences(rows)
     # the last column predicts nothing; states of prompt tokens are computed and never projected
     predecessors = predicts[:, :-1].flatten().nonzero().squeeze(1)
-    return Lines(ids[:, :-1], None, None, predecessors)
+    tokens = ids[:, 1:].flatten()[predecessors]
+    return Lines(ids[:, :-1], None, None, predecessors, tokens)
 
 
 def answer_states(
     model: nn.Module,
     rollout: Rollout,
-    rows: list[int],
+    rows: Rows,
     layer: int | None = None,
     norm: bool = True,
-    layout: Callable[[Rollout, list[int]], Lines] = one_line_each,
-) -> Tensor:
-    """The states that predict the answer tokens of some rows, (N, D), as in rollout.mask[rows].
-    The layout changes none of them."""
-    ids, mask, positions, predecessors = layout(rollout, rows)
+    layout: Callable[[Rollout, Rows], Lines] = one_line_each,
+) -> tuple[Tensor, Tensor]:
+    """The states that predict the answer tokens of some rows, (N, D), and these tokens, (N,), as in
+    rollout.mask[rows]. The layout changes none of them."""
+    ids, mask, positions, predecessors, tokens = layout(rollout, rows)
     with first_layers(model, layer, norm):
         out = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    return out.logits.flatten(0, 1).index_select(0, predecessors)
+    return out.logits.flatten(0, 1).index_select(0, predecessors), tokens
 
 
 def layer_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:

@@ -27,6 +27,7 @@ from program.errors import NonFinite
 from program.models import cache_argument
 from questions.prompts import end_of_turn
 
+Rows = slice | list[int]  # of a rollout's answers
 Temperature = float | Callable[[Tensor], Tensor]  # T, or entropies (R,) -> temperatures (R,)
 
 # ----------------------------------------------------------------------------------------- answers
@@ -58,9 +59,12 @@ class Rollout:
         tokens, mask = self.tokens.cpu(), self.mask.cpu()
         return [ids[own].tolist() for ids, own in zip(tokens, mask)]
 
-    def sequences(self, rows: list[int]) -> tuple:
+    def listed(self, rows: Rows) -> list[int]:
+        return list(range(len(self.tokens)))[rows] if isinstance(rows, slice) else rows
+
+    def sequences(self, rows: Rows) -> tuple:
         """Some rows as lines padded on the right: ids, mask, and where an answer token is next."""
-        prompts = [row // self.group_size for row in rows]
+        prompts = torch.arange(len(self.tokens), device=self.mask.device)[rows] // self.group_size
         padded = torch.cat([self.prompt[prompts], self.tokens[rows]], 1)
         start = self.prompt_mask[prompts].sum(1, keepdim=True)
         end = start + self.mask[rows].sum(1, keepdim=True)

@@ -40,7 +40,7 @@ from run.guard import StopRequest
 from run.opening import open_run
 from run.options import Options, parse
 from run.state import Run
-from sampling import Rollout
+from sampling import Rollout, Rows
 from scale import memory
 from scale.shard import open_ranks
 
@@ -67,7 +67,8 @@ def train_step(step: int, run: Run) -> Step:
 
     # 3. Score every token under the policy that learns: the ratio's denominator. (Not rollout.logp,
     # at the sampler's temperature.) In the updates' own passes, first ratios are exactly 1.
-    parts = torch.arange(len(batch.texts)).view(options.updates_per_rollout, -1).tolist()
+    size = len(batch.texts) // options.updates_per_rollout
+    parts = [slice(i, i + size) for i in range(0, len(batch.texts), size)]
     batch.old_logp, batch.trained_entropy = score(run.policy, batch.rollout, parts, layer, run)
     # BuPO 3: phase 1 scores layer l alone; the full policy's entropy is the sampler's, at T = 1
     batch.entropy = batch.trained_entropy if layer is None else batch.rollout.entropy
@@ -173,16 +174,15 @@ def score(model: nn.Module, rollout: Rollout, parts: list, layer: Layer, run: Ru
 
 
 def token_scores(
-    model: nn.Module, rollout: Rollout, rows: list, layer: Layer, run: Run, measure_entropy: bool
+    model: nn.Module, rollout: Rollout, rows: Rows, layer: Layer, run: Run, measure_entropy: bool
 ) -> tuple:
     """Log-probability and entropy of some answers at T_base, (rows, T), of layer l's policy or the
     model's own (None), 0 at padding: one function for old, new and reference."""
     mask, temperature = rollout.mask[rows], run.options.temperature
     norm = layer is None or run.options.bupo_norm  # BuPO 6: an internal policy has no final norm
     with run.autocast():
-        states = internals.answer_states(model, rollout, rows, layer, norm, run.layout)
+        states, tokens = internals.answer_states(model, rollout, rows, layer, norm, run.layout)
         weight = internals.unembedding(model)[: run.vocab_size]  # padding ids: probability 0
-        tokens = rollout.tokens[rows][mask]
         scores = run.scorer(states, weight, tokens, temperature, measure_entropy=measure_entropy)
     blank = torch.zeros_like(rollout.logp[rows])
     logp, entropy = [blank if x is None else blank.masked_scatter(mask, x) for x in scores]
@@ -237,7 +237,7 @@ def share_of_peak(step: int, options: Options) -> float:
     return min(1.0, step / max(1, options.warmup_steps))
 
 
-def update(batch: Batch, part: list, layer: Layer, run: Run) -> Update:
+def update(batch: Batch, part: Rows, layer: Layer, run: Run) -> Update:
     """One optimiser step on a part of the batch; no step at all, not even weight decay, where no
     token learns. The loss is divided by the whole update's tokens, counted before the passes."""
     mask = batch.loss_mask[part]
@@ -252,14 +252,14 @@ def update(batch: Batch, part: list, layer: Layer, run: Run) -> Update:
         per_token, ratio, advantage = policy_loss(logp, batch, rows, run)
         loss = run.mean_loss(per_token, batch.loss_mask[rows], tokens, answers)
         run.weights.backward(loss)
-        total += loss.item()
+        total = total + loss.detach()
         passes.append(Pass(rows, logp.detach(), ratio.detach(), advantage))
     (total,) = run.ranks.total(total)
     outcome, grad_norm = run.weights.step(total)
     return Update(outcome, total, grad_norm, passes)
 
 
-def policy_loss(logp: Tensor, batch: Batch, rows: list, run: Run) -> tuple:
+def policy_loss(logp: Tensor, batch: Batch, rows: Rows, run: Run) -> tuple:
     """The loss of some answers, one value a token; its ratio; the advantage that was used."""
     options, ratio = run.options, token_ratio(logp, batch, rows)
     advantage = advantage_at(ratio, batch, rows, run)
@@ -272,12 +272,12 @@ def policy_loss(logp: Tensor, batch: Batch, rows: list, run: Run) -> tuple:
     return loss, ratio, advantage
 
 
-def token_ratio(logp: Tensor, batch: Batch, rows: list) -> Tensor:
+def token_ratio(logp: Tensor, batch: Batch, rows: Rows) -> Tensor:
     """How much likelier each token has become under the policy that learns, (rows, T)."""
     return losses.likelihood_ratio(logp, batch.old_logp[rows])
 
 
-def advantage_at(ratio: Tensor, batch: Batch, rows: list, run: Run) -> Tensor:
+def advantage_at(ratio: Tensor, batch: Batch, rows: Rows, run: Run) -> Tensor:
     """The advantage of each token at its current ratio, (rows, T)."""
     options, advantage = run.options, batch.advantages[rows]
     if "C" in run.mechanisms:  # HAPO C
@@ -363,7 +363,7 @@ def inspect_group(step: Step, run: Run) -> dict:
     distance = centred.abs()
     most_mixed = int(distance.argmin())
     first = G * most_mixed
-    rows = list(range(first, first + G))
+    rows = slice(first, first + G)
     parts = [rows]
     logp, _ = score(run.policy, batch.rollout, parts, step.layer, run)
     ratio = token_ratio(logp[rows], batch, rows)

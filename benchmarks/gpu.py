@@ -30,7 +30,7 @@ from run import options
 from run.choices import choose
 from run.guard import Guard
 from run.machine import OneProcess
-from run.report import largest_ratio
+from run.report import largest_ratios
 from run.state import Run
 from scale import memory
 from tasks import Problem
@@ -166,7 +166,7 @@ def figures(a, o, run, step, peak, card):
         "update_tokens_per_second": whole / seconds["update"],
         "update_share_of_peak": share(6 * whole, seconds["update"]),
         "updates": [u.outcome for u in step.updates],
-        "ratio_off": largest_ratio(step.updates[0], step.batch, run)[1],
+        "ratio_off": largest_ratios(step.updates[:1], step.batch, run)[0][1],
         "peak_gib": peak / memory.GIB,
         "estimated_gib": need.peak / memory.GIB,
         "estimate_over_measured": need.peak / peak,

@@ -212,7 +212,7 @@ class _Answers:
         self.t.add_(1)
 
     def look(self, t):
-        """The slots of the rows that live on behind t tokens. The one place where Python waits for the card."""
+        """The slots of the rows that live on behind t tokens. Here Python waits for the card."""
         steps = self.steps
         *alive, bad = torch.cat([steps.alive.long(), self.bad]).tolist()
         if bad >= 0:

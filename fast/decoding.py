@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from fast import captured, cpu, rows
 from fast.attention import packed_heads
 from fast.forward import next_logits, prefill
-from program.devices import widest
+from program.devices import sent, widest
 from program.errors import NonFinite
 from sampling import Drawn, Rollout, pad_prompts, rollout_mode
 
@@ -47,29 +47,29 @@ def generate(
     if uniform is None:
         uniform = torch.rand(max_new_tokens, len(prompts) * G)
     ends = torch.zeros(len(model.get_input_embeddings().weight), dtype=torch.bool)
-    ends[[i for i in eos_ids if i < len(ends)]] = True
-    ends = ends.to(device)  # a table by id: a search through many ids sorts, and waits
+    ends[[i for i in eos_ids if i < len(ends)]] = True  # by id: a search sorts, and waits
+    ends, uniform = sent(ends, device), sent(uniform, device)
     captures = capture and captured.why_not(model) is None
     loop = captured.decode if captures else decode
     draw, tables = Draw(), []
+    prompt, prompt_mask = pad_prompts(prompts, device)
     with rollout_mode(model), cpu.few_rows(model, together * G):
         for i in range(0, len(prompts), together):
-            prompt, prompt_mask = pad_prompts(prompts[i : i + together], device)
-            logits, cache = prefill(model, prompt, prompt_mask, prefill_tokens)
-            draws = uniform[:, i * G : (i + together) * G].to(device)
+            width = max(map(len, prompts[i : i + together]))
+            ids, mask = (x[i : i + together, -width:] for x in (prompt, prompt_mask))
+            logits, cache = prefill(model, ids, mask, prefill_tokens)
+            draws = uniform[:, i * G : (i + together) * G]
 
             def draw_next(logits, t, row, draws=draws):
                 logits = logits[:, :vocab_size].float()
                 return draw(logits, temperature, draws[t, row], measure_entropy)
 
-            cap = max_new_tokens
             with packed_heads(model):
-                table = loop(model, logits, cache, prompt_mask, G, cap, ends, draw_next)
-            tables.append(table)
+                drawn = loop(model, logits, cache, mask, G, max_new_tokens, ends, draw_next)
+            tables.append(drawn)
     table = {name: torch.cat([part[name] for part in tables]) for name in tables[0]}
     width = int(table["mask"].sum(1).max())
     cut = {name: x[:, :width] if x.dim() == 2 else x for name, x in table.items()}
-    prompt, prompt_mask = pad_prompts(prompts, device)
     return Rollout(prompt=prompt, prompt_mask=prompt_mask, **cut)
 
 

@@ -5,6 +5,7 @@ Shapes: P prompts, R rows in flight, V vocabulary.
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from fast.rows import product
 from program.models import cache_argument
@@ -18,6 +19,7 @@ def prefill(model, prompt, prompt_mask, tokens):
     logits, caches, together = [], [], max(1, tokens // prompt.shape[1])
     for i in range(0, len(prompt), together):
         some, cache = slice(i, i + together), DynamicCache()
+        cache.layers = [_FirstKeys() for _ in range(model.config.num_hidden_layers)]
         mask = prompt_mask[some] if padded else None
         logits.append(next_logits(model, prompt[some], mask, position[some], cache))
         caches.append(cache)
@@ -25,6 +27,14 @@ def prefill(model, prompt, prompt_mask, tokens):
         layers[0].keys = torch.cat([layer.keys for layer in layers])
         layers[0].values = torch.cat([layer.values for layer in layers])
     return torch.cat(logits), caches[0]
+
+
+class _FirstKeys(DynamicLayer):
+    """Keeps keys and values as they come, where transformers' own copies them behind none."""
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys, self.values, self.is_initialized = keys, values, True
+        return keys, values
 
 
 def next_logits(model, ids, visible, position, cache):

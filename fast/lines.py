@@ -18,6 +18,7 @@ import torch
 
 from internals import Lines, one_line_each
 from program.attention import takes_any_mask
+from program.devices import sent
 
 LONGEST_LINE = 1024  # tokens: masks stay small
 STEPS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8)  # widths that are tried, as multiples of the least
@@ -41,9 +42,9 @@ def layout_for(config):
             known.clear()
             known["rollout"] = rollout
             known["sizes"] = sizes_of(rollout)
+        rows, sizes = rollout.listed(rows), known["sizes"]
         key = tuple(rows)
         if key not in known:
-            sizes = known["sizes"]
             packed = pack(config, rows, *sizes, rollout.group_size)
             if packed:
                 known[key] = laid_out(rollout, rows, *packed, *sizes)
@@ -164,13 +165,16 @@ def laid_out(rollout, rows, lines, width, lengths, prompts):
     start = torch.tensor([starts[row] for row in rows])[which]
     before = torch.tensor([behind[row] for row in rows])[which]
     predecessors = torch.where(place == 0, before, start + place - 1)
+    token = torch.tensor(rows)[which] * T + place
 
     device = rollout.tokens.device
-    table, real, predecessors = (x.to(device) for x in (table, real, predecessors))
+    table, real, places = (
+        sent(x, device) for x in (table, real, torch.stack([predecessors, token]))
+    )
     source, positions, segment, owner = table.view(4, len(lines), width)
     held = torch.cat([rollout.prompt.flatten(), rollout.tokens.flatten()])
     ids = held[source] * real.view_as(source)
-    return Lines(ids, (segment, owner), positions, predecessors)
+    return Lines(ids, (segment, owner), positions, places[0], rollout.tokens.flatten()[places[1]])
 
 
 def visible(segment, owner):

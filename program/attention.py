@@ -23,8 +23,8 @@ def takes_any_mask(config):
 
 
 def mend_masks(model):
-    """From now on the model's first forward pass over some text takes the mask above."""
-    if takes_any_mask(model.config):
+    """From now on, on a GPU, the model's first forward pass over some text takes the mask above."""
+    if model.device.type != "cpu" and takes_any_mask(model.config):
         model.base_model.register_forward_pre_hook(_give_mask, with_kwargs=True)
     return model
 
@@ -44,7 +44,7 @@ def _give_mask(body, args, kwargs):
 
 
 def causal(ids, seen=None):
-    """Who sees whom, (n, 1, S, S): what stands before; of it, what is `seen`, (n, S); and itself."""
+    """Who sees whom, (n, 1, S, S): itself, and what stands before and is `seen`, (n, S)."""
     n, S = ids.shape
     before = torch.ones(S, S, dtype=torch.bool, device=ids.device).tril()
     if seen is None:

@@ -66,6 +66,14 @@ def pins_memory(device):
     return device.type in ("cuda", "xpu")
 
 
+def sent(x, device):
+    """A tensor of the CPU on its way to the device, without a wait where memory can be pinned."""
+    if not pins_memory(device):
+        return x.to(device)
+    pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
+    return pinned.to(device, non_blocking=True)
+
+
 def total_memory(device):
     """Bytes on the device, on a CPU the machine's; None where nobody tells."""
     if device.type == "mps":

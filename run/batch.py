@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import hapo
-from sampling import Rollout, pad_prompts
+from sampling import Rollout, Rows, pad_prompts
 
 
 @dataclass(kw_only=True)
@@ -46,7 +46,7 @@ class Batch:
 class Pass(NamedTuple):
     """One forward pass of an update: some answers at the policy as it was then, (rows, T) each."""
 
-    rows: list
+    rows: Rows
     logp: Tensor
     ratio: Tensor
     advantages: Tensor  # after HAPO's redistribution

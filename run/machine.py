@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from program.devices import widest
+
 
 class OneProcess:
     """One process: nothing is exchanged."""
@@ -16,10 +18,11 @@ class OneProcess:
 
     def __init__(self, device="cpu"):
         self.device = torch.device(device)
+        self.zero = torch.zeros((), dtype=widest(self.device), device=self.device)
 
     def total(self, *numbers):
-        """Each number's sum over processes."""
-        return [float(number) for number in numbers]
+        """Each number's sum over processes, floats. One wait for the device, not one each."""
+        return torch.stack([self.zero + number for number in numbers]).tolist()
 
     def sum(self, x):
         """The same of a tensor."""
@@ -103,6 +106,6 @@ class Weights:
 
 
 def split_rows(rollout, rows, size=0):
-    """The forward passes over some rows: lists of at most `size` of them; 0: all at once."""
-    size = size or len(rows)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    """The forward passes over some rows, a slice: at most `size` of them each; 0: all at once."""
+    size = size or rows.stop - rows.start
+    return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]

@@ -9,6 +9,7 @@ import internals
 from evaluate import sample_answers, summarise, valid_json
 from grading.latex import LATEX
 from losses import LOG_RATIO_LIMIT, kl_k3
+from program.devices import widest
 from run.state import seed_of
 
 
@@ -40,8 +41,8 @@ def tally(batch):
         "strict": batch.strict,
         "lenient": batch.lenient,
         "finished": done,
-        "finished_right": right[done],
-        "finished_tokens": rollout.lengths[done],
+        "finished_right": right & done,
+        "finished_tokens": rollout.lengths * done,
         "tokens": rollout.lengths,
     }
     totals = torch.stack([values.sum() for values in sums.values()]).tolist()
@@ -58,15 +59,21 @@ def step_metrics(step, weights_before, run):
     # those of this process since the line before: a resumed run has none of its own to add
     latex_failures, LATEX.failures = LATEX.failures, 0
 
-    def over_tokens(values):
-        return (run.ranks.sum((values * mask).sum()) / run.ranks.sum(mask.sum())).item()
+    means = {entropy_name(batch, run): batch.entropy, "temperature": batch.rollout.temperature}
+    if layer is None:
+        means["logp"] = batch.old_logp
+    else:  # BuPO 7: in phase 1 both policies, each under its own name
+        means["sampler_logp"] = batch.rollout.logp
+        means["internal_entropy"] = batch.trained_entropy
+        means["internal_logp"] = batch.old_logp
+    sums = [(values * mask).sum() for values in means.values()]
+    *sums, tokens = run.ranks.total(*sums, mask.sum())
 
     metrics = {
         "step": step.number,
         "phase": "full" if layer is None else "internal",
         **answer_metrics(counts),
-        entropy_name(batch, run): over_tokens(batch.entropy),
-        "temperature": over_tokens(batch.rollout.temperature),
+        **{name: sum / tokens for name, sum in zip(means, sums)},
         **update_metrics(step, run),
         **signal_metrics(batch, layer, run),
         "lr": run.weights.optimizer.param_groups[0]["lr"],
@@ -78,13 +85,8 @@ def step_metrics(step, weights_before, run):
     if run.options.dynamic_sampling:  # groups that stayed dead
         stayed_dead = int(run.ranks.sum((~batch.in_loss).sum()))
         metrics["not_filled"] = stayed_dead // run.options.answers_per_prompt
-    if layer is None:
-        metrics["logp"] = over_tokens(batch.old_logp)
-    else:  # BuPO 7: in phase 1 both policies, each under its own name
+    if layer is not None:
         metrics["layer"] = layer
-        metrics["sampler_logp"] = over_tokens(batch.rollout.logp)
-        metrics["internal_entropy"] = over_tokens(batch.trained_entropy)
-        metrics["internal_logp"] = over_tokens(batch.old_logp)
     return metrics
 
 
@@ -126,25 +128,25 @@ def update_metrics(step, run):
     skipped, rescaled = outcomes.count("skipped"), outcomes.count("rescaled")
     applied = outcomes.count("applied")
     updates = [u for u in step.updates if u.outcome in ("applied", "dead")] or step.updates
-    sums = [over_processes(clip_counts(u, step.batch), run) for u in updates]
-    ratio_max = [largest_ratio(u, step.batch, run)[0] for u in updates]
-    first = step.updates[0]
-    before = over_processes(clip_counts(first, step.batch), run)
-    tokens = max(1, sum(x["tokens"] for x in sums))
+    first = step.updates[0]  # whose policy had not moved
+    all_counts, before = [clip_counts(u, step.batch) for u in (updates, [first])]
+    both = {"of_all": all_counts, "before": before}
+    sums = over_processes({(w, k): x for w, c in both.items() for k, x in c.items()}, run)
+    *ratios, (_, off_before) = largest_ratios([*updates, first], step.batch, run)
 
-    def share(name):
-        return sum(x[name] for x in sums) / tokens
+    def share(name, which="of_all"):
+        return sums[which, name] / max(1, sums[which, "tokens"])
 
     return {
         "loss": sum(u.loss for u in updates) / len(updates),
         "grad_norm": sum(u.grad_norm for u in updates) / len(updates),
-        "ratio_max": max(ratio_max),
+        "ratio_max": max(largest for largest, _ in ratios),
         "clip_low": share("clip_low"),
         "clip_high": share("clip_high"),
         "kl_old": share("kl_old"),
         "clamped": share("clamped"),
-        "outside_before_update": before["outside"] / max(1, before["tokens"]),
-        "ratio_off_before_update": largest_ratio(first, step.batch, run)[1],
+        "outside_before_update": share("outside", "before"),
+        "ratio_off_before_update": off_before,
         "updates": applied,
         "needed_share": needed_share(updates, step.batch, run),
         "skipped_updates": skipped,
@@ -157,43 +159,46 @@ def needed_share(updates, batch, run):
     """Of the tokens that the updates' passes computed, the share that was needed: those that
     predict an answer's, and each prompt once a pass; the others pad or repeat a prompt."""
     rollout, needed, computed = batch.rollout, 0, 0
-    lengths, prompts = rollout.lengths.cpu(), rollout.prompt_mask.sum(1).cpu()
-    for rows in (p.rows for u in updates for p in u.passes):
-        needed += int(lengths[rows].sum()) - len(rows)
-        needed += int(prompts[sorted({row // rollout.group_size for row in rows})].sum())
-        computed += run.layout(rollout, rows).ids.numel()
+    lengths, prompts = rollout.lengths.tolist(), rollout.prompt_mask.sum(1).tolist()
+    for some in (p.rows for u in updates for p in u.passes):
+        rows = rollout.listed(some)
+        needed += sum(lengths[row] - 1 for row in rows)
+        needed += sum(prompts[p] for p in {row // rollout.group_size for row in rows})
+        computed += run.layout(rollout, some).ids.numel()
     needed, computed = run.ranks.total(needed, computed)
     return needed / computed if computed else 1.0
 
 
-def clip_counts(update, batch):
-    """Sums over the tokens of an update, none where it was dead."""
-    sums = dict.fromkeys(("tokens", "clip_low", "clip_high", "outside", "clamped", "kl_old"), 0.0)
-    for rows, logp, ratio, advantages in update.passes:
+def clip_counts(updates, batch):
+    """Sums over the tokens of some updates, none where they were dead; they stay on the device."""
+    names = ("tokens", "clip_low", "clip_high", "outside", "clamped", "kl_old")
+    sums = torch.zeros(len(names), dtype=widest(batch.rewards.device), device=batch.rewards.device)
+    for rows, logp, ratio, advantages in (p for update in updates for p in update.passes):
         valid, old_logp = batch.loss_mask[rows], batch.old_logp[rows]
         below, above = ratio < 1 - batch.clip_low[rows], ratio > 1 + batch.clip_high[rows]
-        counts = {
-            "tokens": valid,
-            "clip_low": valid & below & (advantages < 0),  # whose gradient the bound removed
-            "clip_high": valid & above & (advantages > 0),
-            "outside": valid & (below | above),
-            "clamped": valid & ((logp - old_logp).abs() > LOG_RATIO_LIMIT),
-            "kl_old": kl_k3(old_logp, logp)[valid],  # of KL(old || new): the answers are old's
-        }
-        totals = torch.stack([values.sum().float() for values in counts.values()]).tolist()
-        for name, total in zip(counts, totals):  # one wait for a device, not six
-            sums[name] += total
-    return sums
+        kl = kl_k3(old_logp, logp)  # of KL(old || new): the answers are old's
+        counts = (
+            valid,
+            valid & below & (advantages < 0),  # whose gradient the bound removed
+            valid & above & (advantages > 0),
+            valid & (below | above),
+            valid & ((logp - old_logp).abs() > LOG_RATIO_LIMIT),
+            torch.where(valid, kl, 0.0),
+        )
+        sums += torch.stack([values.sum().to(sums.dtype) for values in counts])
+    return dict(zip(names, sums))
 
 
-def largest_ratio(update, batch, run):
-    """(the largest ratio, the largest |ratio - 1|) of an update, over all processes."""
-    largest, off = 0.0, 0.0
-    for rows, _, ratio, _ in update.passes:
-        ratio = torch.where(batch.loss_mask[rows], ratio, 1.0)
-        largest = max(largest, float(ratio.max()))
-        off = max(off, float((ratio - 1).abs().max()))
-    return run.ranks.max(torch.tensor([largest, off])).tolist()
+def largest_ratios(updates, batch, run):
+    """(the largest ratio, the largest |ratio - 1|) of each update, over all processes."""
+    found = []
+    for update in updates:
+        largest = torch.zeros(2, device=batch.rewards.device)
+        for rows, _, ratio, _ in update.passes:
+            ratio = torch.where(batch.loss_mask[rows], ratio, 1.0)
+            largest = torch.maximum(largest, torch.stack([ratio.max(), (ratio - 1).abs().max()]))
+        found.append(largest)
+    return run.ranks.max(torch.stack(found)).tolist()
 
 
 def say_skipped(updates, run):
@@ -209,17 +214,17 @@ def signal_metrics(batch, layer, run):
     """What HAPO's h is made of; and how far sampler and scorer are apart where they should agree:
     on tokens drawn at T_base, under the model's own policy."""
     metrics, mask = {}, batch.rollout.mask
-    if batch.stats is not None:
-        metrics = {name: float(x) for name, x in batch.stats._asdict().items()}
-        floor = (batch.entropy <= hapo.ENTROPY_FLOOR) & mask
-        metrics["at_floor"] = run.ranks.sum(floor.sum()).item() / run.ranks.sum(mask.sum()).item()
     same = mask & (batch.rollout.temperature == run.options.temperature)
-    tokens = int(run.ranks.sum(same.sum()))
-    if layer is None and tokens:  # BuPO 7: an internal policy is not what the sampler drew from
-        new, drawn = batch.old_logp[same], batch.rollout.logp[same]
-        metrics["sampler_kl"] = run.ranks.sum(kl_k3(drawn, new).sum()).item() / tokens
-        off = (new - drawn).abs().max() if len(new) else 0.0
-        metrics["sampler_off"] = float(run.ranks.max(off))
+    floor = (batch.entropy <= hapo.ENTROPY_FLOOR) & mask
+    new, drawn = batch.old_logp, batch.rollout.logp
+    kl, off = (torch.where(same, x, 0.0) for x in (kl_k3(drawn, new), (new - drawn).abs()))
+    floors, tokens, alike, kl = run.ranks.total(floor.sum(), mask.sum(), same.sum(), kl.sum())
+    if batch.stats is not None:
+        metrics = dict(zip(batch.stats._fields, torch.stack(batch.stats).tolist()))
+        metrics["at_floor"] = floors / tokens
+    if layer is None and alike:  # BuPO 7: an internal policy is not what the sampler drew from
+        metrics["sampler_kl"] = kl / alike
+        metrics["sampler_off"] = float(run.ranks.max(off.max()))
     return metrics
 
 
@@ -310,23 +315,29 @@ def samples_of(step, run, rows, more=None):
     """Some answers of the last batch, readable: verdict, and of each token its entropy, temperature
     and whatever `more` holds, (rows, T) by name."""
     batch, rollout = run.last_batch, run.last_batch.rollout
+    G = rollout.group_size
     # a batch that was refused before it was scored has the sampler's entropy alone
     entropy = rollout.entropy if batch.entropy is None else batch.entropy
-    for i, row in enumerate(rows):
-        n, problem = int(rollout.lengths[row]), batch.problems[row // rollout.group_size]
+    columns = {entropy_name(batch, run): entropy[rows], "temperature": rollout.temperature[rows]}
+    columns |= more or {}
+    of_answer = (batch.rewards, batch.strict, batch.lenient, rollout.finished, rollout.lengths)
+    numbers = torch.stack([x[rows].float() for x in of_answer], 1).tolist()
+    of_token = torch.stack([x.float() for x in columns.values()], 1).tolist()
+    tokens = rollout.tokens[rows].tolist()
+    for i, row in enumerate(rollout.listed(rows)):
+        problem, (reward, strict, lenient, finished, n) = batch.problems[row // G], numbers[i]
+        n = int(n)
         yield {
             "step": step,
             "question": problem.question,
             "truth": problem.answer,
             "answer": batch.texts[row],
-            "reward": float(batch.rewards[row]),
-            "strict": bool(batch.strict[row]),
-            "lenient": bool(batch.lenient[row]),
-            "finished": bool(rollout.finished[row]),
-            "tokens": [run.tokenizer.decode([t]) for t in rollout.tokens[row, :n].tolist()],
-            entropy_name(batch, run): [round(x, 4) for x in entropy[row, :n].tolist()],
-            "temperature": [round(x, 4) for x in rollout.temperature[row, :n].tolist()],
-            **{k: [round(v, 4) for v in x[i, :n].tolist()] for k, x in (more or {}).items()},
+            "reward": reward,
+            "strict": bool(strict),
+            "lenient": bool(lenient),
+            "finished": bool(finished),
+            "tokens": [run.tokenizer.decode([t]) for t in tokens[i][:n]],
+            **{k: [round(v, 4) for v in of_token[i][c][:n]] for c, k in enumerate(columns)},
         }
 
 

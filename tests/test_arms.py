@@ -98,7 +98,7 @@ def test_forking_divides_by_all_tokens(opened, monkeypatch):
     batch = step.batch
     keeps = arms.forking_token_mask(batch.entropy, batch.loss_mask.float())
     assert torch.equal(batch.advantages != 0, keeps.bool())
-    tokens = report.clip_counts(step.updates[0], batch)["tokens"]
+    tokens = report.clip_counts(step.updates[:1], batch)["tokens"]
     assert tokens == int(batch.rollout.mask.sum()) > 3 * int(keeps.sum())
     # before the first update every ratio is 1: the loss is minus the mean of A over all tokens
     expected = -(batch.advantages.sum() / batch.rollout.mask.sum()).item()

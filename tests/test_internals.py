@@ -168,7 +168,8 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, steps, row
     if steps is None:
         monkeypatch.setattr(lines, "pack", lambda *sizes: None)
     layout = lines.layout_for(any_model.config)
-    states = internals.answer_states(any_model, ROLLOUT, rows, layer, layer is None, layout)
+    states, tokens = internals.answer_states(any_model, ROLLOUT, rows, layer, layer is None, layout)
+    assert tokens.tolist() == [t for r in rows for t in ROLLOUT.answers()[r]]
     torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
     (states * weight).sum().backward()
     for p, g in zip(any_model.parameters(), grads):
@@ -187,7 +188,8 @@ def shapes_seen(model):
 
 def states_of(model, rollout, rows):
     """In the running layout."""
-    return internals.answer_states(model, rollout, rows, layout=lines.layout_for(model.config))
+    layout = lines.layout_for(model.config)
+    return internals.answer_states(model, rollout, rows, layout=layout)[0]
 
 
 def test_a_shared_prompt_runs_once():
@@ -207,13 +209,14 @@ def test_a_line_by_hand():
     segment = lines.Segment
     packed = [[segment(5, 0, [0, 1]), segment(4, 1, [2, 3])], [segment(1, 1, [3])]]
     packed[0][1] = segment(4, 1, [2])
-    ids, owners, positions, predecessors = lines.laid_out(
+    ids, owners, positions, predecessors, tokens = lines.laid_out(
         rollout, [2, 0, 3, 1], packed, 9, *lines.sizes_of(rollout)
     )
     assert ids.tolist() == [[1, 2, 4, 5, 7, 3, 9, 10, 11], [3] + [0] * 8]
     assert positions[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 3]
     # of answers 2, 0, 3 and 1
     assert predecessors.tolist() == [5, 6, 7, 8] + [1, 2, 3] + [9] + [1, 4]
+    assert tokens.tolist() == [9, 10, 11, 12] + [4, 5, 6] + [13] + [7, 8]
     mask = lines.visible(*owners)
     sees = [row.nonzero().flatten().tolist() for row in mask[0, 0]]
     assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]] + [
@@ -269,7 +272,8 @@ def test_no_pass_holds_more_tokens_than_asked_for(packed):
     rollout, model = rollout_of(prompts, answers), random_model()
     shapes = shapes_seen(model)
     packs = functools.partial(lines.packs, model.config) if packed else None
-    parts = passes_of_tokens(rollout, range(96), 700, packs)
+    parts = passes_of_tokens(rollout, slice(0, 96), 700, packs)
+    parts = [rollout.listed(part) for part in parts]
     for part in parts:
         if packed:
             states_of(model, rollout, part)

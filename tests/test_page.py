@@ -53,7 +53,7 @@ def test_a_close_up_by_hand(opened, monkeypatch):
     run = opened("--lr", "3e-2")
     step = train.train_step(1, run)
     shown = train.inspect_group(step, run)
-    assert shown["rows"] == [2, 3]  # the only mixed group
+    assert shown["rows"] == slice(2, 4)  # the only mixed group
     parts = [list(range(8))]
     logp, _ = train.score(run.policy, step.batch.rollout, parts, None, run)
     ratio = (logp - step.batch.old_logp).exp()[[2, 3]]

@@ -124,13 +124,13 @@ def test_kl_old_of_an_update(opened, monkeypatch):
     _, ratio, advantage = train.policy_loss(logp, batch, rows, run)
     update = Update("applied", 0.0, 0.0, [Pass(rows, logp, ratio, advantage)])
     expected = (math.exp(0.5) - 0.5 - 1) * mask.sum().item()
-    counts = report.clip_counts(update, batch)
+    counts = report.clip_counts([update], batch)
     assert counts["kl_old"] == pytest.approx(expected, rel=1e-4)
     # e^0.5 is beyond 1.28: clipped where the advantage is positive, outside everywhere
     right = (batch.advantages > 0).sum().item()
     assert counts["clip_high"] == right > 0 == counts["clip_low"] == counts["clamped"]
     assert counts["outside"] == counts["tokens"] == mask.sum().item()
-    largest, off = report.largest_ratio(update, batch, run)
+    ((largest, off),) = report.largest_ratios([update], batch, run)
     assert (largest, off) == pytest.approx((math.exp(0.5), math.exp(0.5) - 1))
 
 

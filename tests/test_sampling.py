@@ -343,13 +343,14 @@ def test_select_and_join_keep_rows_together():
 def test_micro_batches_cover_every_row_once():
     lengths = (1, 9, 2, 8, 3, 7)
     rollout = rollout_of([[1, 1]] * 6, [[5] * n for n in lengths])
-    assert split_rows(rollout, list(range(6)), 4) == [[0, 1, 2, 3], [4, 5]]
-    assert split_rows(rollout, list(range(6))) == [[0, 1, 2, 3, 4, 5]]
-    parts = passes_of_tokens(rollout, range(6), tokens=20)
+    assert split_rows(rollout, slice(0, 6), 4) == [slice(0, 4), slice(4, 6)]
+    assert split_rows(rollout, slice(2, 6)) == [slice(2, 6)]
+    parts = passes_of_tokens(rollout, slice(0, 6), tokens=20)
+    parts = [rollout.listed(part) for part in parts]
     assert sorted(sum(parts, [])) == list(range(6))
     assert all(len(p) == 1 or len(p) * (2 + max(lengths[r] for r in p)) <= 20 for p in parts)
     # one answer longer than the limit still goes through
-    assert passes_of_tokens(rollout, [1], tokens=3) == [[1]]
+    assert passes_of_tokens(rollout, [1], tokens=3) == [slice(1, 2)]
 
 
 def test_every_rank_makes_the_same_number_of_passes():
@@ -359,9 +360,12 @@ def test_every_rank_makes_the_same_number_of_passes():
         def max(self, count):
             return max(count, 4)
 
-    parts = even_passes(lambda rollout, rows: [[0, 1, 2, 3, 4], [5]], Other(), None, range(6))
+    rollout = rollout_of([[1]] * 6, [[5]] * 6)
+    two = lambda rollout, rows: [[0, 2, 1, 3, 4], slice(5, 6)]
+    parts = [rollout.listed(part) for part in even_passes(two, Other(), rollout, slice(0, 6))]
     assert len(parts) == 4 and sorted(sum(parts, [])) == list(range(6)) and all(parts)
-    assert even_passes(split_rows, Other(), None, [0, 1, 2, 3]) == [[0], [1], [2], [3]]
+    found = even_passes(split_rows, Other(), rollout, slice(0, 4))
+    assert found == [slice(i, i + 1) for i in range(4)]
 
 
 # --------------------------------------------------------------------------- transformers' generate

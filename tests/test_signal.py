@@ -207,7 +207,7 @@ def test_the_first_ratios_are_exactly_one(opened, monkeypatch, more):
 def test_the_first_ratios_of_several_updates(opened):
     run = opened("--prompts-per-step", "4", "--updates-per-rollout", "2")
     step = train.train_step(1, run)
-    first, second = [report.largest_ratio(u, step.batch, run)[1] for u in step.updates]
+    (_, first), (_, second) = report.largest_ratios(step.updates, step.batch, run)
     assert first == 0 and second > 0
 
 
@@ -218,7 +218,7 @@ def test_ratios_beyond_the_limit_are_counted(opened, monkeypatch):
     )
     step = train.train_step(1, run)
     (update,) = step.updates
-    counts = report.clip_counts(update, step.batch)
+    counts = report.clip_counts([update], step.batch)
     assert counts["clamped"] == counts["tokens"] > 0 and update.outcome == "applied"
 
 
@@ -349,7 +349,7 @@ def test_a_whole_step_against_a_naive_one(opened, monkeypatch, setting):
     done = train.train_step(1, run)
     (update,) = done.updates
     loss, gradients = naive_loss(run, done.batch, noise, done.layer)
-    counts = report.clip_counts(update, done.batch)
+    counts = report.clip_counts([update], done.batch)
     assert update.outcome == "applied" and counts["clip_low"] + counts["clip_high"] > 0
     assert update.loss == pytest.approx(loss, abs=1e-5, rel=1e-5)
     ours = torch.cat([seen[name].flatten() for name in seen]).double()
@@ -397,7 +397,7 @@ def test_the_correction_weighs_tokens(opened):
     for excess, weight in ((0.0, 1.0), (0.5, math.exp(0.5)), (3.0, 2.0)):
         run = opened("--algo", "dapo", "--sampler-correction")
         batch = train.collect(1, None, run)
-        parts = [list(range(12))]
+        parts = [slice(0, 12)]
         batch.old_logp, batch.entropy = train.score(run.policy, batch.rollout, parts, None, run)
         batch.rollout.logp = batch.old_logp - excess
         batch.advantages = torch.ones_like(batch.old_logp) * batch.loss_mask

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, verdicts
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import internals
 import losses
@@ -171,14 +172,12 @@ def test_groups_that_stayed_dead_are_not_in_the_denominator(opened, monkeypatch,
     assert report.tally(batch)["dead"] == 3
     batch.rollout.mask[0, 4:] = False  # a shorter answer: the three means differ
     batch.loss_mask &= batch.rollout.mask
-    batch.old_logp, batch.entropy = train.score(
-        run.policy, batch.rollout, [list(range(8))], None, run
-    )
+    batch.old_logp, batch.entropy = train.score(run.policy, batch.rollout, [slice(0, 8)], None, run)
     batch.old_logp += 0.1 * torch.arange(8)[:, None]  # so that the loss is not 0
     batch.advantages = train.advantages(batch, run)
     batch.clip_low, batch.clip_high = train.clip_range(batch, run)
-    everything = train.update(batch, list(range(8)), None, run)
-    counts = report.clip_counts(everything, batch)
+    everything = train.update(batch, slice(0, 8), None, run)
+    counts = report.clip_counts([everything], batch)
     assert everything.outcome == "applied" and counts["tokens"] == batch.rollout.lengths[:2].sum()
 
     ratio = torch.exp(-0.1 * torch.arange(2.0))[:, None]
@@ -379,3 +378,38 @@ def test_a_busy_machine_is_named(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     use_threads(None, said.append)  # one thread waits for nobody
     assert len(said) == 1
+
+
+# ------------------------------------------------------------------------------- waits for a device
+
+
+class Asks(TorchDispatchMode):
+    """Counts what would make Python wait for a GPU: numbers read one by one, masks as indices."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masked = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.count += masked or name in ("_local_scalar_dense", "nonzero", "masked_select")
+        return function(*args, **(kwargs or {}))
+
+
+def test_waits_do_not_grow_with_the_passes(opened, monkeypatch):
+    """Behind the answers: updates of one pass ask as much as updates of two."""
+    verdicts(monkeypatch, True, False)
+    asked = []
+    for more in ([], ["--micro-batch", "2"]):
+        run = opened("--prompts-per-step", "8", "--updates-per-rollout", "4", *more)
+        before, collect = report.weight_sample(run), train.collect
+        batch = collect(1, None, run)
+        run.rounds = lambda *args, batch=batch: batch
+        with Asks() as asks:
+            step = train.train_step(1, run)
+            metrics = report.step_metrics(step, before, run)
+        assert metrics["updates"] == 4
+        assert len(step.updates[0].passes) == (2 if more else 1)
+        asked.append(asks.count)
+    assert asked[0] == asked[1] < 25
