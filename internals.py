@@ -23,6 +23,7 @@ files and always runs all L layers; here nothing of transformers is copied or pa
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -165,16 +166,23 @@ class ResidualStream(NamedTuple):
     feed_forward_input: list  # LN_post(H^(l-1) + A^l)
 
 
-def residual_stream(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> ResidualStream:
-    """One forward pass, the whole residual stream. BadInput if the blocks are not pre-norm."""
+def residual_stream(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    keep: Callable[[Tensor], Tensor] = lambda states: states,
+) -> ResidualStream:
+    """One forward pass, the whole residual stream; of every state what `keep` leaves of it, (...,
+    D). BadInput if the blocks are not pre-norm."""
     body, stream, hooks = decoder_body(model), ResidualStream([], [], [], [], []), []
 
     def keep_input(block, args, kwargs):
-        stream.hidden.append(args[0] if args else kwargs["hidden_states"])
+        stream.hidden.append(keep(args[0] if args else kwargs["hidden_states"]))
 
     def keep_output(into):
         # attention returns a tuple, whose first part is what it adds
-        return lambda module, args, out: into.append(out[0] if isinstance(out, tuple) else out)
+        first = lambda out: out[0] if isinstance(out, tuple) else out
+        return lambda module, args, out: into.append(keep(first(out)))
 
     for block in body.layers:
         hooks += [
@@ -187,7 +195,8 @@ def residual_stream(model: nn.Module, input_ids: Tensor, attention_mask: Tensor)
             block.mlp.register_forward_hook(keep_output(stream.feed_forward)),
         ]
     try:
-        stream.hidden.append(layer_hidden(model, input_ids, attention_mask, len(body.layers)))
+        last = layer_hidden(model, input_ids, attention_mask, len(body.layers))
+        stream.hidden.append(keep(last))
     finally:
         for hook in hooks:
             hook.remove()
@@ -196,6 +205,8 @@ def residual_stream(model: nn.Module, input_ids: Tensor, attention_mask: Tensor)
 
 
 def _check_sum(stream, name, layers):
+    if not stream.hidden[0].numel():
+        return
     for l, (a, f) in enumerate(zip(stream.attention, stream.feed_forward), 1):
         before, after = stream.hidden[l - 1], stream.hidden[l]
         error = (after - before - a - f).abs().max()
@@ -237,6 +248,10 @@ class InternalEntropy(NamedTuple):
         return self.feed_forward - self.feed_forward_input
 
 
+DIAGNOSED = 2**12  # tokens that are measured together, padding included; at least a sequence
+KL_CHUNK = 2**24  # numbers of one layer's log-probabilities that exist together
+
+
 def predicting(states: Tensor, response_mask: Tensor) -> Tensor:
     """The states that predict response tokens: one position to their left. (B, S, D) -> (N, D)."""
     return states[:, :-1][response_mask[:, 1:].bool()]
@@ -249,7 +264,7 @@ def internal_entropy(
     attention_mask: Tensor,
     response_mask: Tensor,
     vocab_size: int | None = None,
-    batch: int = 8,
+    batch: int | None = None,
     progress: str | None = None,
 ) -> InternalEntropy:
     """Entropy of every internal policy, averaged over response tokens.
@@ -258,15 +273,14 @@ def internal_entropy(
     not count. `progress` names a bar.
     """
     total, count = None, 0
+    batch = batch or max(1, DIAGNOSED // input_ids.shape[1])
     starts = range(0, len(input_ids), batch)
     for i in tqdm(starts, desc=progress, disable=not progress or None, leave=False):
         rows = slice(i, i + batch)
-        stream = residual_stream(model, input_ids[rows], attention_mask[rows])
+        of_answers = functools.partial(predicting, response_mask=response_mask[rows])
+        parts = residual_stream(model, input_ids[rows], attention_mask[rows], of_answers)
         weight = unembedding(model)[:vocab_size]  # a sharded model has gathered it by now
-        parts = [[predicting(x, response_mask[rows]) for x in part] for part in stream]
-        parts = ResidualStream(*parts)
-        own = predicting(decoder_body(model).norm(stream.hidden[-1]), response_mask[rows])
-        del stream
+        own = decoder_body(model).norm(parts.hidden[-1])
         before_ffn = [h + a for h, a in zip(parts.hidden, parts.attention)]
         sums = [torch.stack([_entropy_sum(x, weight) for x in part]) for part in parts]
         sums += [_cosine_sums(parts.attention, parts.hidden)]
@@ -309,20 +323,27 @@ def layer_similarity(
     response_mask: Tensor,
     layer: int,
     vocab_size: int | None = None,
+    batch: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Against every later layer k = layer + 1 ... L, over response tokens: two (L - layer,).
+    """Against every later layer k = layer + 1 ... L, over response tokens: two (L - layer,), on the
+    CPU. `batch` sequences at a time.
 
     cosine  mean cos(H^l, H^k)
     kl      mean KL(policy_l || policy_k) in nats, the internal policies of Eq. 5
     """
-    hidden = residual_stream(model, input_ids, attention_mask).hidden[layer:]
-    own, *others = [predicting(h, response_mask) for h in hidden]
-    if not others:
-        return torch.zeros(0), torch.zeros(0)
-    weight = unembedding(model)[:vocab_size]
-    cosine = [nn.functional.cosine_similarity(own, h, dim=-1).mean() for h in others]
-    kl = [policy_kl(own, h, weight) for h in others]
-    return torch.stack(cosine).cpu(), torch.stack(kl).cpu()
+    count, sums = 0, torch.zeros(2, layer_count(model) - layer, dtype=torch.float64)
+    batch = batch or max(1, DIAGNOSED // input_ids.shape[1])
+    for i in range(0, len(input_ids) if sums.numel() else 0, batch):
+        rows = slice(i, i + batch)
+        of_answers = functools.partial(predicting, response_mask=response_mask[rows])
+        stream = residual_stream(model, input_ids[rows], attention_mask[rows], of_answers)
+        own, *others = stream.hidden[layer:]
+        weight = unembedding(model)[:vocab_size]
+        kl = torch.stack([policy_kl(own, h, weight) * len(own) for h in others])
+        sums += torch.stack([_cosine_sums([own] * len(others), others), kl])
+        count += len(own)
+    cosine, kl = (sums / max(1, count)).float()
+    return cosine, kl
 
 
 @torch.no_grad()
@@ -345,12 +366,13 @@ def policy_kl(
     states: Tensor, others: Tensor, weight: Tensor, chunk_tokens: int | None = None
 ) -> Tensor:
     """Mean KL(softmax(states E^T) || softmax(others E^T)) over N tokens; (N, D) twice -> ()."""
-    chunk = chunk_tokens or max(1, 2**24 // weight.shape[0])
+    chunk = chunk_tokens or max(1, KL_CHUNK // weight.shape[0])
     total = 0.0
-    for p, q in zip(states.split(chunk), others.split(chunk)):
-        log_p, log_q = ((x @ weight.T).float().log_softmax(-1) for x in (p, q))
-        total = total + (log_p.exp() * (log_p - log_q)).sum().cpu().double()
-    return total / len(states)
+    with torch.autocast(states.device.type, enabled=False):
+        for p, q in zip(states.split(chunk), others.split(chunk)):
+            log_p, log_q = ((x.to(weight.dtype) @ weight.T).log_softmax(-1) for x in (p, q))
+            total = total + (log_p.exp() * (log_p - log_q)).sum().cpu().double()
+    return total / max(1, len(states))
 
 
 if __name__ == "__main__":

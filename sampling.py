@@ -60,7 +60,10 @@ class Rollout:
         return [ids[own].tolist() for ids, own in zip(tokens, mask)]
 
     def listed(self, rows: Rows) -> list[int]:
-        return list(range(len(self.tokens)))[rows] if isinstance(rows, slice) else rows
+        if isinstance(rows, slice):
+            count = len(self.tokens)
+            rows = list(range(count))[rows]
+        return rows
 
     def sequences(self, rows: Rows) -> tuple:
         """Some rows as lines padded on the right: ids, mask, and where an answer token is next."""

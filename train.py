@@ -144,14 +144,14 @@ def find_boundary(batch: Batch, run: Run) -> int:
     """--bupo-layer auto: the boundary layer, measured on 64 of the answers."""
     share = 64 // run.ranks.size
     ids, attention, response = batch.rollout.with_response_mask(share)
-    found = bupo.measure_boundary(
-        run.policy,
-        ids,
-        attention,
-        response,
-        run.vocab_size,
-        run.ranks,
-    )
+    answers = (ids, attention, response)
+    with run.autocast():
+        found = bupo.measure_boundary(
+            run.policy,
+            *answers,
+            run.vocab_size,
+            run.ranks,
+        )
     report.say_boundary(found, len(ids), run)
     return found.layer
 
@@ -363,7 +363,8 @@ def inspect_group(step: Step, run: Run) -> dict:
     distance = centred.abs()
     most_mixed = int(distance.argmin())
     first = G * most_mixed
-    rows = slice(first, first + G)
+    last = first + G
+    rows = slice(first, last)
     parts = [rows]
     logp, _ = score(run.policy, batch.rollout, parts, step.layer, run)
     ratio = token_ratio(logp[rows], batch, rows)
@@ -372,12 +373,13 @@ def inspect_group(step: Step, run: Run) -> dict:
     highest = 1 + batch.clip_high[rows]
     fell = (ratio < lowest) & (advantage < 0)
     rose = (ratio > highest) & (advantage > 0)
+    clipped = rose.int() - fell.int()
     shown = {
         "rows": rows,
         "ratio": ratio,
         "h": None if batch.h is None else batch.h[rows],
         "advantage": advantage,
-        "clipped": rose.int() - fell.int(),
+        "clipped": clipped,
     }
     return {name: value for name, value in shown.items() if value is not None}
 

@@ -408,9 +408,10 @@ def diagnose(run):
     if run.diagnosed is None:
         run.diagnosed = run.last_batch.rollout.with_response_mask(32)
     answers, vocab = run.diagnosed, run.vocab_size
-    cosine, kl = internals.layer_similarity(run.policy, *answers, run.layer, vocab)
-    entropy = internals.internal_entropy(run.policy, *answers, vocab)
-    perplexity = internals.perplexity(run.policy, *answers, vocab)
+    with run.autocast():
+        cosine, kl = internals.layer_similarity(run.policy, *answers, run.layer, vocab)
+        entropy = internals.internal_entropy(run.policy, *answers, vocab)
+        perplexity = internals.perplexity(run.policy, *answers, vocab)
     run.ranks.reshard(run.policy)
     return {
         "diagnose_cosine": cosine.tolist(),

@@ -9,7 +9,7 @@
     logits       one chunk of float32 logits and what its backward pass holds beside it
     KV cache     keys and values of every answer at full length, in the compute dtype
 
-The largest sum of what is alive at the same time is the peak: sampling or updating.
+The largest sum of what is alive at the same time is the peak: sampling, updating, or diagnostics.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from fast.captured import KEYS_STEP
 from fast.lines import LONGEST_LINE, pack
 from fast.logprobs import chunk_of
-from internals import decoder_body
+from internals import DIAGNOSED, KL_CHUNK, decoder_body
 from program.devices import total_memory
 from program.errors import BadInput
 
@@ -42,6 +42,7 @@ class Estimate(NamedTuple):
     logits: int
     kv_cache: int
     sampling: int  # logits of one decoding step and the draw's work
+    diagnostics: int  # --diagnose-every and --bupo-layer auto: every layer's states, and logits
     peak: int
 
 
@@ -92,9 +93,30 @@ def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True, sharde
     activations += max(0, once_more - chunk * vocab * 8)
     kv_cache, sampling = _sampling(config, options, prompt_tokens, world_size, compute, cuda)
     peak = weights + moments + reference + replica
-    peak += max(gradients + activations + logits, kv_cache + sampling)
+    diagnostics = 0
+    if options.diagnose_every or options.bupo_layer == "auto":
+        diagnostics = _diagnostics(config, options, prompt_tokens, compute, cuda)
+        diagnostics += compute * parameters if copies else 0
+    peak += max(gradients + activations + logits, kv_cache + sampling, diagnostics)
     parts = (weights, gradients, moments, reference, replica, activations, logits)
-    return Estimate(parameters, *parts, kv_cache, sampling, int(peak))
+    return Estimate(parameters, *parts, kv_cache, sampling, diagnostics, int(peak))
+
+
+def _diagnostics(config, options, prompt_tokens, compute, cuda):
+    """The residual stream of some answers, of their tokens alone; and of a chunk of them logits and
+    their softmax, or two layers' and their divergence."""
+    layers, vocab, S = (
+        config.num_hidden_layers,
+        config.vocab_size,
+        prompt_tokens + options.max_new_tokens,
+    )
+    answers = min(64 if options.bupo_layer == "auto" else 32, options.answers_per_step)
+    tokens = min(answers, max(1, DIAGNOSED // S)) * options.max_new_tokens
+    # H, what both norms hand on and H + A stay float32; what both blocks add does not
+    stream = 4 * (layers + 1) + 3 * 4 * layers + 2 * compute * layers
+    entropy = 8 * min(chunk_of(vocab, "cuda" if cuda else "cpu"), tokens)
+    divergence = 20 * min(KL_CHUNK // vocab, tokens) if options.diagnose_every else 0
+    return tokens * config.hidden_size * stream + max(entropy, divergence) * vocab
 
 
 def _sampling(config, options, prompt_tokens, world_size, compute, cuda):

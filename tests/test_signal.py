@@ -209,6 +209,8 @@ def test_the_first_ratios_of_several_updates(opened):
     step = train.train_step(1, run)
     (_, first), (_, second) = report.largest_ratios(step.updates, step.batch, run)
     assert first == 0 and second > 0
+    metrics = report.step_metrics(step, report.weight_sample(run), run)
+    assert metrics["ratio_off_before_update"] == 0 and metrics["ratio_max"] > 1
 
 
 def test_ratios_beyond_the_limit_are_counted(opened, monkeypatch):
