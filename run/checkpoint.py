@@ -20,6 +20,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import time
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,6 +50,7 @@ def save(run, step):
 
     Every process must call it; process 0 writes.
     """
+    started = time.perf_counter()
     weights, moments = gather(run)
     if not run.ranks.main:
         return
@@ -74,6 +76,25 @@ def save(run, step):
         _flush(run.out)
     for old in folders(run.out, step)[run.options.keep :]:
         shutil.rmtree(old)
+    run.saves.append((started, time.perf_counter()))
+    say_what_saving_costs(run)
+
+
+def say_what_saving_costs(run, count=5, tenth=0.1):
+    """Once, behind the fifth checkpoint, if they take more than a tenth of the run's time."""
+    if len(run.saves) != count:
+        return
+    since, now = run.saves[0][1], run.saves[-1][1]
+    spent = sum(end - start for start, end in run.saves[1:])
+    share, every = spent / (now - since), run.options.save_every
+    if share > tenth:
+        # with n steps instead of one between two: spent / (spent + n (the rest)) is a tenth
+        fewer = math.ceil(every * (1 - tenth) / tenth * share / (1 - share))
+        run.say(
+            f"note: checkpoints take {share:.0%} of the time ({spent / (count - 1):.1f} s each); "
+            f"with --save-every {fewer} they would take a tenth, and a killed run may lose so many "
+            "steps"
+        )
 
 
 @contextlib.contextmanager

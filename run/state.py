@@ -43,6 +43,7 @@ class Run:
     layer: int | str = None  # BuPO's layer; "auto" until it is measured
     sampler_stats: hapo.EntropyStats = None  # of the last batch: the next one is sampled with them
     diagnosed: tuple = None  # the fixed answers of --diagnose-every
+    saves: list = dataclasses.field(default_factory=list)  # when each checkpoint began and ended
     last_batch: object = None  # the last that was drawn
     shown: dict = None  # train.inspect_group of the last step
     lock: object = None  # the open file that keeps other runs out of the folder

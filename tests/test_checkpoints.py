@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import types
 
 import pytest
 import torch
@@ -202,3 +203,24 @@ def test_a_generation_config_that_contradicts_itself_can_be_saved(opened, tmp_pa
     run = opened("--model", str(model))
     checkpoint.save(run, 0)
     assert checkpoint.newest_whole(run.out, lambda text: None).name == "checkpoint-0"
+
+
+def test_what_saving_costs_is_said_once():
+    """Checkpoints of 2 s behind steps of 6: a quarter of the time. Behind steps of 18, a tenth."""
+    for every, work, expected in (
+        (1, 6.0, "--save-every 3 "),
+        (2, 6.0, "--save-every 6 "),
+        (1, 18.0, None),
+    ):
+        said, run = [], types.SimpleNamespace(options=types.SimpleNamespace(save_every=every))
+        run.say, run.saves = said.append, []
+        for i in range(9):
+            end = 100 + i * (work + 2)
+            run.saves.append((end - 2, end))
+            checkpoint.say_what_saving_costs(run)
+        if expected is None:
+            assert not said
+        else:
+            (line,) = said
+            assert line.startswith("note: checkpoints take 25% of the time (2.0 s each)")
+            assert expected in line

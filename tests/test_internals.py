@@ -393,6 +393,8 @@ def test_similarity_of_layers():
     expected = torch.cosine_similarity(h1, h3, dim=-1).mean().item()
     assert cosine[1].item() == pytest.approx(expected, abs=1e-6)
     assert kl[1].item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    for one, both in zip(layer_similarity(model, IDS, LEFT, LEFT, 1, batch=1), (cosine, kl)):
+        torch.testing.assert_close(one, both)
     none = internals.policy_kl(h1, h1, unembedding(model), chunk_tokens=2)
     assert none.item() == pytest.approx(0, abs=1e-7)
     assert len(layer_similarity(model, IDS, LEFT, LEFT, 3)[0]) == 0
