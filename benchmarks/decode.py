@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from common import AutoModelForCausalLM, AutoTokenizer, in_turn, median, qwen3, ratio
 
+from fast.decoding import generate
 from hapo import EntropyStats, adaptive_temperature
 from questions.prompts import render_prompt
-from sampling import eos_ids_of, generate, pad_prompts
+from sampling import eos_ids_of, pad_prompts
 from tasks import read_problems
 
 STATS = EntropyStats(*map(torch.tensor, (-0.5, 1.0, 1.0, -3.0)))
@@ -36,8 +37,9 @@ class Work(NamedTuple):
 
 def ours(work, temperature):
     """Answer with our decoder; returns the number of useful tokens."""
-    generator = torch.Generator().manual_seed(0)
-    rollout = generate(*work, temperature, generator=generator)
+    shape = (work.cap, len(work.prompts) * work.answers)
+    draws = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    rollout = generate(*work, temperature, uniform=draws)
     return int(rollout.mask.sum())
 
 

@@ -2,13 +2,19 @@
 
     python benchmarks/gpu.py --shape 0.5b [--gradient-checkpointing] [--json FILE]
     python benchmarks/gpu.py --shape 7b --split-master --gradient-checkpointing
+    python benchmarks/gpu.py --shape 0.5b --profile             launches, waits and kernels by phase
+    python benchmarks/gpu.py --shape 0.5b --decode-alone        256 prompts, each with one answer
     python benchmarks/gpu.py --shape tiny --rehearse            the same code on a CPU
 
 Prompts are of unequal lengths, answers end at random, verdicts are coins; the optimiser, the passes
 and the decoder are the run's own. Options that this program does not know go to train.py's.
 Printed of the last step: tokens a second and their share of the card's bfloat16 peak (2 x, and for
 the update 6 x parameters x tokens operations; recomputation and padding do not count as useful),
-and the peak of memory against the estimate's number.
+the share of the memory's bandwidth that decoding needs (weights once a step, and the keys and
+values of every row), and the peak of memory against the estimate's number.
+
+--decode-alone has the sizes that other engines' benchmarks publish: prompts and answers of 100 to
+1,024 tokens each, drawn evenly; what is counted are answer tokens over the whole time.
 """
 
 import argparse
@@ -17,13 +23,16 @@ import pathlib
 import platform
 import random
 import tempfile
+import time
 
+import phases
 import torch
 import transformers
 from common import AutoModelForCausalLM, Qwen2Config, peak_on_cpu
 
 import train
 from grading.answers import Grade
+from program.attention import head_size
 from program.command import run_main
 from program.errors import BadInput
 from run import options
@@ -43,6 +52,9 @@ SHAPES = {  # hidden, feed-forward, layers, heads, key and value heads, tied emb
 }
 # dense bfloat16, from the data sheets
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+# bytes a second, likewise
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12, "A800": 2.0e12, "L40S": 0.864e12}
+BANDWIDTH |= {"4090": 1.008e12, "T4": 0.32e12}
 SIZES = {"prompts": 64, "answers": 8, "answer": 512, "prompt": 128, "steps": 2}
 
 
@@ -66,6 +78,8 @@ def arguments():
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--profile", action="store_true", help="one step more, watched")
+    parser.add_argument("--decode-alone", action="store_true", help="answers of given lengths")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU")
     parser.add_argument("--json", help="append the figures to this file")
     return parser.parse_known_args()
@@ -142,13 +156,63 @@ def measured_step(number, run):
     )
 
 
+def of_card(table, card):
+    return next((v for k, v in table.items() if k in card), None)
+
+
+def bytes_of_decoding(run, rollout):
+    """What decoding must read: the weights once a step, a row's keys and values once a token."""
+    config, actor = run.policy.config, run.actor()
+    width = next(actor.parameters()).element_size()
+    heads = config.num_key_value_heads * head_size(config)
+    a_position = 2 * config.num_hidden_layers * heads * width
+    lengths, prompts = rollout.lengths.double(), rollout.prompt_mask.sum(1).double()
+    prompts = prompts.repeat_interleave(rollout.group_size)
+    read = ((lengths - 1) * (prompts + lengths / 2)).sum().item()  # the first token is prefill's
+    steps = int(rollout.lengths.max()) - 1
+    return steps * width * sum(p.numel() for p in actor.parameters()) + read * a_position
+
+
+def decode_alone(a, run):
+    """256 prompts (rehearsed: 8) and an answer of its own length to each, twice; of the second time
+    rollout, tokens and seconds. A draw of 0 gives id 0, which ends an answer; others are far from
+    it."""
+    rows, least, longest = (8, 10, 64) if a.rehearse else (256, 100, 1024)
+    draw, known = random.Random(0), run.vocab_size
+    sizes = [(draw.randint(least, longest), draw.randint(least, longest)) for _ in range(rows)]
+    prompts = [[draw.randrange(1, known) for _ in range(p)] for p, _ in sizes]
+    draws = torch.rand(longest, rows) * 0.9 + 0.05
+    for row, (_, length) in enumerate(sizes):
+        draws[length - 1, row] = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        rollout = run.generate(
+            run.actor(), prompts, 1, longest, [0], 1.0, run.vocab_size, uniform=draws
+        )
+        tokens = int(rollout.lengths.sum())
+        seconds = time.perf_counter() - started
+    assert rollout.lengths.tolist() == [length for _, length in sizes]
+    return rollout, tokens, seconds
+
+
+def show_decoding(a, run, card):
+    rollout, tokens, seconds = decode_alone(a, run)
+    needed, bandwidth = bytes_of_decoding(run, rollout) / seconds, of_card(BANDWIDTH, card)
+    share = f" = {needed / bandwidth:.0%} of the bandwidth" if bandwidth else ""
+    print(
+        f"{len(rollout.tokens)} answers, {tokens} tokens in {seconds:.2f} s: "
+        f"{tokens / seconds:.0f} tokens/s; {needed / 1e9:.0f} GB/s{share}"
+    )
+
+
 def figures(a, o, run, step, peak, card):
     """What is printed and recorded."""
     parameters = sum(p.numel() for p in run.policy.parameters())
     rollout, seconds = step.batch.rollout, step.seconds
     answers = int(rollout.mask.sum())
     whole = answers + int(rollout.prompt_mask.sum()) * a.answers
-    per_second = next((v for k, v in PEAK.items() if k in card), None)
+    per_second, bandwidth = of_card(PEAK, card), of_card(BANDWIDTH, card)
+    needed = bytes_of_decoding(run, rollout) / seconds["generate"]
     need = memory.estimate(run.policy.config, o, a.prompt, 1, not a.rehearse)
 
     def share(operations, time):
@@ -162,6 +226,8 @@ def figures(a, o, run, step, peak, card):
         "tokens": whole,
         "seconds": {name: round(s, 3) for name, s in seconds.items()},
         "decode_tokens_per_second": answers / seconds["generate"],
+        "decode_bytes_per_second": needed,
+        "decode_share_of_bandwidth": needed / bandwidth if bandwidth else None,
         "score_share_of_peak": share(2 * whole, seconds["score"]),
         "update_tokens_per_second": whole / seconds["update"],
         "update_share_of_peak": share(6 * whole, seconds["update"]),
@@ -174,11 +240,15 @@ def figures(a, o, run, step, peak, card):
 
 
 def show(f, need):
-    def percent(x):
-        return "" if x is None else f" = {x:.0%} of the bfloat16 peak"
+    def percent(x, of="bfloat16 peak"):
+        return "" if x is None else f" = {x:.0%} of the {of}"
 
     s = f["seconds"]
-    print(f"decode: {f['decode_tokens_per_second']:.0f} tokens/s at {f['rows']} rows")
+    print(
+        f"decode: {f['decode_tokens_per_second']:.0f} tokens/s at {f['rows']} rows, "
+        f"{f['decode_bytes_per_second'] / 1e9:.1f} GB/s"
+        f"{percent(f['decode_share_of_bandwidth'], 'memory bandwidth')}"
+    )
     print(f"score:  {s['score']:.2f} s{percent(f['score_share_of_peak'])}")
     print(
         f"update: {f['update_tokens_per_second']:.0f} tokens/s{percent(f['update_share_of_peak'])}"
@@ -199,15 +269,21 @@ def main():
     card = platform.processor() if a.rehearse else torch.cuda.get_device_name()
     run = make_run(a, config, o)
     print(
-        f"{card or 'CPU'}, {a.shape}: {a.prompts} prompts of up to {a.prompt} tokens x {a.answers} "
-        f"answers of up to {a.answer}; torch {torch.__version__}, transformers "
+        f"{card or 'CPU'}, {a.shape}; torch {torch.__version__}, transformers "
         f"{transformers.__version__}, {o.dtype}"
+    )
+    if a.decode_alone:
+        return show_decoding(a, run, card)
+    print(
+        f"{a.prompts} prompts of up to {a.prompt} tokens x {a.answers} answers of up to {a.answer}"
     )
     for number in range(1, a.steps + 1):  # the first ones warm up
         step, peak = measured_step(number, run)
     f = figures(a, o, run, step, peak, card)
     need = memory.estimate(config, o, a.prompt, 1, not a.rehearse)
     show(f, memory.table(need, o, a.prompt))
+    if a.profile:
+        print(phases.table(phases.profiled_step(a.steps + 1, run)))
     if a.json:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         with open(a.json, "a", encoding="utf-8") as file:

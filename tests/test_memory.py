@@ -1,6 +1,7 @@
 """The memory estimate: numbers worked by hand on a small shape, and which option it blames."""
 
 import dataclasses
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from fast.logprobs import LOGIT_CHUNK_BYTES, chunk_of
 from program.errors import BadInput
 from program.models import load_config
 from run import opening, options
+from run.batch import rollout_of
 from scale import memory
 
 STEP = (
@@ -176,6 +178,48 @@ def test_the_benchmark_rehearses_and_records(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(BadInput, match="needs a CUDA GPU"):
         gpu.main()
+
+
+def test_the_benchmark_decodes_alone_and_profiles(monkeypatch, capsys):
+    """Answers of given lengths, and the bytes that decoding must read, by hand; operators by
+    phase."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    monkeypatch.setattr(train, "grade", train.grade)
+    sizes = "--shape tiny --prompts 2 --answers 2 --answer 8 --prompt 12 --rehearse".split()
+    monkeypatch.setattr("sys.argv", ["gpu.py", *sizes, "--decode-alone"])
+    gpu.main()
+    draw = gpu.random.Random(0)
+    lengths = [(draw.randint(10, 64), draw.randint(10, 64)) for _ in range(8)]
+    assert f"8 answers, {sum(n for _, n in lengths)} tokens in" in capsys.readouterr().out
+
+    monkeypatch.setattr("sys.argv", ["gpu.py", *sizes, "--profile", "--steps", "1"])
+    gpu.main()
+    out = capsys.readouterr().out
+    assert [out.count(f"\n{phase}: ") for phase in ("generate", "score", "update")] == [1, 1, 1]
+    assert "operators" in out and "x aten::mm" in out
+
+    model = random_model()
+    rollout = rollout_of([[1, 2], [3]], [[4, 5, 6], [7]])
+    run = SimpleNamespace(policy=model, actor=lambda: model)
+    # tokens 1 and 2 of an answer behind a prompt of 2 see 3 and 4 keys; 2 steps; 3 layers, 2 heads
+    a_position = 2 * 3 * 2 * 128 * 4
+    expected = 2 * 4 * sum(p.numel() for p in model.parameters()) + (3 + 4) * a_position
+    assert gpu.bytes_of_decoding(run, rollout) == expected
+
+
+@pytest.mark.parametrize("name", ["decode", "step_vs_trl"])
+def test_other_benchmarks_call_what_is_there(name, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module(name)
+    if name == "decode":
+        work = benchmark.Work(random_model(), [[5, 6], [7]], 2, 6, [3])
+        assert 4 <= benchmark.ours(work, 1.0) <= 24
+    else:
+        monkeypatch.setattr(train, "grade", train.grade)
+        benchmark.random_model(tmp_path)
+        assert len(benchmark.ours(str(tmp_path), "coin", "grpo", 3)) == 1
 
 
 def ways(*more):
