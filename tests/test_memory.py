@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -197,8 +198,9 @@ def test_the_benchmark_decodes_alone_and_profiles(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["gpu.py", *sizes, "--profile", "--steps", "1"])
     gpu.main()
     out = capsys.readouterr().out
-    assert [out.count(f"\n{phase}: ") for phase in ("generate", "score", "update")] == [1, 1, 1]
-    assert "operators" in out and "x aten::mm" in out
+    for phase in ("generate", "score", "update"):
+        assert re.search(rf"^{phase}: [1-9]\d* operators, \d+ waits, 0", out, re.M)
+    assert "x aten::mm" in out
 
     model = random_model()
     rollout = rollout_of([[1, 2], [3]], [[4, 5, 6], [7]])
