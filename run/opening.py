@@ -13,6 +13,7 @@ import torch
 
 import internals
 from fast import captured
+from program.devices import default_dtype
 from program.errors import BadInput, NonFinite
 from program.models import load_config, load_model, load_tokenizer, vocabulary
 from questions.prompts import fit_context, instruct
@@ -324,6 +325,9 @@ def describe(run, config, say):
     )
     if cuda and options.capture and not options.plain and (reason := captured.why_not(run.actor())):
         say(f"note: decoding steps are not captured, one kernel is launched at a time: {reason}")
+    best = default_dtype(run.ranks.device)
+    if options.dtype == "bfloat16" and best == "float16":
+        say("note: this card has no bfloat16 in hardware and is slow at it; --dtype float16 is not")
     if need.parameters > 1e8 and options.lr == type(options).lr:
         say(f"warning: --lr {options.lr:g} is for the shipped tiny model; the papers' is 1e-6")
     _, ids = run.items[0]
