@@ -77,10 +77,10 @@ def unembedding(model: nn.Module) -> Tensor:
 
 
 @contextlib.contextmanager
-def first_layers(model: nn.Module, layer: int | None, norm: bool) -> Iterator[None]:
-    """While open, the model runs layers 1 ... layer, norms if asked to; `logits` are hidden states.
-    Modules are swapped, not copied: masks, positions, checkpointing, sharding stay the model's."""
-    body, head = model.base_model, model.get_output_embeddings()
+def first_layers(model: nn.Module, layer: int | None, norm: bool, head: bool = False) -> Iterator:
+    """While open, the model runs layers 1 ... layer, norms if asked to; without its head, `logits`
+    are hidden states. Modules are swapped, not copied: masks, positions, sharding stay its own."""
+    body, unembed = model.base_model, model.get_output_embeddings()
     layers, final_norm = body.layers, body.norm
     try:
         if layer is not None:  # BuPO 6: nothing above layer l runs, nor gets a gradient
@@ -88,11 +88,11 @@ def first_layers(model: nn.Module, layer: int | None, norm: bool) -> Iterator[No
             body.layers = layers[:layer]
         if not norm:
             body.norm = nn.Identity()
-        model.set_output_embeddings(nn.Identity())
+        model.set_output_embeddings(unembed if head else nn.Identity())
         yield
     finally:
         body.layers, body.norm = layers, final_norm
-        model.set_output_embeddings(head)
+        model.set_output_embeddings(unembed)
 
 
 def policy_hidden(

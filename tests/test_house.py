@@ -28,6 +28,7 @@ FLOORS = [
     {"scale"},
     {"run"},
     {"train"},
+    {"bridges"},
 ]
 # python internals.py and the end of a run start a program of scripts/, guarded
 GUARDED = {("internals", "scripts"), ("run", "scripts")}

@@ -1,0 +1,354 @@
+"""HAPO and BuPO inside TRL's GRPOTrainer, for what one loop does not do: LoRA, DeepSpeed, FSDP over
+nodes, trainers and data sets of one's own.
+
+    from bridges.trl_trainers import HAPOConfig, HAPOTrainer       (BuPOTrainer, HAPOBuPOTrainer)
+
+in place of `from trl import GRPOConfig, GRPOTrainer`. Nothing of TRL is copied. Four of its methods
+are overridden, and each calls the one it overrides:
+
+    __init__                             what is kept with checkpoints; a word where C and D idle
+    _generate_and_score_completions      A around it; h and B behind it
+    _get_per_token_logps_and_entropies   old entropies; C; layer l's policy
+    _compute_loss                        D, as clip distances of one value a token
+
+A reaches transformers' own `generate` and `generate_batch`, not vLLM. At a T_base other than 1
+entropies are those of logits / T_base, in A, too.
+
+Shapes: B answers of this process, S positions of prompts and answers, T of answers, as TRL pads.
+"""
+
+import contextlib
+import functools
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+import bupo
+import hapo
+import internals
+import losses
+from program.errors import BadInput
+from program.models import vocabulary
+from sampling import AdaptiveTemperature
+
+try:
+    from trl import GRPOConfig, GRPOTrainer
+except ImportError as error:
+    raise BadInput(f"this needs TRL ({error}); pip install 'trl>=1.0'") from error
+
+SCORE = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+IDLE = (
+    "note: with one optimiser step a rollout every ratio is 1: nothing is clipped, and HAPO's C "
+    "and D do next to nothing; raise steps_per_generation or num_iterations"
+)
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo")  # TRL's losses that are the clipped surrogate
+
+
+def opt(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class HAPOConfig(GRPOConfig):
+    """GRPOConfig with DAPO's clip range, and the settings of run/options.py by the same names."""
+
+    epsilon_high: float | None = opt(0.28, "upper clip distance")
+    adaptive_temperature: bool = opt(True, "HAPO A: temperature by token entropy (Eq. 8)")
+    token_group_average: bool = opt(True, "HAPO B: token-level group average (Eq. 9)")
+    advantage_redistribution: bool = opt(True, "HAPO C: advantage redistribution (Eq. 10-11)")
+    adaptive_clip: bool = opt(True, "HAPO D: asymmetric adaptive clipping (Eq. 12-13)")
+    rho: float = opt(0.8, "rho, quantile of the entropy pivot")
+    tau: float | None = opt(None, "tau of the adaptive temperature; default 0.05, zscore 0.1")
+    temperature_form: str = opt("bounded", "form of Eq. 8: bounded or zscore")
+    exact_entropy: bool = opt(True, "False: TRL's own, log Z - E[logit], off by some 1e-6 nats")
+    bupo_layer: str | None = opt(None, "align this layer's policy first: 1 ... L, or auto")
+    bupo_steps: int = opt(30, "s_inter, rollouts of the first phase")
+    bupo_norm: bool = opt(False, "final norm on the internal policy too")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tau is None:
+            self.tau = 0.1 if self.temperature_form == "zscore" else 0.05
+        if self.bupo_layer is not None:
+            self.bupo_layer = str(self.bupo_layer)
+            if self.ddp_find_unused_parameters is None:
+                self.ddp_find_unused_parameters = True  # nothing above layer l has a gradient
+        layer, liger = self.bupo_layer, getattr(self, "use_liger_kernel", False)
+        named = layer in (None, bupo.AUTO) or layer.isdecimal()
+        hot = self.use_vllm and self.adaptive_temperature
+        token = self.importance_sampling_level == "token"
+        for wrong, why in (
+            (hot, "adaptive_temperature True: vLLM draws at one temperature; set it to False"),
+            (liger, "use_liger_kernel True: its loss has one advantage an answer; leave it out"),
+            (not token, f"importance_sampling_level {self.importance_sampling_level}: only token"),
+            (self.loss_type not in CLIPPED, f"loss_type {self.loss_type}: only {CLIPPED}"),
+            (not named, f"bupo_layer {layer}: must be auto or a layer from 1 to the last"),
+        ):
+            if wrong:
+                raise BadInput(why)
+
+
+class Memory(TrainerCallback, ExportableState):
+    """What the first batch after a resume needs, kept in TRL's own trainer_state.json."""
+
+    def __init__(self):
+        self.stats, self.layer = None, None  # of the last rollout: (4,); the boundary layer found
+
+    def state(self):
+        return {"args": {}, "attributes": {"stats": self.stats, "layer": self.layer}}
+
+    def on_train_begin(self, args, state, control, **more):
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, dict):
+            vars(self).update(saved["attributes"])
+
+
+class Bridge:
+    """What both have in common, over GRPOTrainer."""
+
+    _layer = None  # whose policy this rollout trains; None: the model's own
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(Memory)
+        a = self.args
+        if a.num_iterations == 1 and a.steps_per_generation <= a.gradient_accumulation_steps:
+            self.accelerator.print(IDLE)
+
+    @property
+    def _memory(self):
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, Memory))
+
+    def _causal_lm(self, model):
+        """The transformers model inside what accelerate and PEFT have put around it."""
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _tokens(self):
+        """Ids of the tokenizer: those behind only pad the model's vocabulary."""
+        return vocabulary(getattr(self.processing_class, "tokenizer", self.processing_class))
+
+    # what bupo.measure_boundary asks of several processes
+    def total(self, *numbers):
+        sums = torch.tensor(numbers, device=self.accelerator.device)
+        return self.accelerator.reduce(sums, "sum").tolist()
+
+    def reshard(self, model):
+        """FSDP2 gathers the layer above the cut ahead of time, and would keep it."""
+        for module in model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+
+
+class HAPO(Bridge):
+    """HAPO over GRPOTrainer."""
+
+    _scored = None  # while a rollout is scored: entropies of the model that is trained
+    _redistribute = None  # while a loss is computed: what C makes of its log-probabilities
+
+    def _generate_and_score_completions(self, inputs):
+        if not self.model.training:  # held-out answers are drawn at the base temperature
+            return super()._generate_and_score_completions(inputs)
+        self._scored = []
+        with self._heated():
+            batch = super()._generate_and_score_completions(inputs)
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        entropy = self._old_entropy(batch)
+        masks, rho = self._everywhere(mask), self.args.rho
+        stats = hapo.entropy_stats(self._everywhere(entropy), masks, rho)
+        self._memory.stats = torch.stack(stats).tolist()
+        batch["h"] = h = hapo.modulation(entropy, stats, mask)
+        if self.args.token_group_average:  # Eq. 9 is the same of any a R + b: of TRL's advantages
+            shares = self._everywhere(batch["advantages"])
+            shares = hapo.token_group_advantages(shares, masks, self.num_generations)
+            first = self.accelerator.process_index * len(mask)
+            batch["advantages"] = shares[first : first + len(mask), : mask.shape[1]]
+        seen = {**stats._asdict(), "h": h[mask.bool()].mean()}
+        for name, value in seen.items():
+            mean = self.accelerator.reduce(value.to(self.accelerator.device), "mean")
+            self._metrics["train"][f"hapo/{name}"].append(mean.item())
+        return batch
+
+    def _everywhere(self, x):
+        """The rows of all processes, padded to the longest."""
+        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))
+
+    @contextlib.contextmanager
+    def _heated(self):
+        """A: while open, transformers divides a row's logits by its step's temperature."""
+        a, stats = self.args, self._memory.stats
+        if not a.adaptive_temperature or stats is None:
+            yield
+            return
+        stats = hapo.EntropyStats(*torch.tensor(stats, device=self.accelerator.device))
+        how = dict(stats=stats, tau=a.tau, form=a.temperature_form)
+        heat = AdaptiveTemperature(functools.partial(hapo.adaptive_temperature, **how))
+        heat.supports_continuous_batching = True
+        model = self._causal_lm(self.model)
+        build = model._get_logits_processor
+
+        def heated(*args, **kwargs):
+            processors = build(*args, **kwargs)
+            processors.append(heat)  # behind T_base
+            return processors
+
+        model._get_logits_processor = heated
+        try:
+            yield
+        finally:
+            del model._get_logits_processor
+
+    @torch.no_grad()
+    def _old_entropy(self, batch):
+        """The whole policy's, (B, T): of TRL's own pass where it has made one, or of one more."""
+        scored, self._scored = self._scored, None
+        if scored:
+            return scored[0]
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        seen = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        how = {name: batch[name] for name in SCORE.keys() & batch.keys()}  # images
+        how["batch_size"] = self.args.per_device_train_batch_size
+        layer, self._layer, self._scored = self._layer, None, []
+        try:
+            size = batch["completion_ids"].shape[1]
+            self._get_per_token_logps_and_entropies(self.model, ids, seen, size, **how)
+            return self._scored[0]
+        finally:
+            self._layer, self._scored = layer, None
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        score = super()._get_per_token_logps_and_entropies
+        if self._scored is not None and model is self.model and self._layer is None:
+            kwargs["compute_entropy"] = True  # TRL asks for none here
+            with self._measuring(args[2]) as exact:
+                scores = score(model, *args, **kwargs)
+            self._scored.append(torch.cat(exact) if exact else scores[1])
+            return scores
+        scores = score(model, *args, **kwargs)
+        if self._redistribute is not None:
+            self._redistribute(scores[0])
+        return scores
+
+    @contextlib.contextmanager
+    def _measuring(self, size):
+        """While open, the entropies of the last `size` tokens as losses.py has them, whose relative
+        error is small for sure tokens, too. Not where a shard of the weights is all there is."""
+        model, exact = self._causal_lm(self.model), []
+
+        def measure(module, given, out):
+            weight = internals.unembedding(model)  # whole while the model runs, with FSDP2 too
+            if not self.args.exact_entropy or weight.dim() < 2 or hasattr(weight, "full_tensor"):
+                return
+            states = out.last_hidden_state[:, -size - 1 : -1]
+            nothing = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+            how = (states, weight[: self._tokens()], nothing, self.temperature)
+            exact.append(losses.token_logprobs_and_entropy(*how)[1])
+
+        hook = model.base_model.register_forward_hook(measure)
+        try:
+            yield exact
+        finally:
+            hook.remove()
+
+    def _compute_loss(self, model, inputs):
+        if "h" not in inputs:
+            return super()._compute_loss(model, inputs)
+        inputs, low, high = dict(inputs), self.epsilon_low, self.epsilon_high
+        advantages, h = inputs["advantages"].view(len(inputs["h"]), -1), inputs["h"]
+
+        def redistribute(logp):  # TRL reads the advantages after it has scored
+            ratio = losses.likelihood_ratio(logp, inputs.get("old_per_token_logps", logp))
+            moved = hapo.redistribute_advantages(advantages, h, ratio, low, high)
+            inputs["advantages"] = moved
+
+        if self.args.advantage_redistribution:
+            self._redistribute = redistribute
+        if self.args.adaptive_clip:
+            self.epsilon_low, self.epsilon_high = hapo.adaptive_clip(h, low, high)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self.epsilon_low, self.epsilon_high, self._redistribute = low, high, None
+
+
+class BuPO(Bridge):
+    """BuPO over GRPOTrainer."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.bupo_layer not in (None, bupo.AUTO):
+            body = self._causal_lm(self.model)
+            internals.check_layer(body, int(self.args.bupo_layer), "bupo_layer")
+
+    def _generate_and_score_completions(self, inputs):
+        if self.model.training:
+            every = self.args.steps_per_generation * self.num_iterations
+            rollout = self.state.global_step * self.args.gradient_accumulation_steps // every + 1
+            layer = self._memory.layer or self.args.bupo_layer
+            layer = layer if layer in (None, bupo.AUTO) else int(layer)
+            self._layer = bupo.target_layer(rollout, self.args.bupo_steps, layer)
+        with self._without_reference():
+            batch = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            self._metrics["train"]["bupo/layer"].append(self._layer or 0)  # 0: the model's own
+        return batch
+
+    @contextlib.contextmanager
+    def _without_reference(self):
+        """No KL to the initial model in phase 1."""
+        beta = self.beta
+        if self.model.training and self._layer is not None:
+            self.beta = 0.0
+        try:
+            yield
+        finally:
+            self.beta = beta
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, size, **kwargs):
+        body, training = self._causal_lm(model), self.model.training
+        if training and self._layer == bupo.AUTO:
+            self._layer = self._memory.layer = self._measured(body, input_ids, attention_mask, size)
+        layer = self._layer if training else None
+        norm, score = (
+            layer is None or self.args.bupo_norm,
+            super()._get_per_token_logps_and_entropies,
+        )
+        with internals.first_layers(body, layer, norm, head=True):
+            scores = score(model, input_ids, attention_mask, size, **kwargs)
+        if layer is not None and not torch.is_grad_enabled():
+            self.reshard(body)
+        return scores
+
+    @torch.no_grad()
+    def _measured(self, body, ids, seen, size):
+        """The boundary layer, on 64 answers of all processes together."""
+        rows = slice(0, max(1, 64 // self.accelerator.num_processes))
+        response = torch.cat([torch.zeros_like(seen[:, :-size]), seen[:, -size:]], 1)
+        with self.accelerator.autocast():
+            found = bupo.measure_boundary(
+                body, ids[rows], seen[rows], response[rows], self._tokens(), self
+            )
+        change = found.change[found.layer - 1].item()
+        self.accelerator.print(
+            f"bupo_layer auto: {found.layer}, whose block adds {change:+.3f} nats"
+        )
+        return found.layer
+
+    def _compute_loss(self, model, inputs):
+        with self._without_reference():
+            return super()._compute_loss(model, inputs)
+
+
+class HAPOTrainer(HAPO, GRPOTrainer):
+    """HAPO in TRL."""
+
+
+class BuPOTrainer(BuPO, GRPOTrainer):
+    """BuPO in TRL, with any of its clipped losses."""
+
+
+class HAPOBuPOTrainer(HAPO, BuPO, GRPOTrainer):
+    """HAPO, bottom-up: h and A are the whole policy's in both phases."""
