@@ -8,8 +8,9 @@ coin      256 answers of at most 12 tokens, nearly all of them that long. The mo
 addition  512 answers of 1 to 40 tokens, as the default run begins: the shipped model on its sums,
           with the sums' own rewards.
 
-Ours runs GRPO and HAPO; a "step" is sampling, scoring and four updates on all sides, at a learning
-rate that leaves the answers as they are.
+TRL runs its own trainer, and HAPO by bridges/trl_trainers.py; ours runs GRPO and HAPO. A "step" is
+sampling, scoring and four updates on all sides, at a learning rate that leaves the answers as they
+are.
 """
 
 import argparse
@@ -50,11 +51,9 @@ def ours(folder, task, algo, steps):
     return seconds[2:]
 
 
-def trl_config(task, steps):
-    from trl import GRPOConfig
-
+def trl_config(task, steps, config):
     prompts, longest = SIZES[task]
-    return GRPOConfig(
+    return config(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=prompts * 16 // 4,
         gradient_accumulation_steps=1,
@@ -75,11 +74,13 @@ def trl_config(task, steps):
     )
 
 
-def trl(folder, task, steps):
+def trl(folder, task, steps, hapo=False):
     """Seconds of each step but the first two."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer
+
+    from bridges.trl_trainers import HAPOConfig, HAPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     problems = load_problems("addition")[0][:2000]
@@ -96,10 +97,10 @@ def trl(folder, task, steps):
             return [float(coin.random() < 0.5) for _ in completions]
         return [float(grade(asked[p], text).strict) for p, text in zip(prompts, completions)]
 
-    trainer = GRPOTrainer(
+    trainer = (HAPOTrainer if hapo else GRPOTrainer)(
         model=folder,
         reward_funcs=reward,
-        args=trl_config(task, steps),
+        args=trl_config(task, steps, HAPOConfig if hapo else GRPOConfig),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
         callbacks=[Clock()],
@@ -128,9 +129,11 @@ def main():
             random_model(folder)
         else:
             folder = TINY
-        seconds = {"TRL GRPOTrainer": [], "ours, grpo": [], "ours, hapo": []}
+        names = ("TRL GRPOTrainer", "TRL with HAPO", "ours, grpo", "ours, hapo")
+        seconds = {name: [] for name in names}
         for _ in range(args.rounds):
-            seconds["TRL GRPOTrainer"].append(median(trl(folder, args.task, args.steps)))
+            for name, hapo in (("TRL GRPOTrainer", False), ("TRL with HAPO", True)):
+                seconds[name].append(median(trl(folder, args.task, args.steps, hapo)))
             for algo in ("grpo", "hapo"):
                 times = ours(folder, args.task, algo, args.steps)
                 seconds[f"ours, {algo}"].append(median(times))

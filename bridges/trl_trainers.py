@@ -36,8 +36,9 @@ from sampling import AdaptiveTemperature
 
 try:
     from trl import GRPOConfig, GRPOTrainer
-except ImportError as error:
-    raise BadInput(f"this needs TRL ({error}); pip install 'trl>=1.0'") from error
+except (ImportError, RuntimeError) as error:  # RuntimeError: TRL lacks a package of its own
+    reason = str(error).splitlines()[-1]
+    raise BadInput(f"this needs TRL ({reason}); pip install 'trl>=1.0'") from error
 
 SCORE = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
 IDLE = (
@@ -307,17 +308,15 @@ class BuPO(Bridge):
         finally:
             self.beta = beta
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, size, **kwargs):
+    def _get_per_token_logps_and_entropies(self, model, ids, seen, size, *args, **kwargs):
         body, training = self._causal_lm(model), self.model.training
         if training and self._layer == bupo.AUTO:
-            self._layer = self._memory.layer = self._measured(body, input_ids, attention_mask, size)
+            self._layer = self._memory.layer = self._measured(body, ids, seen, size)
         layer = self._layer if training else None
-        norm, score = (
-            layer is None or self.args.bupo_norm,
-            super()._get_per_token_logps_and_entropies,
-        )
+        norm = layer is None or self.args.bupo_norm
+        score = super()._get_per_token_logps_and_entropies
         with internals.first_layers(body, layer, norm, head=True):
-            scores = score(model, input_ids, attention_mask, size, **kwargs)
+            scores = score(model, ids, seen, size, *args, **kwargs)
         if layer is not None and not torch.is_grad_enabled():
             self.reshard(body)
         return scores

@@ -1,7 +1,6 @@
 """bridges/trl_trainers.py inside TRL's own trainer: against TRL, and against our own step."""
 
 import copy
-import functools
 import os
 import re
 import subprocess
@@ -333,11 +332,10 @@ def test_adapters_learn_and_the_model_stays(made, folder):
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     seen = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     trainer._layer = 2
-    score = functools.partial(trainer._get_per_token_logps_and_entropies, input_ids=ids)
-    adapted = score(trainer.model, attention_mask=seen, size=batch["completion_ids"].shape[1])
+    size = batch["completion_ids"].shape[1]
+    adapted = trainer._get_per_token_logps_and_entropies(trainer.model, ids, seen, size)
     merged = AutoModelForCausalLM.from_pretrained(folder)
     merged.load_state_dict(copy.deepcopy(trainer.model).merge_and_unload().state_dict())
-    size = batch["completion_ids"].shape[1]
     states = internals.layer_hidden(merged, ids, seen, 2)[:, -size - 1 :]
     logp = internals.layer_logits(merged, states[:, :-1]).log_softmax(-1)
     expected = logp.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)
