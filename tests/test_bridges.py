@@ -281,17 +281,20 @@ def test_checkpointed_layers_are_the_same(made):
 
 def test_phase_1_reaches_the_lower_layers_alone(made):
     grab = Grab()
-    trainer = made(BuPOTrainer, callbacks=[grab], **PHASE_1)
+    trainer = made(BuPOTrainer, callbacks=[grab], bupo_layer=2, bupo_steps=2, max_steps=6)
     trainer.train()
     without = [{n for n, g in step.items() if g is None} for step in grab.steps]
     named = dict(trainer.model.named_parameters())
     above = {n for n in named if re.search(r"layers\.[2-5]|^model.norm", n)}
-    assert without == [above, above, set(), set()]
+    assert without == [above] * 4 + [set()] * 2  # two rollouts of two steps
     layers = [row["bupo/layer"] for row in trainer.state.log_history if "bupo/layer" in row]
     assert layers[0] == 2 and layers[-1] == 0
 
 
-def test_auto_measures_the_boundary_layer_on_the_first_answers(made, folder):
+def test_auto_measures_the_boundary_layer_on_the_first_answers(made, folder, monkeypatch):
+    asked, measure = [], trl_trainers.bupo.measure_boundary
+    spy = lambda model, *given: (asked.append(given), measure(model, *given))[1]
+    monkeypatch.setattr(trl_trainers.bupo, "measure_boundary", spy)
     trainer = made(HAPOBuPOTrainer, bupo_layer="auto", bupo_steps=1)
     before = AutoModelForCausalLM.from_pretrained(folder)
     batch = drawn(trainer)
@@ -302,6 +305,9 @@ def test_auto_measures_the_boundary_layer_on_the_first_answers(made, folder):
     expected, _ = trl_trainers.bupo.boundary_or_fallback(entropy.feed_forward_change)
     assert trainer._layer == trainer._memory.layer == expected
     assert trainer._metrics["train"]["bupo/layer"] == [expected]
+    ((*masks, size, ranks),) = asked
+    assert all(map(torch.equal, masks, (ids, seen, response)))
+    assert size == trainer._tokens() and ranks.total(2.0, 3.0) == [2.0, 3.0]
 
 
 def test_nothing_stays_behind_in_the_model(made):
@@ -417,9 +423,11 @@ def test_evaluation_is_trl_s(made):
         trainer.model.eval()
         batch = drawn(trainer)
         with torch.no_grad():
-            found.append((batch, trainer._compute_loss(trainer.model, batch)))
-    (theirs, loss), (own, same) = found
-    assert theirs.keys() == own.keys() and loss == same
+            loss = trainer._compute_loss(trainer.model, batch)
+        found.append((batch, loss, trainer._metrics["eval"]))
+    (theirs, loss, metrics), (own, same, seen) = found
+    assert theirs.keys() == own.keys() and loss == same and metrics == seen
+    assert metrics["entropy"]
     assert torch.equal(theirs["completion_ids"], own["completion_ids"])
 
 
