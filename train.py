@@ -242,14 +242,14 @@ def update(batch: Batch, part: Rows, layer: Layer, run: Run) -> Update:
     token learns. The loss is divided by the whole update's tokens, counted before the passes."""
     mask = batch.loss_mask[part]
     learns = mask if batch.ref_logp is not None else batch.advantages[part]  # KL: from any token
-    answers = batch.in_loss[part].sum()
-    tokens, answers, learning = run.ranks.total(mask.sum(), answers, learns.any())
+    sums = (mask.sum(), batch.in_loss[part].sum(), learns.any())
+    tokens, answers, learning = run.ranks.total(*sums)
     if not learning:
         return Update()
-    total, passes = 0.0, []
+    total, passes, rule = 0.0, [], run.rival or policy_loss  # a rival: of a comparison
     for rows in run.passes(batch.rollout, part):
         logp, _ = token_scores(run.policy, batch.rollout, rows, layer, run, measure_entropy=False)
-        per_token, ratio, advantage = policy_loss(logp, batch, rows, run)
+        per_token, ratio, advantage = rule(logp, batch, rows, run)
         loss = run.mean_loss(per_token, batch.loss_mask[rows], tokens, answers)
         run.weights.backward(loss)
         total = total + loss.detach()

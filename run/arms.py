@@ -4,16 +4,20 @@ first, a reward that nothing can be learned from. A run without them enters noth
 A new arm is one function and one entry in the dictionary of its kind:
 
     ARMS          (batch, run): changes a scored batch's advantages or clip range (--comparison)
+    LOSSES        (logp, batch, rows, run) -> (loss, ratio, advantage), each (rows, T), in place of
+                  train.policy_loss (--comparison, too)
     MOVERS        (step, run): says before a step's updates what may move (--bupo-arm)
     TEMPERATURES  (entropy, stats, base, tau) -> temperatures (--temperature-form)
 """
+
+import math
 
 import torch
 
 import bupo
 from hapo import log_entropy
 from internals import decoder_body
-from losses import likelihood_ratio, split_groups
+from losses import clipped_surrogate, differ, likelihood_ratio, split_groups
 from run.state import seed_of
 
 # ------------------------------------------------------------------------------ what entropy steers
@@ -46,12 +50,31 @@ def edge(batch, run):
     batch.advantages = batch.advantages * weight[:, None]
 
 
+def dppo(batch, run):
+    """DPPO's trust region (Qi et al. 2026, 2602.04879; binary total variation)."""
+    batch.clip_low = batch.clip_high = divergence_bounds(batch.old_logp)
+
+
+def quantile(batch, run):
+    """Quantile advantages (Wu et al. 2025, 2509.22611): another baseline than the mean."""
+    mask = batch.loss_mask & batch.live[:, None]
+    advantages = quantile_advantages(batch.rewards, run.options.answers_per_prompt)
+    batch.advantages = advantages[:, None] * mask
+
+
 def corrected_sampler(batch, run):
     """--sampler-correction: answers from a sampler that is not quite the policy."""
     batch.weight = truncated_weight(batch.old_logp, batch.rollout.logp)
 
 
-ARMS = {"forking": forking, "archer": archer, "entropy-advantage": entropy_bonus, "edge": edge}
+ARMS = {
+    "forking": forking,
+    "archer": archer,
+    "entropy-advantage": entropy_bonus,
+    "edge": edge,
+    "dppo": dppo,
+    "quantile": quantile,
+}
 
 
 def forking_token_mask(entropy, mask, share=0.2, pool=None):
@@ -105,9 +128,68 @@ def edge_weight(sequence_entropy, group_size, largest=10.0):
     return weight.clamp_max(largest).view(-1)
 
 
+def divergence_bounds(old_logp, delta=0.15):
+    """Clip distances delta / p_old, (B, T): r <= 1 + delta / p_old is p - p_old <= delta.
+
+    A token's update stops where its probability has already moved by delta in the direction that
+    the advantage asks for, whatever the ratio: a rare token may become many times as likely, a sure
+    one may not lose a quarter of itself. Public settings of delta are 0.1 and 0.2.
+    """
+    return delta * (-old_logp.detach()).exp()
+
+
+def quantile_advantages(rewards, group_size, K=0.4):
+    """A[b] = (R[b] - Q_K) / (std_group + 1e-6): the group's K-quantile as baseline, the smallest
+    reward that at least a share K does not exceed. (B,) -> (B,).
+
+    With rewards of 0 and 1 and a share p of right answers Q is 0 where p <= 1 - K: the right ones
+    alone learn; else it is 1, and the wrong ones do.
+    """
+    groups = split_groups(rewards, group_size)
+    rank = max(0, math.ceil(K * group_size) - 1)
+    baseline = groups.sort(1).values[:, rank : rank + 1]
+    deviation = groups.std(1, keepdim=True)
+    advantages = (groups - baseline) / (deviation + 1e-6)
+    return torch.where(differ(rewards, group_size), advantages.view(-1), 0.0)
+
+
 def truncated_weight(logp, sampler_logp, largest=2.0):
     """min(p / p_sampler, largest) a token: truncated importance sampling (Yao et al. 2025)."""
     return likelihood_ratio(logp, sampler_logp).clamp_max(largest)
+
+
+# ------------------------------------------------------------------------------------ other losses
+
+
+def cispo(logp, batch, rows, run):
+    """CISPO (MiniMax 2025, 2506.13585): no token's gradient is ever cut off; its weight is bounded.
+
+    loss = -sg(min(r, 1 + clip_high)) A log p, whose gradient is that of -sg(min(r, ...) / r) A r.
+    """
+    ratio = likelihood_ratio(logp, batch.old_logp[rows])
+    advantage = batch.advantages[rows]
+    weight = torch.minimum(ratio, 1 + batch.clip_high[rows]).detach()
+    return -weight * advantage * logp, ratio, advantage
+
+
+def gspo(logp, batch, rows, run):
+    """GSPO (Zheng et al. 2025, 2507.18071): one ratio an answer, the geometric mean of its tokens',
+    clipped by bounds of its own."""
+    ratio = sequence_ratio(logp, batch.old_logp[rows], batch.loss_mask[rows])
+    advantage = batch.advantages[rows]
+    return clipped_surrogate(ratio, advantage, *GSPO_BOUNDS), ratio, advantage
+
+
+GSPO_BOUNDS = (3e-4, 4e-4)  # the paper's
+LOSSES = {"cispo": cispo, "gspo": gspo}
+
+
+def sequence_ratio(logp, old_logp, mask):
+    """s = (prod of r over an answer's tokens)^(1 / their number), the same for each of them, 1 at
+    padding. (B, T) -> (B, T), differentiable in every token's logp."""
+    mask = mask.to(logp.dtype)
+    mean = ((logp - old_logp) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+    return torch.where(mask.bool(), likelihood_ratio(mean, 0.0), 1.0)
 
 
 # ------------------------------------------------------------------------- which layers move, when

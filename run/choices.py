@@ -52,7 +52,8 @@ def choose_steps(run):
         run.pay = functools.partial(own_rewards, run.own_reward)
     run.rounds = rounds.dynamic_sampling if o.dynamic_sampling else lambda collect, *a: collect(*a)
     run.mean_loss = mean_of(o)
-    run.arms = [arms.ARMS[o.comparison]] if o.comparison != "none" else []
+    run.arms = [arms.ARMS[o.comparison]] if o.comparison in arms.ARMS else []
+    run.rival = arms.LOSSES.get(o.comparison)
     if o.sampler_correction:
         run.arms.append(arms.corrected_sampler)
     run.movers = [arms.MOVERS[o.bupo_arm]] if o.bupo_arm in arms.MOVERS else []

@@ -114,8 +114,8 @@ class Options:
     sampler_correction: bool = opt(False, "weigh tokens by min(exp(old - sampler logp), 2)")
     comparison: str = opt(
         "none",
-        "another use of entropy, for comparison",
-        ["none", "forking", "archer", "entropy-advantage", "edge"],
+        "another use of entropy, trust region, baseline or ratio, for comparison",
+        "none forking archer entropy-advantage edge dppo quantile cispo gspo".split(),
     )
 
     # BuPO
@@ -382,7 +382,7 @@ def impossible(options):
     steps = range(1, o.steps + 1)
     whole = (target_layer(step, o.bupo_steps, o.bupo_layer) is None for step in steps)
     yield (
-        o.bupo_layer and o.bupo_arm != "layer-lr" and not any(whole),
+        o.bupo_layer and o.bupo_arm not in ("layer-lr", "one-layer") and not any(whole),
         "bupo_steps",
         f"the first phase must be shorter than the run (--steps {o.steps})",
     )
@@ -398,12 +398,10 @@ def impossible_sampler(o):
     G = o.answers_per_prompt
     few_rows = o.decode_rows and o.decode_rows < G
     yield few_rows, "decode_rows", f"the {G} answers to a prompt are drawn together: at least {G}"
-    tempered = o.algo == "hapo" and o.adaptive_temperature
     yield (
-        o.sampler_correction and (tempered or o.bupo_layer),
+        o.sampler_correction and o.bupo_layer,
         "sampler_correction",
-        "it would undo --adaptive-temperature and mistake an internal policy for the sampler's; "
-        "add --no-adaptive-temperature, leave --bupo-layer out",
+        "it would mistake an internal policy for the sampler's; leave --bupo-layer out",
     )
 
 

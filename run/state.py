@@ -68,6 +68,7 @@ class Run:
     rounds: Callable = None  # (collect, step, layer, run) -> the step's batch
     mean_loss: Callable = None  # (per token, mask, tokens, answers) -> the update's loss
     arms: list = ()  # run/arms.py: what changes a scored batch
+    rival: Callable = None  # and what takes the place of train.policy_loss
     movers: list = ()  # and what says which weights may move
 
     def say(self, text):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import random_model, verdicts
 
+import losses
 import train
 from hapo import EntropyStats
 from run import arms, report
@@ -169,12 +170,105 @@ def test_every_arm_is_an_option_and_every_option_an_arm():
     from run.options import Options
 
     choices = lambda name: set(Options.__dataclass_fields__[name].metadata["choices"])
-    assert choices("comparison") == arms.ARMS.keys() | {"none"}
+    assert choices("comparison") == arms.ARMS.keys() | arms.LOSSES.keys() | {"none"}
     assert choices("bupo_arm") == arms.MOVERS.keys() | {"align"}
     assert choices("temperature_form") == arms.TEMPERATURES.keys() | {"bounded", "zscore"}
 
 
 def test_a_default_run_enters_no_arm(opened):
     run = opened()
-    assert list(run.arms) == list(run.movers) == []
+    assert list(run.arms) == list(run.movers) == [] and run.rival is None
     assert run.temperature.func.__module__ == "hapo"
+
+
+# ----------------------------------------------------------------------------- the field's rivals
+
+
+def test_divergence_bounds_by_hand():
+    """delta / p_old: a token of 1 % may become 16 times as likely, one of 60 % lose a quarter."""
+    old = torch.tensor([[0.01, 0.6, 1.0]])
+    bounds = arms.divergence_bounds(old.log())
+    assert bounds[0].tolist() == pytest.approx([15.0, 0.25, 0.15], rel=1e-5)
+    # the surrogate's gradient stops where p - p_old passes delta the way the advantage asks for
+    for new, advantage, learns in (
+        (0.74, 1.0, True),
+        (0.76, 1.0, False),
+        (0.46, -1.0, True),
+        (0.44, -1.0, False),
+        (0.76, -1.0, True),  # back again
+    ):
+        logp = torch.tensor(new).log().requires_grad_()
+        ratio = losses.likelihood_ratio(logp, torch.tensor(0.6).log())
+        bound = arms.divergence_bounds(torch.tensor(0.6).log())
+        losses.clipped_surrogate(ratio, torch.tensor(advantage), bound, bound).backward()
+        assert bool(logp.grad != 0) == learns
+
+
+def test_quantile_advantages_by_hand():
+    """K = 0.4 of eight: the fourth smallest. Two right of eight: Q = 0, the right ones alone learn;
+    six of eight: Q = 1, the wrong ones do. Sample deviations 0.4629."""
+    hard, easy, dead = [1, 0, 0, 1, 0, 0, 0, 0], [1, 0, 1, 1, 1, 1, 0, 1], [1] * 8
+    rewards = torch.tensor(hard + easy + dead, dtype=torch.float)
+    found = arms.quantile_advantages(rewards, 8).view(3, 8)
+    a = 1 / 0.46291
+    assert found[0].tolist() == pytest.approx([a, 0, 0, a, 0, 0, 0, 0], rel=1e-4)
+    assert found[1].tolist() == pytest.approx([0, -a, 0, 0, 0, 0, -a, 0], rel=1e-4)
+    assert found[2].tolist() == [0] * 8
+    # at p = 1 - K exactly, three right of five, the quantile is still 0
+    boundary = arms.quantile_advantages(torch.tensor([1.0, 1, 1, 0, 0]), 5)
+    assert (boundary > 0).tolist() == [True, True, True, False, False]
+
+
+def a_rival(name, ratios, advantages, mask=None, high=0.28):
+    """(loss, gradient of logp, ratio) of one answer of some tokens."""
+    logp = torch.tensor([ratios]).log().requires_grad_()
+    ones = torch.ones_like(logp)
+    batch = SimpleNamespace(
+        old_logp=torch.zeros_like(logp),
+        advantages=torch.tensor([advantages]),
+        clip_high=high * ones,
+        loss_mask=ones.bool() if mask is None else torch.tensor([mask]).bool(),
+    )
+    loss, ratio, _ = arms.LOSSES[name](logp, batch, slice(0, 1), None)
+    loss.sum().backward()
+    return loss, logp.grad[0].tolist(), ratio
+
+
+def test_cispo_by_hand():
+    """Gradient of log p: minus A times the ratio, at most 1.28; no token is left out."""
+    _, gradient, _ = a_rival("cispo", [0.5, 1.0, 2.0, 2.0], [1.0, 1.0, 1.0, -1.0])
+    assert gradient == pytest.approx([-0.5, -1.0, -1.28, 1.28])
+
+
+def test_gspo_by_hand():
+    """Ratios 2 and 1/2 make 1; 1.21 and 1 make 1.1; padding counts nothing. Inside the bounds each
+    token's gradient is -A s / n; outside, the way the advantage asks for, it is none."""
+    _, gradient, ratio = a_rival("gspo", [2.0, 0.5, 7.0], [1.0, 1.0, 0.0], [1, 1, 0])
+    assert ratio[0].tolist() == pytest.approx([1.0, 1.0, 1.0])
+    assert gradient == pytest.approx([-1.0, -1.0, 0.0])  # two tokens, each by both losses' halves
+    for advantage, expected in ((1.0, [0.0, 0.0]), (-1.0, [1.1, 1.1])):
+        _, gradient, ratio = a_rival("gspo", [1.21, 1.0], [advantage] * 2)
+        assert ratio[0].tolist() == pytest.approx([1.1, 1.1])
+        assert gradient == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["dppo", "quantile", "cispo", "gspo"])
+def test_a_rival_s_step_learns(opened, monkeypatch, name):
+    verdicts(monkeypatch, True, False)
+    run = opened("--algo", "dapo", "--comparison", name)
+    assert (run.rival is None) == (name in arms.ARMS)
+    step = train.train_step(1, run)
+    assert step.updates[0].outcome == "applied" and step.updates[0].grad_norm > 0
+    metrics = report.step_metrics(step, report.weight_sample(run), run)
+    assert metrics["ratio_off_before_update"] == 0
+
+
+def test_one_layer_for_a_whole_run(opened):
+    """--bupo-arm one-layer with as many steps as the run has: nothing else ever moves."""
+    run = opened("--algo", "grpo", "--bupo-layer", "2", "--bupo-arm", "one-layer", "--steps", "3",
+                 "--bupo-steps", "3")  # fmt: skip
+    before = {n: p.detach().clone() for n, p in run.policy.named_parameters()}
+    for step in (1, 2, 3):
+        train.train_step(step, run)
+    for name, p in run.policy.named_parameters():
+        assert "layers.1." in name or torch.equal(p, before[name]), name

@@ -15,7 +15,7 @@ import train
 from fast import decoding, forward
 from grading.answers import Grade
 from program.errors import BadInput
-from run import options, report
+from run import arms, options, report
 from run.machine import OneProcess
 from run.opening import open_run
 
@@ -407,9 +407,24 @@ def test_the_correction_weighs_tokens(opened):
         for arm in run.arms:
             arm(batch, run)
         assert train.update(batch, parts[0], None, run).loss == pytest.approx(-weight, rel=1e-5)
-    for more in ([], ["--algo", "dapo", "--bupo-layer", "1"]):
-        with pytest.raises(BadInput, match="--sampler-correction True: it would undo"):
-            options.parse(["--estimate", "--sampler-correction", *more], "")
+    with pytest.raises(BadInput, match="--sampler-correction True: it would mistake"):
+        options.parse("--estimate --sampler-correction --algo dapo --bupo-layer 1".split(), "")
+
+
+def test_the_correction_undoes_the_sampler_s_heat(opened):
+    """With A, tokens are drawn at T: their weight is p / p_T, at most 2. By hand, for logits z: one
+    token in two is the first; p = softmax(z), p_T = softmax(z / T)."""
+    z, T = torch.tensor([1.0, 0.0]), 1.5
+    p, tempered = z.softmax(0), (z / T).softmax(0)
+    weight = arms.truncated_weight(p.log(), tempered.log())
+    assert weight.tolist() == pytest.approx([0.73106 / 0.66076, 0.26894 / 0.33924], rel=1e-4)
+    assert (weight * tempered).sum().item() == pytest.approx(1.0)  # unbiased where nothing is cut
+    run = opened("--sampler-correction", "--tau", "0.9")
+    train.train_step(1, run)
+    batch = train.train_step(2, run).batch
+    heated = batch.rollout.temperature[batch.rollout.mask] != 1
+    off = (batch.weight[batch.rollout.mask] - 1).abs()
+    assert heated.any() and off[heated].max() > 1e-3 and batch.weight.max() <= 2
 
 
 def test_cudnn_attention_is_off():

@@ -209,12 +209,12 @@ def one_update(tmp_path):
         o = options.parse([*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], "")
         run, _ = open_run(o, OneProcess("cpu"))
         batch = train.collect(1, None, run)
-        logp, batch.entropy = train.score(run.policy, batch.rollout, [list(range(16))], None, run)
+        logp, batch.entropy = train.score(run.policy, batch.rollout, [slice(0, 16)], None, run)
         batch.old_logp = logp - shift
         batch.advantages, batch.h = (x * torch.ones_like(logp) for x in (advantage, h))
         batch.clip_low, batch.clip_high = train.clip_range(batch, run)
         batch.ref_logp = None if ref is None else logp + ref
-        return train.update(batch, list(range(16)), None, run).loss
+        return train.update(batch, slice(0, 16), None, run).loss
 
     return loss
 
@@ -330,7 +330,7 @@ def test_an_entropy_is_named_by_its_temperature(tmp_path, opened, capsys):
     metrics, _ = train.guarded_step(1, run)
     report.record(1, metrics, None, run)
     assert "entropy" not in metrics and "  sampler entropy " in capsys.readouterr().out
-    rollout, every = run.last_batch.rollout, [list(range(8))]
+    rollout, every = run.last_batch.rollout, [slice(0, 8)]
     tokens = rollout.mask.sum()
     _, scored = train.score(run.policy, rollout, every, None, run)
     at_1 = dataclasses.replace(run, options=dataclasses.replace(run.options, temperature=1.0))
