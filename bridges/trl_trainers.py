@@ -4,15 +4,19 @@ nodes, trainers and data sets of one's own.
     from bridges.trl_trainers import HAPOConfig, HAPOTrainer       (BuPOTrainer, HAPOBuPOTrainer)
 
 in place of `from trl import GRPOConfig, GRPOTrainer`. Nothing of TRL is copied. Four of its methods
-are overridden, and each calls the one it overrides:
+are overridden, and each calls the one it overrides. One rollout, in order:
 
-    __init__                             what is kept with checkpoints; a word where C and D idle
-    _generate_and_score_completions      A around it; h and B behind it
-    _get_per_token_logps_and_entropies   old entropies; C; layer l's policy
-    _compute_loss                        D, as clip distances of one value a token
+    _generate_and_score_completions      BuPO: whose policy learns? (_layer)
+        transformers draws the answers   A: a logits processor of ours behind all others
+        _get_per_token_logps_...         TRL's old log-probabilities, layer l's in phase 1; beside
+                                         them the whole policy's entropies (_scored)
+        behind it                        h, from the statistics of all processes; B
+    for each pass of the updates:
+    _compute_loss                        D: epsilon_low and epsilon_high become (B, T) tensors
+        _get_per_token_logps_...         new log-probabilities; C: TRL reads advantages behind it
 
 A reaches transformers' own `generate` and `generate_batch`, not vLLM. At a T_base other than 1
-entropies are those of logits / T_base, in A, too.
+entropies are those of logits / T_base, in A, too; behind top_k or top_p, A's are of what is left.
 
 Shapes: B answers of this process, S positions of prompts and answers, T of answers, as TRL pads.
 """
@@ -79,10 +83,8 @@ class HAPOConfig(GRPOConfig):
                 self.ddp_find_unused_parameters = True  # nothing above layer l has a gradient
         layer, liger = self.bupo_layer, getattr(self, "use_liger_kernel", False)
         named = layer in (None, bupo.AUTO) or layer.isdecimal()
-        hot = self.use_vllm and self.adaptive_temperature
         token = self.importance_sampling_level == "token"
         for wrong, why in (
-            (hot, "adaptive_temperature True: vLLM draws at one temperature; set it to False"),
             (liger, "use_liger_kernel True: its loss has one advantage an answer; leave it out"),
             (not token, f"importance_sampling_level {self.importance_sampling_level}: only token"),
             (self.loss_type not in CLIPPED, f"loss_type {self.loss_type}: only {CLIPPED}"),
@@ -92,7 +94,14 @@ class HAPOConfig(GRPOConfig):
                 raise BadInput(why)
 
 
-class Memory(TrainerCallback, ExportableState):
+def text_of(batch):
+    """(ids, attention mask, positions of answers) of prompts and answers, (B, S) twice."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    seen = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    return ids, seen, batch["completion_ids"].shape[1]
+
+
+class Kept(TrainerCallback, ExportableState):
     """What the first batch after a resume needs, kept in TRL's own trainer_state.json."""
 
     def __init__(self):
@@ -112,16 +121,24 @@ class Bridge:
 
     _layer = None  # whose policy this rollout trains; None: the model's own
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.add_callback(Memory)
+    def __init__(self, model, reward_funcs, args=None, *more, **kwargs):
+        bottom_up, hapo = isinstance(self, BuPO), isinstance(self, HAPO)
+        if not isinstance(args, HAPOConfig):
+            raise BadInput(f"{type(self).__name__}: args must be a HAPOConfig")
+        if bottom_up != (args.bupo_layer is not None):
+            wants = "a bupo_layer: 1 ... L, or auto" if bottom_up else "no bupo_layer"
+            raise BadInput(f"{type(self).__name__} takes {wants}, not {args.bupo_layer}")
+        if hapo and args.use_vllm and args.adaptive_temperature:
+            raise BadInput("adaptive_temperature True: vLLM has one temperature; set it to False")
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
+        self.add_callback(Kept)
         a = self.args
         if a.num_iterations == 1 and a.steps_per_generation <= a.gradient_accumulation_steps:
             self.accelerator.print(IDLE)
 
     @property
-    def _memory(self):
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, Memory))
+    def _kept(self):
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, Kept))
 
     def _causal_lm(self, model):
         """The transformers model inside what accelerate and PEFT have put around it."""
@@ -160,7 +177,7 @@ class HAPO(Bridge):
         entropy = self._old_entropy(batch)
         masks, rho = self._everywhere(mask), self.args.rho
         stats = hapo.entropy_stats(self._everywhere(entropy), masks, rho)
-        self._memory.stats = torch.stack(stats).tolist()
+        self._kept.stats = torch.stack(stats).tolist()
         batch["h"] = h = hapo.modulation(entropy, stats, mask)
         if self.args.token_group_average:  # Eq. 9 is the same of any a R + b: of TRL's advantages
             shares = self._everywhere(batch["advantages"])
@@ -180,7 +197,7 @@ class HAPO(Bridge):
     @contextlib.contextmanager
     def _heated(self):
         """A: while open, transformers divides a row's logits by its step's temperature."""
-        a, stats = self.args, self._memory.stats
+        a, stats = self.args, self._kept.stats
         if not a.adaptive_temperature or stats is None:
             yield
             return
@@ -206,15 +223,13 @@ class HAPO(Bridge):
     def _old_entropy(self, batch):
         """The whole policy's, (B, T): of TRL's own pass where it has made one, or of one more."""
         scored, self._scored = self._scored, None
-        if scored:
+        if scored and "old_per_token_logps" in batch:  # else the reference's, with adapters off
             return scored[0]
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-        seen = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        ids, seen, size = text_of(batch)
         how = {name: batch[name] for name in SCORE.keys() & batch.keys()}  # images
         how["batch_size"] = self.args.per_device_train_batch_size
         layer, self._layer, self._scored = self._layer, None, []
         try:
-            size = batch["completion_ids"].shape[1]
             self._get_per_token_logps_and_entropies(self.model, ids, seen, size, **how)
             return self._scored[0]
         finally:
@@ -286,14 +301,18 @@ class BuPO(Bridge):
 
     def _generate_and_score_completions(self, inputs):
         if self.model.training:
-            every = self.args.steps_per_generation * self.num_iterations
-            rollout = self.state.global_step * self.args.gradient_accumulation_steps // every + 1
-            layer = self._memory.layer or self.args.bupo_layer
+            every, passes = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+            passed = self.state.global_step * passes + self._step % passes
+            rollout = passed // (every * self.num_iterations) + 1
+            layer = self._kept.layer or self.args.bupo_layer
             layer = layer if layer in (None, bupo.AUTO) else int(layer)
             self._layer = bupo.target_layer(rollout, self.args.bupo_steps, layer)
         with self._without_reference():
             batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
+            if self._layer == bupo.AUTO:  # where TRL has scored nothing
+                body = self._causal_lm(self.model)
+                self._layer = self._kept.layer = self._measured(body, *text_of(batch))
             self._metrics["train"]["bupo/layer"].append(self._layer or 0)  # 0: the model's own
         return batch
 
@@ -311,7 +330,7 @@ class BuPO(Bridge):
     def _get_per_token_logps_and_entropies(self, model, ids, seen, size, *args, **kwargs):
         body, training = self._causal_lm(model), self.model.training
         if training and self._layer == bupo.AUTO:
-            self._layer = self._memory.layer = self._measured(body, ids, seen, size)
+            self._layer = self._kept.layer = self._measured(body, ids, seen, size)
         layer = self._layer if training else None
         norm = layer is None or self.args.bupo_norm
         score = super()._get_per_token_logps_and_entropies
@@ -323,8 +342,9 @@ class BuPO(Bridge):
 
     @torch.no_grad()
     def _measured(self, body, ids, seen, size):
-        """The boundary layer, on 64 answers of all processes together."""
-        rows = slice(0, max(1, 64 // self.accelerator.num_processes))
+        """The boundary layer, on 64 answers of all processes together, spread over the batch."""
+        count = min(len(ids), max(1, 64 // self.accelerator.num_processes))
+        rows = [i * len(ids) // count for i in range(count)]
         response = torch.cat([torch.zeros_like(seen[:, :-size]), seen[:, -size:]], 1)
         with self.accelerator.autocast():
             found = bupo.measure_boundary(

@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def made(tmp_path, folder):
-    def make(kind=HAPOTrainer, callbacks=(), peft_config=None, reward=reward, **changed):
+    def make(kind=HAPOTrainer, callbacks=(), peft_config=None, config=HAPOConfig, **changed):
         settings = dict(
             output_dir=str(tmp_path / "trl"),
             per_device_train_batch_size=P * G,
@@ -91,7 +91,7 @@ def made(tmp_path, folder):
             logging_steps=1,
             epsilon_high=0.28,
         )
-        config = HAPOConfig if kind is not GRPOTrainer else trl_trainers.GRPOConfig
+        config = config if kind is not GRPOTrainer else trl_trainers.GRPOConfig
         data = Dataset.from_dict({"prompt": [f"What is {n} + {n}?" for n in range(3 * P)]})
         trainer = kind(
             str(folder),
@@ -303,16 +303,55 @@ def test_auto_measures_the_boundary_layer_on_the_first_answers(made, folder, mon
     response = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["completion_mask"]], 1)
     entropy = internals.internal_entropy(before, ids, seen, response, trainer._tokens())
     expected, _ = trl_trainers.bupo.boundary_or_fallback(entropy.feed_forward_change)
-    assert trainer._layer == trainer._memory.layer == expected
+    assert trainer._layer == trainer._kept.layer == expected
     assert trainer._metrics["train"]["bupo/layer"] == [expected]
     ((*masks, size, ranks),) = asked
     assert all(map(torch.equal, masks, (ids, seen, response)))
     assert size == trainer._tokens() and ranks.total(2.0, 3.0) == [2.0, 3.0]
 
 
+def test_auto_where_trl_scores_nothing(made):
+    """One step a rollout: TRL makes no pass of its own before the update's."""
+    for kind in (BuPOTrainer, HAPOBuPOTrainer):
+        trainer = made(kind, bupo_layer="auto", bupo_steps=1, num_iterations=1, max_steps=2)
+        trainer.train()
+        layers = [row["bupo/layer"] for row in trainer.state.log_history if "bupo/layer" in row]
+        assert layers == [trainer._kept.layer, 0] and 1 <= layers[0] <= 6
+
+
+def test_several_rollouts_a_step_are_counted(made):
+    """Two passes an optimiser step, a rollout each: two rollouts of phase 1 are one step."""
+    size = dict(per_device_train_batch_size=P * G, steps_per_generation=1)
+    how = dict(gradient_accumulation_steps=2, num_iterations=1, max_steps=2, **size)
+    trainer = made(BuPOTrainer, bupo_layer=2, bupo_steps=2, **how)
+    seen, score = [], trainer._generate_and_score_completions
+    spy = lambda inputs: (score(inputs), seen.append(trainer._layer))[0]
+    trainer._generate_and_score_completions = spy
+    trainer.train()
+    assert seen[:3] == [2, 2, None]
+
+
+def test_h_is_not_the_reference_s(made):
+    """LoRA with KL and one step a rollout: TRL scores the same model with its adapters off."""
+    peft = pytest.importorskip("peft")
+    h = []
+    for beta in (0.0, 0.1):
+        config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = made(peft_config=config, beta=beta, num_iterations=1)
+        noise = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, p in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    p += 0.1 * torch.randn(p.shape, generator=noise)
+                elif "lora_A" in name:
+                    p.copy_(torch.randn(p.shape, generator=noise))
+        h.append(drawn(trainer)["h"])
+    assert torch.equal(*h)
+
+
 def test_nothing_stays_behind_in_the_model(made):
     trainer = made(HAPOBuPOTrainer, **PHASE_1, beta=0.1)
-    trainer._memory.stats = [-1.0, 1.0, 1.5, -6.0]
+    trainer._kept.stats = [-1.0, 1.0, 1.5, -6.0]
     trainer._compute_loss(trainer.model, drawn(trainer))
     assert "_get_logits_processor" not in vars(trainer.model)
     assert len(trainer.model.model.layers) == 6
@@ -379,7 +418,7 @@ def test_statistics_are_of_the_tokenizer_s_ids_and_logged(made, monkeypatch):
     logp = logits[:, -batch["completion_ids"].shape[1] - 1 : -1].double().log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     stats = hapo.entropy_stats(entropy.float(), batch["completion_mask"])
-    assert trainer._memory.stats == pytest.approx([float(x) for x in stats], rel=1e-4)
+    assert trainer._kept.stats == pytest.approx([float(x) for x in stats], rel=1e-4)
     logged = trainer._metrics["train"]
     assert logged["hapo/pivot"] == pytest.approx([float(stats.pivot)], rel=1e-4)
     assert {"hapo/sigma", "hapo/h_max", "hapo/h_min", "hapo/h"} <= logged.keys()
@@ -393,7 +432,7 @@ def test_a_heats_by_the_rollout_before(made, monkeypatch):
     trainer = made(tau=0.3)
     drawn(trainer)
     assert not seen
-    stats = trainer._memory.stats
+    stats = trainer._kept.stats
     drawn(trainer)
     assert len(seen) == T or seen
     assert all(torch.stack(s).tolist() == stats and how["tau"] == 0.3 for s, how in seen)
@@ -408,7 +447,7 @@ def test_a_resumed_run_goes_on(made):
     whole.train()
     again = made(HAPOBuPOTrainer, **how)
     again.train(resume_from_checkpoint=whole.args.output_dir + "/checkpoint-2")
-    assert again._memory.layer == whole._memory.layer is not None
+    assert again._kept.layer == whole._kept.layer is not None
     for p, q in zip(whole.model.parameters(), again.model.parameters()):
         assert torch.equal(p, q)
 
@@ -419,7 +458,7 @@ def test_evaluation_is_trl_s(made):
     for kind, how in ((GRPOTrainer, {}), (HAPOBuPOTrainer, PHASE_1)):
         trainer = made(kind, **how)
         if kind is HAPOBuPOTrainer:
-            trainer._memory.stats, trainer._layer = [-1.0, 1.0, 1.5, -6.0], 2
+            trainer._kept.stats, trainer._layer = [-1.0, 1.0, 1.5, -6.0], 2
         trainer.model.eval()
         batch = drawn(trainer)
         with torch.no_grad():
@@ -445,12 +484,18 @@ def test_idle_mechanisms_are_named(made, capsys):
         (dict(loss_type="cispo"), "loss_type cispo: only"),
         (dict(bupo_layer="first"), "bupo_layer first: must be auto or a layer"),
         (dict(bupo_layer=7), "bupo_layer 7: this model has the layers 1 to 6"),
-        (dict(use_vllm=True), "adaptive_temperature True: vLLM draws at one temperature"),
+        (
+            dict(use_vllm=True, **PHASE_1),
+            "adaptive_temperature True: vLLM has one",
+        ),
+        (dict(bupo_layer=None), "HAPOBuPOTrainer takes a bupo_layer"),
+        (dict(kind=HAPOTrainer, bupo_layer=2), "HAPOTrainer takes no bupo_layer"),
+        (dict(config=trl_trainers.GRPOConfig), "args must be a HAPOConfig"),
     ],
 )
 def test_what_it_cannot_do_is_refused(made, changed, message):
     with pytest.raises(BadInput, match=message):
-        made(HAPOBuPOTrainer, **changed)
+        made(**(dict(kind=HAPOBuPOTrainer) | changed))
 
 
 def test_settings_can_be_parsed(tmp_path):

@@ -62,7 +62,7 @@ def main(folder, out):
     torch.testing.assert_close(shares, expected, atol=1e-4, rtol=1e-4)
     assert h[mask.bool()].max() > 0.99 and h[mask.bool()].min() < -0.99  # of all tokens together
     assert len(set(rewards[4:8].tolist())) == 2, rewards  # the group that straddles has both
-    layers = gather(torch.tensor([trainer._memory.layer])).tolist()
+    layers = gather(torch.tensor([trainer._kept.layer])).tolist()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     one, two = gather(weights[None])
     assert layers[0] == layers[1] and torch.equal(one, two)
