@@ -320,15 +320,15 @@ def test_auto_where_trl_scores_nothing(made):
 
 
 def test_several_rollouts_a_step_are_counted(made):
-    """Two passes an optimiser step, a rollout each: two rollouts of phase 1 are one step."""
+    """Two passes an optimiser step, a rollout each: phase 1 of one rollout ends within a step."""
     size = dict(per_device_train_batch_size=P * G, steps_per_generation=1)
     how = dict(gradient_accumulation_steps=2, num_iterations=1, max_steps=2, **size)
-    trainer = made(BuPOTrainer, bupo_layer=2, bupo_steps=2, **how)
+    trainer = made(BuPOTrainer, bupo_layer=2, bupo_steps=1, **how)
     seen, score = [], trainer._generate_and_score_completions
     spy = lambda inputs: (score(inputs), seen.append(trainer._layer))[0]
     trainer._generate_and_score_completions = spy
     trainer.train()
-    assert seen[:3] == [2, 2, None]
+    assert seen[:3] == [2, None, None]
 
 
 def test_h_is_not_the_reference_s(made):
