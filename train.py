@@ -65,8 +65,8 @@ def train_step(step: int, run: Run) -> Step:
         run.layer = find_boundary(batch, run)
         layer = run.schedule(step)
 
-    # 3. Score every token under the policy that learns: the ratio's denominator. (Not rollout.logp,
-    # at the sampler's temperature.) In the updates' own passes, first ratios are exactly 1.
+    # 3. Score every token under the policy that learns: the ratio's denominator (not rollout.logp,
+    # at the sampler's T). A part is one update's answers, cut as there: first ratios are exactly 1.
     size = len(batch.texts) // options.updates_per_rollout
     parts = [slice(i, i + size) for i in range(0, len(batch.texts), size)]
     batch.old_logp, batch.trained_entropy = score(run.policy, batch.rollout, parts, layer, run)
@@ -224,7 +224,7 @@ def clip_range(batch: Batch, run: Run) -> tuple:
 
 def prepare_updates(step: int, batch: Batch, run: Run) -> None:
     """The learning rate of this step, and what may move; the statistics for the next one's A."""
-    if "A" in run.mechanisms:
+    if "A" in run.mechanisms:  # for HAPO A
         run.sampler_stats = statistics(batch.rollout.entropy, batch, run)
     for mover in run.movers:  # empty, unless something keeps still
         mover(step, run)

@@ -54,7 +54,7 @@ def test_a_close_up_by_hand(opened, monkeypatch):
     step = train.train_step(1, run)
     shown = train.inspect_group(step, run)
     assert shown["rows"] == slice(2, 4)  # the only mixed group
-    parts = [list(range(8))]
+    parts = [slice(0, 8)]
     logp, _ = train.score(run.policy, step.batch.rollout, parts, None, run)
     ratio = (logp - step.batch.old_logp).exp()[[2, 3]]
     assert (ratio - shown["ratio"]).abs().max() < 1e-4
