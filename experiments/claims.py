@@ -7,7 +7,7 @@ seeds.
 
     --list           what is there and what is missing
     --dry-run        the same with the time it would take
-    --only CLAIM     what that claim needs
+    --only CLAIM     what that claim needs, and its differences
     --mixed          also use results of another commit or of other options; the page says so
     --again          after a change that should alter no number: make one run of every arm again;
                      if all are the same bit for bit, the results count for this commit too
@@ -33,6 +33,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import claims_page  # noqa: E402
+from paired import effect  # noqa: E402
 
 from program.command import run_main  # noqa: E402
 from program.errors import BadInput  # noqa: E402
@@ -97,14 +98,49 @@ def options_of(plan, arm, difficulty, rates):
 
 def wanted(plan, only=None):
     """[(arm, seed)] of all claims, or of one."""
-    groups = plan["claims"] + plan["rivals"] + plan["controls"] + plan["added"]
+    groups = groups_of(plan, only)
+    arms = dict.fromkeys(a for g in groups for pair in g["compare"] for a in pair if a != "start")
+    seeds = plan["common"]["seeds"]
+    return [(arm, s + plan["arms"][arm].get("seed_offset", 0)) for s in seeds for arm in arms]
+
+
+def groups_of(plan, only=None):
+    """Everything that is compared, or one of them."""
+    groups = plan["claims"] + plan["rivals"] + plan["controls"] + plan["added"] + plan["worlds"]
     if only is not None:
         groups = [g for g in groups if str(g["id"]) == only]
         if not groups:
             raise BadInput(f"--only {only}: no claim of that number or name in {PLAN}")
-    arms = dict.fromkeys(a for g in groups for pair in g["compare"] for a in pair if a != "start")
+    return groups
+
+
+def make_worlds(plan, jobs):
+    """The models of runs/worlds that some runs start from, where they are not there yet: minutes
+    each, the same on the same machine."""
+    for name, options in plan["models"].items():
+        folder = ROOT / "runs" / "worlds" / name
+        needed = any(f"--model runs/worlds/{name} " in f"{job[1]} " for job in jobs)
+        if needed and not (folder / "model.safetensors").is_file():
+            print(f"making {folder}", flush=True)
+            command = [sys.executable, "scripts/pretrain_tiny.py", "--out", str(folder)]
+            done = one_thread([*command, *options.split()])
+            if done.returncode:
+                raise BadInput(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
+
+
+def show(plan, only, runs):
+    """The paired differences of one claim, as lines."""
     seeds = plan["common"]["seeds"]
-    return [(arm, s + plan["arms"][arm].get("seed_offset", 0)) for s in seeds for arm in arms]
+    for group in groups_of(plan, only):
+        for ours, theirs in group["compare"]:
+            pairs = [(runs.get(f"{ours}-{s}"), runs.get(f"{theirs}-{s}")) for s in seeds]
+            differences = [final(a) - final(b) for a, b in pairs if a and b]
+            e = effect(differences)
+            signs = sum(d > 0 for d in differences)
+            print(
+                f"{ours} - {theirs}: {e.mean:+.4f} [{e.low:+.4f}, {e.high:+.4f}], sign-flip p "
+                f"{e.p:.4f}, {signs} of {len(differences)} above 0"
+            )
 
 
 def one_thread(command):
@@ -342,7 +378,10 @@ def main():
         hours = len(jobs) * times[len(times) // 2] / 2 / 3600
         print(f"{len(jobs)} runs missing, about {hours:.1f} hours, two at a time")
         return
+    make_worlds(plan, jobs)
     run_missing(jobs, RUNS, made_of)
+    if a.only:
+        show(plan, a.only, read_runs(RUNS))
     found, times, runs = {}, {}, read_runs(RUNS)
     for path in (TIMES, COST):
         times |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

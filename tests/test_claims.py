@@ -147,6 +147,7 @@ def laid_out(tools, monkeypatch, tmp_path):
         return write_a_training(tmp_path, command, stop)
 
     monkeypatch.setattr(claims.subprocess, "run", training)
+    monkeypatch.setattr(claims, "make_worlds", lambda plan, jobs: None)
 
     def run(*flags):
         monkeypatch.setattr("sys.argv", ["claims.py", *flags])
@@ -267,7 +268,7 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     run, runs, trained, _ = laid_out
     claims = tools[0]
     run()
-    assert len(trained) == 250
+    assert len(trained) == 290
     training = claims.subprocess.run
 
     def with_git(command, **how):  # the sources are clean, and of another commit
@@ -289,7 +290,7 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     runs.write_text(whole, encoding="utf-8")
     run("--again")  # what was made again is still there
     assert len(trained) == 275
-    arms = {c[c.index("--out") + 1].split("/")[-1].rpartition("-")[0] for c in trained[250:]}
+    arms = {c[c.index("--out") + 1].split("/")[-1].rpartition("-")[0] for c in trained[290:]}
     assert len(trained) == 275 and len(arms) == 25
     assert claims.commit() == "c0ffee" and not claims.AGAIN.exists()
     run()  # nothing is refused, nothing is missing
@@ -344,4 +345,46 @@ def test_every_claim_names_arms_that_exist(tools):
     for arm in plan["arms"]:
         flags = claims.options_of(plan, arm, 3, {"grpo": 1e-4, "dapo": 1e-4}).split()
         steps = options.parse([*flags, "--out", "/nonexistent/run"], "").steps
-        assert steps == (25 if "watched" in arm else 48)
+        assert steps == (
+            25 if "watched" in arm else 36 if arm.startswith(("short", "long")) else 48
+        )
+
+
+def test_worlds_are_made_where_they_are_needed(tools, tmp_path, monkeypatch):
+    """Only those that a missing run starts from, and once."""
+    claims, _ = tools
+    asked = []
+
+    def make(command):
+        asked.append(command)
+        folder = tmp_path / "runs" / "worlds" / "short"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("")
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(claims, "one_thread", make)
+    plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
+    jobs = [(arm, claims.options_of(plan, arm, 3, {"grpo": 1, "dapo": 1}), 101)
+            for arm in ("grpo", "short-dapo")]  # fmt: skip
+    for _ in range(2):
+        claims.make_worlds(plan, jobs)
+    (command,) = asked
+    assert command[1] == "scripts/pretrain_tiny.py" and "0.7" in command
+    worked, bare = (claims.shlex.split(plan["models"][name]) for name in ("short", "long"))
+    differ = {worked[i - 1] for i in range(1, len(worked)) if worked[i] != bare[i]}
+    assert differ == {"--worked", "--slip", "--right"}  # the teacher, mirrored, and nothing else
+
+
+def test_a_claim_s_differences_are_shown(tools, capsys):
+    claims, _ = tools
+    plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
+    runs = {}
+    for n, seed in enumerate(plan["common"]["seeds"]):
+        for arm, value in (("short-dapo", 0.5), ("short-dapo+B", 0.52 + 0.002 * n)):
+            curve = [[step, value] for step in (0, 12, 24, 36)]
+            runs[f"{arm}-{seed}"] = {"eval_accuracy": curve}
+    short = {"id": 15, "compare": [["short-dapo+B", "short-dapo"]]}
+    claims.show(plan | {"worlds": [short]}, "15", runs)
+    # mean 0.02 + 0.009; all ten above 0: p = 2 / 1024
+    assert "+0.0290 [+0.0247, +0.0333], sign-flip p 0.0020, 10 of 10" in capsys.readouterr().out
