@@ -69,4 +69,6 @@ def answer_lines(open_it):
     os.dup2(2, 1)
     reply_to = open_it()
     for line in sys.stdin:
-        print(json.dumps(reply_to(json.loads(line))), file=replies, flush=True)
+        reply = reply_to(json.loads(line))
+        sys.stdout.flush()  # what it has printed comes before what it says
+        print(json.dumps(reply), file=replies, flush=True)
