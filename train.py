@@ -162,7 +162,7 @@ def find_boundary(batch: Batch, run: Run) -> int:
 @torch.no_grad()
 def score(model: nn.Module, rollout: Rollout, parts: list, layer: Layer, run: Run) -> tuple:
     """Log-probability and entropy of every token, (B, T), in the passes that each update, on its
-    rows, will make. The entropy of the initial model is 0: nobody reads it."""
+    rows, will make. The initial model's entropy is not measured: 0."""
     logp = torch.zeros_like(rollout.logp)
     entropy = torch.zeros_like(rollout.logp)
     for part in parts:

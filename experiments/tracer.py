@@ -1,8 +1,9 @@
 """How much code does a reader meet who follows one training step? python experiments/tracer.py
 
 Runs one step of the default run with --plain and prints every function of ours that it enters, with
-its length in lines, file by file: `train_step`, from the prompts to the metrics. A file of the
-standard library or of a package does not count. More options go to train.py:
+its length in lines, file by file: `train_step`, from the prompts to the updated weights. Not
+counted: packages, the standard library, and the one-line lambdas of run/choices.py, which a reader
+of the step meets as names. More options go to train.py:
 
     python experiments/tracer.py --no-plain --algo grpo
 """

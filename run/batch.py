@@ -22,9 +22,9 @@ class Batch:
     lenient: Tensor  # (B,) bool
     right: Tensor  # (B,) bool, the verdict used as reward (--reward)
     rewards: Tensor  # (B,) what the advantages are made of: the verdict, less any length penalty
-    # three masks: rollout.mask has every token that was drawn, loss_mask those whose loss counts
-    # (without the groups that dynamic sampling could not replace); live are the groups that teach,
-    # the others have advantage 0
+    # which tokens count: rollout.mask has all that were drawn, loss_mask those in the loss and its
+    # denominator, of the answers `in_loss` (without groups that dynamic sampling could not
+    # replace). Answers that are not `live` stay in the denominator with advantage 0
     live: Tensor = None  # (B,) bool, whether the group's rewards differ, before any length penalty
     in_loss: Tensor = None  # (B,) bool, false in groups that stayed dead under dynamic sampling
     loss_mask: Tensor = None  # (B, T) bool, tokens in the loss
