@@ -306,7 +306,12 @@ def complete(options):
         dtype = "bfloat16" if options.masters_apart else default_dtype(options.device)
         options = dataclasses.replace(options, dtype=dtype)
     check_ranges(options)
-    faults = [*impossible(options), *without_effect(options), *without_data(options)]
+    faults = [
+        *impossible(options),
+        *without_effect(options),
+        *beside_a_rival(options),
+        *without_data(options),
+    ]
     for wrong, name, why in faults:
         if wrong:
             raise BadInput(f"{flag_of(name)} {getattr(options, name)}: {why}")
@@ -434,8 +439,6 @@ def without_effect(options):
         "comparison",
         "another use of entropy stands in place of HAPO's; add --algo dapo or --algo grpo",
     )
-    own_bounds = o.comparison == "archer" and (o.clip_low != 0.2 or o.clip_high not in (0.2, 0.28))
-    yield own_bounds, "comparison", "has bounds of its own; leave --clip-low and --clip-high out"
     bounded = o.temperature_form == default["temperature_form"]
     yield (
         o.released and not bounded,
@@ -465,6 +468,21 @@ def without_effect(options):
         "bupo_norm",
         f"no internal policy is trained with --bupo-arm {o.bupo_arm}",
     )
+
+
+def beside_a_rival(o):
+    """The same of what a comparison has of its own."""
+    default = {f.name: f.default for f in dataclasses.fields(Options)}
+    moved = o.clip_low != 0.2 or o.clip_high not in (0.2, 0.28)
+    own_bounds = o.comparison in ("archer", "dppo", "gspo") and moved
+    yield own_bounds, "comparison", "has bounds of its own; leave --clip-low and --clip-high out"
+    lower = o.comparison == "cispo" and o.clip_low != 0.2
+    yield lower, "clip_low", "does nothing with --comparison cispo, which has an upper bound alone"
+    other_rule = o.comparison == "quantile" and o.advantage != "grpo"
+    yield other_rule, "advantage", "--comparison quantile is a rule in place of it"
+    for name in ("kl", "sampler_correction", "dual_clip"):
+        unused = o.comparison in ("cispo", "gspo") and getattr(o, name) != default[name]
+        yield unused, name, f"does nothing with --comparison {o.comparison}, whose loss is its own"
 
 
 def without_data(o):

@@ -9,7 +9,8 @@ from conftest import random_model, verdicts
 import losses
 import train
 from hapo import EntropyStats
-from run import arms, report
+from program.errors import BadInput
+from run import arms, options, report
 
 # ------------------------------------------------------------------------------ what entropy steers
 
@@ -272,3 +273,23 @@ def test_one_layer_for_a_whole_run(opened):
         train.train_step(step, run)
     for name, p in run.policy.named_parameters():
         assert "layers.1." in name or torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("--comparison gspo --clip-high 0.3", "--comparison gspo: has bounds of its own"),
+        ("--comparison dppo --clip-low 0.1", "--comparison dppo: has bounds of its own"),
+        (
+            "--comparison cispo --clip-low 0.1",
+            "--clip-low 0.1: does nothing with --comparison cispo",
+        ),
+        ("--comparison cispo --kl 0.1", "--kl 0.1: does nothing with --comparison cispo"),
+        ("--comparison gspo --dual-clip 3", "--dual-clip 3.0: does nothing with --comparison gspo"),
+        ("--comparison gspo --sampler-correction", "--sampler-correction True: does nothing with"),
+        ("--comparison quantile --advantage rloo", "--advantage rloo: --comparison quantile is a"),
+    ],
+)
+def test_what_a_rival_has_of_its_own_is_not_set_twice(given, message):
+    with pytest.raises(BadInput, match=message):
+        options.parse(["--estimate", "--algo", "dapo", *given.split()], "")
