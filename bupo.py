@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from internals import boundary_layer, internal_entropy
+from internals import boundary_layer, internal_entropy, together
 
 AUTO = "auto"  # a layer that will be known once it has been measured
 
@@ -56,7 +56,8 @@ def measure_boundary(
     ranks: object,
 ) -> Boundary:
     """The boundary layer of a model on some answers, (N, S) each; on those of all processes."""
-    entropy = internal_entropy(model, input_ids, attention_mask, response_mask, vocab_size)
+    batch = together(int(ranks.max(input_ids.shape[1])))
+    entropy = internal_entropy(model, input_ids, attention_mask, response_mask, vocab_size, batch)
     ranks.reshard(model)
     # entropies are means over tokens, so they are over processes
     tokens = float(response_mask.sum())

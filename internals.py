@@ -252,6 +252,12 @@ DIAGNOSED = 2**12  # tokens that are measured together, padding included; at lea
 KL_CHUNK = 2**24  # numbers of one layer's log-probabilities that exist together
 
 
+def together(width: int) -> int:
+    """How many sequences of a width are measured together. Of a sharded model, processes must agree
+    on it: every pass is a collective call."""
+    return max(1, DIAGNOSED // width)
+
+
 def predicting(states: Tensor, response_mask: Tensor) -> Tensor:
     """The states that predict response tokens: one position to their left. (B, S, D) -> (N, D)."""
     return states[:, :-1][response_mask[:, 1:].bool()]
@@ -273,7 +279,7 @@ def internal_entropy(
     not count. `progress` names a bar.
     """
     total, count = None, 0
-    batch = batch or max(1, DIAGNOSED // input_ids.shape[1])
+    batch = batch or together(input_ids.shape[1])
     starts = range(0, len(input_ids), batch)
     for i in tqdm(starts, desc=progress, disable=not progress or None, leave=False):
         rows = slice(i, i + batch)
@@ -332,7 +338,7 @@ def layer_similarity(
     kl      mean KL(policy_l || policy_k) in nats, the internal policies of Eq. 5
     """
     count, sums = 0, torch.zeros(2, layer_count(model) - layer, dtype=torch.float64)
-    batch = batch or max(1, DIAGNOSED // input_ids.shape[1])
+    batch = batch or together(input_ids.shape[1])
     for i in range(0, len(input_ids) if sums.numel() else 0, batch):
         rows = slice(i, i + batch)
         of_answers = functools.partial(predicting, response_mask=response_mask[rows])
@@ -353,12 +359,19 @@ def perplexity(
     attention_mask: Tensor,
     response_mask: Tensor,
     vocab_size: int | None = None,
+    batch: int | None = None,
 ) -> float:
-    """exp of the mean negative log-probability of the response tokens under the model's policy."""
-    states = predicting(policy_hidden(model, input_ids, attention_mask), response_mask)
-    tokens = input_ids[:, 1:][response_mask[:, 1:].bool()]
-    logp, _ = token_logprobs_and_entropy(states, unembedding(model)[:vocab_size], tokens)
-    return float((-logp.mean()).exp())
+    """exp of the mean negative log-probability of the response tokens under the model's policy;
+    `batch` sequences at a time."""
+    total, count = 0.0, 0
+    batch = batch or together(input_ids.shape[1])
+    for i in range(0, len(input_ids), batch):
+        ids, response = input_ids[i : i + batch], response_mask[i : i + batch]
+        states = predicting(policy_hidden(model, ids, attention_mask[i : i + batch]), response)
+        tokens = ids[:, 1:][response[:, 1:].bool()]
+        logp, _ = token_logprobs_and_entropy(states, unembedding(model)[:vocab_size], tokens)
+        total, count = total + logp.cpu().double().sum(), count + len(logp)
+    return float((-total / count).exp())
 
 
 @torch.no_grad()
@@ -370,7 +383,8 @@ def policy_kl(
     total = 0.0
     with torch.autocast(states.device.type, enabled=False):
         for p, q in zip(states.split(chunk), others.split(chunk)):
-            log_p, log_q = ((x.to(weight.dtype) @ weight.T).log_softmax(-1) for x in (p, q))
+            both = ((x.to(weight.dtype) @ weight.T).float() for x in (p, q))
+            log_p, log_q = (x.log_softmax(-1) for x in both)
             total = total + (log_p.exp() * (log_p - log_q)).sum().cpu().double()
     return total / max(1, len(states))
 

@@ -367,8 +367,8 @@ def inspect_group(step: Step, run: Run) -> dict:
     rows = slice(first, last)
     parts = [rows]
     logp, _ = score(run.policy, batch.rollout, parts, step.layer, run)
-    ratio = token_ratio(logp[rows], batch, rows)
-    advantage = advantage_at(ratio, batch, rows, run)
+    rule = run.rival or policy_loss
+    _, ratio, advantage = rule(logp[rows], batch, rows, run)
     lowest = 1 - batch.clip_low[rows]
     highest = 1 + batch.clip_high[rows]
     fell = (ratio < lowest) & (advantage < 0)

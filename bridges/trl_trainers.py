@@ -154,6 +154,9 @@ class Bridge:
         sums = torch.tensor(numbers, device=self.accelerator.device)
         return self.accelerator.reduce(sums, "sum").tolist()
 
+    def max(self, number):
+        return self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max()
+
     def reshard(self, model):
         """FSDP2 gathers the layer above the cut ahead of time, and would keep it."""
         for module in model.modules():

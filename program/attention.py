@@ -9,6 +9,8 @@ zeros or NaN, as they please: here they see themselves, and nobody looks at them
 Shapes: n rows, S positions.
 """
 
+import functools
+
 import torch
 
 from program.devices import has_flash_attention
@@ -22,21 +24,27 @@ def takes_any_mask(config):
     return config._attn_implementation == "sdpa" and not windowed
 
 
-def mend_masks(model):
-    """From now on, on a GPU, the model's first forward pass over some text takes the mask above."""
-    if model.device.type != "cpu" and takes_any_mask(model.config):
-        model.base_model.register_forward_pre_hook(_give_mask, with_kwargs=True)
+def mend_masks(model, device=None, dtype=None):
+    """From now on, on a GPU, the model's first forward pass over some text takes the mask above.
+    `dtype`: what a sharded model's products run in, whose weights do not tell."""
+    if (device or model.device).type != "cpu" and takes_any_mask(model.config):
+        hook = functools.partial(_give_mask, dtype=dtype)
+        model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
     return model
 
 
-def _give_mask(body, args, kwargs):
-    ids = args[0] if args else kwargs["input_ids"]
+def _give_mask(body, args, kwargs, dtype=None):
+    ids = args[0] if args else kwargs.get("input_ids")
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    if ids is None or (cache is not None and cache.get_seq_length()):
+        return None  # no text of its own; or behind another
     seen, S = kwargs.get("attention_mask"), ids.shape[1]
     if S == 1 or (seen is not None and seen.shape != ids.shape):
-        return None  # a token behind others; or a mask that is whole already
+        return None  # a single token; or a mask that is whole already
     if seen is not None and bool(seen.all()):
         seen = None
-    if seen is None and has_flash_attention(ids.device, dtype_of(body), head_size(body.config)):
+    dtype = dtype or dtype_of(body)
+    if seen is None and has_flash_attention(ids.device, dtype, head_size(body.config)):
         mask = None
     else:
         mask = causal(ids, seen)

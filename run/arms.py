@@ -55,6 +55,16 @@ def dppo(batch, run):
     batch.clip_low = batch.clip_high = divergence_bounds(batch.old_logp)
 
 
+def no_bounds(batch, run):
+    """CISPO cuts no token off."""
+    batch.clip_low = batch.clip_high = torch.full_like(batch.old_logp, torch.inf)
+
+
+def sequence_bounds(batch, run):
+    """GSPO's, of its ratio of a whole answer: the paper's."""
+    batch.clip_low, batch.clip_high = (torch.full_like(batch.old_logp, x) for x in (3e-4, 4e-4))
+
+
 def quantile(batch, run):
     """Quantile advantages (Wu et al. 2025, 2509.22611): another baseline than the mean."""
     mask = batch.loss_mask & batch.live[:, None]
@@ -73,6 +83,8 @@ ARMS = {
     "entropy-advantage": entropy_bonus,
     "edge": edge,
     "dppo": dppo,
+    "cispo": no_bounds,
+    "gspo": sequence_bounds,
     "quantile": quantile,
 }
 
@@ -168,7 +180,7 @@ def cispo(logp, batch, rows, run):
     """
     ratio = likelihood_ratio(logp, batch.old_logp[rows])
     advantage = batch.advantages[rows]
-    weight = torch.minimum(ratio, 1 + batch.clip_high[rows]).detach()
+    weight = ratio.clamp_max(1 + run.options.clip_high).detach()
     return -weight * advantage * logp, ratio, advantage
 
 
@@ -177,10 +189,10 @@ def gspo(logp, batch, rows, run):
     clipped by bounds of its own."""
     ratio = sequence_ratio(logp, batch.old_logp[rows], batch.loss_mask[rows])
     advantage = batch.advantages[rows]
-    return clipped_surrogate(ratio, advantage, *GSPO_BOUNDS), ratio, advantage
+    low, high = batch.clip_low[rows], batch.clip_high[rows]
+    return clipped_surrogate(ratio, advantage, low, high), ratio, advantage
 
 
-GSPO_BOUNDS = (3e-4, 4e-4)  # the paper's
 LOSSES = {"cispo": cispo, "gspo": gspo}
 
 

@@ -291,7 +291,7 @@ def complete(options):
     grpo = options.algo == "grpo"
     defaults = dict(
         device=default_device(),
-        loss_mean="sequence" if grpo else "token",
+        loss_mean="sequence" if grpo or options.comparison == "gspo" else "token",
         max_new_tokens=default_cap(options.task, options.data),
         difficulty=None if options.data else next(iter(BUILT_IN[options.task].levels)),
         clip_high=0.2 if grpo else 0.28,

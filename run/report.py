@@ -320,6 +320,7 @@ def samples_of(step, run, rows, more=None):
     entropy = rollout.entropy if batch.entropy is None else batch.entropy
     columns = {entropy_name(batch, run): entropy[rows], "temperature": rollout.temperature[rows]}
     columns |= more or {}
+    kind = {k: round if x.is_floating_point() else int_of for k, x in columns.items()}
     of_answer = (batch.rewards, batch.strict, batch.lenient, rollout.finished, rollout.lengths)
     numbers = torch.stack([x[rows].float() for x in of_answer], 1).tolist()
     of_token = torch.stack([x.float() for x in columns.values()], 1).tolist()
@@ -337,8 +338,12 @@ def samples_of(step, run, rows, more=None):
             "lenient": bool(lenient),
             "finished": bool(finished),
             "tokens": [run.tokenizer.decode([t]) for t in tokens[i][:n]],
-            **{k: [round(v, 4) for v in of_token[i][c][:n]] for c, k in enumerate(columns)},
+            **{k: [kind[k](v, 4) for v in of_token[i][c][:n]] for c, k in enumerate(columns)},
         }
+
+
+def int_of(x, digits):
+    return int(x)
 
 
 def first_look(run):
@@ -408,10 +413,11 @@ def diagnose(run):
     if run.diagnosed is None:
         run.diagnosed = run.last_batch.rollout.with_response_mask(32)
     answers, vocab = run.diagnosed, run.vocab_size
+    batch = internals.together(int(run.ranks.max(answers[0].shape[1])))
     with run.autocast():
-        cosine, kl = internals.layer_similarity(run.policy, *answers, run.layer, vocab)
-        entropy = internals.internal_entropy(run.policy, *answers, vocab)
-        perplexity = internals.perplexity(run.policy, *answers, vocab)
+        cosine, kl = internals.layer_similarity(run.policy, *answers, run.layer, vocab, batch)
+        entropy = internals.internal_entropy(run.policy, *answers, vocab, batch)
+        perplexity = internals.perplexity(run.policy, *answers, vocab, batch)
     run.ranks.reshard(run.policy)
     return {
         "diagnose_cosine": cosine.tolist(),

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from internals import decoder_body
+from program.attention import mend_masks
 from program.errors import BadInput
 from program.models import assert_tied, load_config, load_model
 from run.machine import OneProcess, Weights
@@ -33,12 +34,12 @@ class Processes(OneProcess):
     def __init__(self, device="cpu"):
         from torch.distributed.device_mesh import init_device_mesh
 
+        if torch.device(device).type == "cuda":  # before a tensor is made: each has its own card
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         super().__init__(device)
         self.size, self.rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
         self.main = self.rank == 0
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         self.mesh = init_device_mesh(self.device.type, (self.size,))
 
@@ -164,7 +165,7 @@ def shard_model(name, ranks, offload=False, dtype="float32"):
         part = distribute_tensor(whole.to(ranks.device), mesh, placements)
         parameter.to_local().data.copy_(part.to_local())
     assert_tied(model)
-    return model
+    return mend_masks(model, ranks.device, getattr(torch, dtype))
 
 
 def _sharding(ranks, offload, dtype):

@@ -227,10 +227,12 @@ def a_rival(name, ratios, advantages, mask=None, high=0.28):
     batch = SimpleNamespace(
         old_logp=torch.zeros_like(logp),
         advantages=torch.tensor([advantages]),
-        clip_high=high * ones,
+        clip_low=3e-4 * ones,
+        clip_high=4e-4 * ones,
         loss_mask=ones.bool() if mask is None else torch.tensor([mask]).bool(),
     )
-    loss, ratio, _ = arms.LOSSES[name](logp, batch, slice(0, 1), None)
+    run = SimpleNamespace(options=SimpleNamespace(clip_high=high))
+    loss, ratio, _ = arms.LOSSES[name](logp, batch, slice(0, 1), run)
     loss.sum().backward()
     return loss, logp.grad[0].tolist(), ratio
 
@@ -257,11 +259,17 @@ def test_gspo_by_hand():
 def test_a_rival_s_step_learns(opened, monkeypatch, name):
     verdicts(monkeypatch, True, False)
     run = opened("--algo", "dapo", "--comparison", name)
-    assert (run.rival is None) == (name in arms.ARMS)
+    assert (run.rival is None) == (name not in arms.LOSSES)
     step = train.train_step(1, run)
     assert step.updates[0].outcome == "applied" and step.updates[0].grad_norm > 0
     metrics = report.step_metrics(step, report.weight_sample(run), run)
     assert metrics["ratio_off_before_update"] == 0
+    assert run.options.loss_mean == ("sequence" if name == "gspo" else "token")
+    if name == "cispo":
+        assert metrics["clip_low"] == metrics["clip_high"] == metrics["outside_before_update"] == 0
+    shown = train.inspect_group(step, run)
+    if name == "gspo":  # one ratio an answer, and its own bounds
+        assert (shown["ratio"].max(1).values - 1).abs().max() > 4e-4 and shown["clipped"].any()
 
 
 def test_one_layer_for_a_whole_run(opened):

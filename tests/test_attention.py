@@ -121,3 +121,18 @@ def test_packed_heads_draw_the_same(prompts):
     model.set_attn_implementation("eager")
     with packed_heads(model):
         assert model.config._attn_implementation == "eager"
+
+
+def test_text_behind_other_text_is_left_alone(monkeypatch):
+    """Several tokens behind a cache, and embeddings in place of ids."""
+    from transformers import DynamicCache
+
+    from program.models import cache_argument
+
+    model, masks = mended(monkeypatch, False)
+    whole = model(torch.tensor([[5, 6, 7, 8, 9]])).logits[:, 3:]
+    cache = {cache_argument(type(model)): DynamicCache()}
+    model(torch.tensor([[5, 6, 7]]), **cache)
+    torch.testing.assert_close(model(torch.tensor([[8, 9]]), **cache).logits, whole)
+    embedded = model.get_input_embeddings()(torch.tensor([[5, 6, 7, 8, 9]]))
+    torch.testing.assert_close(model(inputs_embeds=embedded).logits[:, 3:], whole)

@@ -400,6 +400,18 @@ def test_similarity_of_layers():
     assert len(layer_similarity(model, IDS, LEFT, LEFT, 3)[0]) == 0
 
 
+def test_divergence_with_weights_in_low_precision():
+    """--split-master and the like: products in bfloat16, and nothing else."""
+    torch.manual_seed(5)
+    weight, states = torch.randn(4000, 32) * 0.3, torch.randn(50, 32)
+    others = states + 0.05 * torch.randn(50, 32)
+    low = weight.bfloat16()
+    found = internals.policy_kl(states, others, low)
+    p, q = ((x.bfloat16().double() @ low.double().T).log_softmax(-1) for x in (states, others))
+    exact = (p.exp() * (p - q)).sum(-1).mean()
+    assert found.item() == pytest.approx(exact.item(), rel=0.1)
+
+
 def test_perplexity_is_that_of_the_labels():
     model = random_model().eval()
     labels = torch.where(LEFT.bool(), IDS, -100)
@@ -409,6 +421,7 @@ def test_perplexity_is_that_of_the_labels():
         loss = model(IDS, attention_mask=LEFT, position_ids=position_ids(LEFT), labels=labels).loss
     ours = internals.perplexity(model, IDS, LEFT, response)
     assert ours == pytest.approx(math.exp(loss.item()), rel=1e-4)
+    assert internals.perplexity(model, IDS, LEFT, response, batch=1) == pytest.approx(ours)
 
 
 # ---------------------------------------------------------------------------------------- bad input

@@ -149,3 +149,24 @@ def test_more_processes_than_prompts_is_one_line():
     )
     with pytest.raises(BadInput, match=message):
         check_ranks(o, world)
+
+
+def test_every_process_starts_on_its_own_card(monkeypatch):
+    """Before any tensor is made: what is made without a number lies on the first card."""
+    import torch
+
+    from run.machine import OneProcess
+    from scale import shard
+
+    order = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(str(device)))
+
+    def begin(self, device):
+        order.append(f"begin {device}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OneProcess, "__init__", begin)
+    with pytest.raises(KeyboardInterrupt):
+        shard.Processes("cuda")
+    assert order == ["cuda:1", "begin cuda:1"]

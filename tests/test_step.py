@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, verdicts
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bupo
 import internals
 import losses
 import train
@@ -413,3 +414,19 @@ def test_waits_do_not_grow_with_the_passes(opened, monkeypatch):
         assert len(step.updates[0].passes) == (2 if more else 1)
         asked.append(asks.count)
     assert asked[0] == asked[1] < 25
+
+
+def test_processes_diagnose_as_many_answers_as_the_widest_allows(opened, monkeypatch):
+    """Every pass of a sharded model is a collective call: all make the same number of them."""
+    run = opened("--bupo-layer", "2", "--bupo-steps", "1", "--diagnose-every", "1", "--steps", "2")
+    train.train_step(1, run)
+    monkeypatch.setattr(run.ranks, "max", lambda width: torch.tensor(internals.DIAGNOSED // 3))
+    asked = []
+    for name in ("layer_similarity", "internal_entropy", "perplexity"):
+        real = getattr(internals, name)
+        monkeypatch.setattr(
+            internals, name, lambda *g, real=real: (asked.append(g[-1]), real(*g))[1]
+        )
+    report.diagnose(run)
+    bupo.measure_boundary(run.policy, *run.diagnosed, run.vocab_size, run.ranks)
+    assert asked == [3, 3, 3]
