@@ -403,13 +403,13 @@ def test_similarity_of_layers():
 def test_divergence_with_weights_in_low_precision():
     """--split-master and the like: products in bfloat16, and nothing else."""
     torch.manual_seed(5)
-    weight, states = torch.randn(4000, 32) * 0.3, torch.randn(50, 32)
-    others = states + 0.05 * torch.randn(50, 32)
+    weight, states = torch.randn(20_000, 32) * 0.2, torch.randn(50, 32)
+    others = states + 0.01 * torch.randn(50, 32)
     low = weight.bfloat16()
     found = internals.policy_kl(states, others, low)
     p, q = ((x.bfloat16().double() @ low.double().T).log_softmax(-1) for x in (states, others))
     exact = (p.exp() * (p - q)).sum(-1).mean()
-    assert found.item() == pytest.approx(exact.item(), rel=0.1)
+    assert found.item() == pytest.approx(exact.item(), rel=0.3)
 
 
 def test_perplexity_is_that_of_the_labels():
