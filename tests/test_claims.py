@@ -359,7 +359,7 @@ def test_worlds_are_made_where_they_are_needed(tools, tmp_path, monkeypatch):
         asked.append(command)
         folder = tmp_path / "runs" / "worlds" / "short"
         folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_text("")
+        (folder / "model.safetensors").write_bytes(b"")
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(claims, "ROOT", tmp_path)
