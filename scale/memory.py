@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from fast.captured import KEYS_STEP
 from fast.lines import LONGEST_LINE, pack
 from fast.logprobs import chunk_of
-from internals import DIAGNOSED, KL_CHUNK, decoder_body
+from internals import KL_CHUNK, decoder_body, together
 from program.devices import total_memory
 from program.errors import BadInput
 
@@ -111,7 +111,7 @@ def _diagnostics(config, options, prompt_tokens, compute, cuda):
         prompt_tokens + options.max_new_tokens,
     )
     answers = min(64 if options.bupo_layer == "auto" else 32, options.answers_per_step)
-    tokens = min(answers, max(1, DIAGNOSED // S)) * options.max_new_tokens
+    tokens = min(answers, together(S)) * options.max_new_tokens
     # H, what both norms hand on and H + A stay float32; what both blocks add does not
     stream = 4 * (layers + 1) + 3 * 4 * layers + 2 * compute * layers
     entropy = 8 * min(chunk_of(vocab, "cuda" if cuda else "cpu"), tokens)

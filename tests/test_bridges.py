@@ -434,7 +434,7 @@ def test_a_heats_by_the_rollout_before(made, monkeypatch):
     assert not seen
     stats = trainer._kept.stats
     drawn(trainer)
-    assert len(seen) == T or seen
+    assert 1 <= len(seen) <= T  # once a step of the second rollout
     assert all(torch.stack(s).tolist() == stats and how["tau"] == 0.3 for s, how in seen)
 
 

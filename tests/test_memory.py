@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, TINY, random_model
 
+import internals
 import train
 from fast.logprobs import LOGIT_CHUNK_BYTES, chunk_of
 from program.errors import BadInput
@@ -137,6 +138,23 @@ def test_the_estimate_is_what_the_allocator_sees(more, monkeypatch):
     assert step.updates[0].outcome == "applied"
     need = memory.estimate(config, o, a.prompt, 1, cuda=False)
     assert need.peak == pytest.approx(peak, rel=0.15)
+
+
+def test_diagnostics_by_hand():
+    """32 answers of 10 tokens behind 20, all measured together: every layer's states, then two
+    layers' log-probabilities and what becomes of them; 64 answers and no divergence where the
+    boundary layer is measured once."""
+    config = random_model(layers=3, vocab=50, hidden=32).config
+    sizes = ["--prompts-per-step", "32", "--answers-per-prompt", "4", "--bupo-layer"]
+    watched = some_options(*sizes, "2", "--diagnose-every", "1", "--dtype", "float32")
+    auto = some_options(*sizes, "auto", "--dtype", "float32")
+    stream = 4 * (3 + 1) + 12 * 3 + 2 * 4 * 3  # bytes a number of the hidden size, float32
+    for o, tokens, a_logit in ((watched, 320, 20), (auto, 640, 8)):
+        found = memory.estimate(config, o, prompt_tokens=20).diagnostics
+        assert found == tokens * (32 * stream + a_logit * 50)
+    assert memory.estimate(config, some_options(), prompt_tokens=20).diagnostics == 0
+    long = memory.estimate(config, watched, prompt_tokens=internals.DIAGNOSED).diagnostics
+    assert long == 10 * (32 * stream + 20 * 50)  # one sequence at a time
 
 
 def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypatch):
