@@ -7,8 +7,10 @@ seeds.
 
     --list           what is there and what is missing
     --dry-run        the same with the time it would take
-    --only CLAIM     what that claim needs, and its differences
+    --only CLAIM ... what these claims need, and their differences
+    --real DIR       also the runs of a real model, SmolLM2-135M-Instruct, that lies there
     --mixed          also use results of another commit or of other options; the page says so
+    --pilot          choose level and learning rates; with --real the real model's
     --again          after a change that should alter no number: make one run of every arm again;
                      if all are the same bit for bit, the results count for this commit too
     --cost           time claim 6 on the same answers, seed by seed; the machine should be idle
@@ -20,12 +22,14 @@ line that is deleted and made again is the same, bit for bit: how long runs took
 import argparse
 import ast
 import concurrent.futures
+import hashlib
 import json
 import os
 import pathlib
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -48,6 +52,7 @@ SOURCES = (
     "train.py losses.py hapo.py bupo.py sampling.py internals.py tasks.py evaluate.py "
     "fast grading program questions run scale assets/tiny-qwen3"
 ).split()
+KINDS = "worlds field real claims own rivals controls added".split()  # of comparisons
 CURVES = ("eval_accuracy", "eval_greedy", "eval_length", "reward", "entropy", "response_length")
 
 
@@ -87,30 +92,68 @@ def without_words(text):
     return ast.dump(tree)
 
 
-def options_of(plan, arm, difficulty, rates):
-    """train.py's options of an arm, without seed and folder."""
+def options_of(plan, arm, chosen):
+    """train.py's options of an arm, without seed and folder. An arm's name may end with a learning
+    rate of its own: dapo@0.0001."""
+    arm, _, own = arm.partition("@")
     a = plan["arms"][arm]
-    return (
-        f"{plan['common']['options']} --steps {plan['common']['steps']} --difficulty {difficulty} "
-        f"--algo {a['base']} --lr {rates['grpo' if a['base'] == 'grpo' else 'dapo']} {a['options']}"
-    ).strip()
+    rate = own or chosen["real" if "real" in a else "rates"][family(a)]
+    parts = [plan["common"]["options"], f"--steps {plan['common']['steps']}"]
+    parts += [f"--difficulty {chosen['difficulty']} --algo {a['base']} --lr {rate}", a["options"]]
+    parts += [plan["real model"]["options"]] if "real" in a else []
+    return " ".join(part for part in parts if part)
+
+
+def family(arm):
+    """Whose learning rate an arm inherits."""
+    return "grpo" if arm["base"] == "grpo" else "dapo"
+
+
+def with_own_rates(plan, chosen):
+    """The plan, and the claims of its pilot's "own" once more with every arm at the learning rate
+    that is best for it; one whose best is its family's runs no more often than before."""
+    groups = []
+    for claim in tuned_claims(plan) if "own" in chosen else []:
+        pairs = [[at_its_own(plan, arm, chosen) for arm in pair] for pair in claim["compare"]]
+        said = f"{claim['claim']}, each arm at its own learning rate"
+        groups.append(claim | {"id": f"{claim['id']} own", "claim": said, "compare": pairs})
+    arms = {arm for group in groups for pair in group["compare"] for arm in pair}
+    named = {arm: plan["arms"][arm.partition("@")[0]] for arm in sorted(arms)}
+    return plan | {"own": groups, "arms": plan["arms"] | named}
+
+
+def tuned_claims(plan):
+    """Those whose arms each get a learning rate of their own."""
+    return [c for c in plan["claims"] + plan["worlds"] if c["id"] in plan["pilot"]["own"]["claims"]]
+
+
+def at_its_own(plan, arm, chosen):
+    rate = chosen["own"][arm]
+    return arm if rate == chosen["rates"][family(plan["arms"][arm])] else f"{arm}@{rate}"
 
 
 def wanted(plan, only=None):
-    """[(arm, seed)] of all claims, or of one."""
+    """[(arm, seed)] of all claims, or of some."""
     groups = groups_of(plan, only)
     arms = dict.fromkeys(a for g in groups for pair in g["compare"] for a in pair if a != "start")
-    seeds = plan["common"]["seeds"]
-    return [(arm, s + plan["arms"][arm].get("seed_offset", 0)) for s in seeds for arm in arms]
+    seeds, real = plan["common"]["seeds"], plan["real model"]["seeds"]
+    return [
+        (arm, seed + plan["arms"][arm].get("seed_offset", 0))
+        for n, seed in enumerate(seeds)
+        for arm in arms
+        if n < real or "real" not in plan["arms"][arm]
+    ]
 
 
 def groups_of(plan, only=None):
-    """Everything that is compared, or one of them."""
-    groups = plan["claims"] + plan["rivals"] + plan["controls"] + plan["added"] + plan["worlds"]
+    """Everything that is compared, or those of some names."""
+    groups = [group for kind in KINDS for group in plan.get(kind, [])]
     if only is not None:
-        groups = [g for g in groups if str(g["id"]) == only]
-        if not groups:
-            raise BadInput(f"--only {only}: no claim of that number or name in {PLAN}")
+        known = {str(group["id"]): group for group in groups}
+        for name in only:
+            if name not in known:
+                raise BadInput(f"--only {name}: no claim of that number or name in {PLAN}")
+        groups = [known[name] for name in only]
     return groups
 
 
@@ -129,7 +172,7 @@ def make_worlds(plan, jobs):
 
 
 def show(plan, only, runs):
-    """The paired differences of one claim, as lines."""
+    """The paired differences of some claims, as lines."""
     seeds = plan["common"]["seeds"]
     for group in groups_of(plan, only):
         for ours, theirs in group["compare"]:
@@ -166,10 +209,21 @@ def write_runs(path, runs):
     os.replace(aside, path)
 
 
-def run_one(name, options, seed, made_of):
+def weights_of(options, real):
+    """The start of the hash of weights that are not among the sources, where they are there."""
+    model = re.findall(r"--model (\S+)", options)[-1]  # the last one is the one that counts
+    weights = (ROOT / (real or model if model == "REAL" else model)) / "model.safetensors"
+    if model in SOURCES or not weights.is_file():
+        return {}
+    return {"weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}
+
+
+def run_one(name, options, seed, made_of, real):
     """Train in a process of its own: (result, seconds)."""
     out = ROOT / "runs" / "claims" / name
-    command = [sys.executable, "train.py", *shlex.split(options), "--seed", str(seed)]
+    started_from = weights_of(options, real)
+    given = [real if part == "REAL" else part for part in shlex.split(options)]
+    command = [sys.executable, "train.py", *given, "--seed", str(seed)]
     command += ["--out", str(out), "--overwrite"]
     started = time.time()
     done = one_thread(command)
@@ -183,7 +237,7 @@ def run_one(name, options, seed, made_of):
     if lines[-1]["step"] != asked:  # a run that is told to stop ends with 0 all the same
         raise BadInput(f"run {name} was stopped at step {lines[-1]['step']} of {asked}")
     shutil.rmtree(out)
-    result = {"options": options, "commit": made_of, "seed": seed, **curves(lines)}
+    result = {"options": options, "commit": made_of, "seed": seed, **started_from, **curves(lines)}
     return result, time.time() - started
 
 
@@ -203,23 +257,25 @@ def curves(lines):
     return kept
 
 
-def checked(runs, name, options, made_of, mixed):
-    """A result, or None where there is none; BadInput if it is of other options or commit."""
+def checked(runs, name, options, made_of, mixed, real=None):
+    """A result, or None where there is none; BadInput if it is of other options, commit or
+    weights."""
     result = runs.get(name)
-    for what, value in (("options", options), ("commit", made_of)):
-        if result and result[what] != value and not mixed:
+    now = {"options": options, "commit": made_of} | weights_of(options, real)
+    for what, value in now.items():
+        if result and result.get(what) != value and not mixed:
             raise BadInput(
-                f"{RUNS.name}, run {name}: made with other {what} ({result[what]}) than now "
+                f"{RUNS.name}, run {name}: made with other {what} ({result.get(what)}) than now "
                 f"({value}); delete its line, or use it with --mixed"
             )
     return result
 
 
-def run_missing(jobs, path, made_of):
+def run_missing(jobs, path, made_of, real=None):
     """Run [(name, options, seed)], two at a time, into a file of runs; note how long each took."""
     runs = read_runs(path)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        waiting = {pool.submit(run_one, *job, made_of): job[0] for job in jobs}
+        waiting = {pool.submit(run_one, *job, made_of, real): job[0] for job in jobs}
         try:
             for n, future in enumerate(concurrent.futures.as_completed(waiting), 1):
                 name, (result, seconds) = waiting.pop(future), future.result()
@@ -245,41 +301,78 @@ def keep(path, runs, name, seconds):
 # ------------------------------------------------------------------------------------------- pilot
 
 
-def pilot(plan):
-    """Level and learning rates, chosen on seeds of their own; writes claims_pilot.json."""
-    p, made_of, jobs = plan["pilot"], commit(), {}
-    for level in p["difficulties"]:
-        for base in p["baselines"]:
-            for rate in p["learning_rates"]:
-                options = options_of(plan, base, level, dict.fromkeys(p["baselines"], rate))
-                for seed in p["seeds"]:
-                    name = f"pilot-{base}-{level}-{rate}-{seed}"
-                    jobs[level, base, rate, seed] = (name, options, seed)
-    there = read_runs(RUNS)
-    run_missing([job for job in jobs.values() if job[0] not in there], RUNS, made_of)
-    runs = read_runs(RUNS)
-    found = {key: runs[job[0]] for key, job in jobs.items()}
-    table, choices = {}, {}
-    for level in p["difficulties"]:
-        for base in p["baselines"]:
-            for rate in p["learning_rates"]:
-                runs = [found[level, base, rate, seed] for seed in p["seeds"]]
-                ends = [mean_of(runs, measure) for measure in (final, claims_page.half_way)]
-                table[f"{level} {base} {rate}"] = ends
-            best = max(p["learning_rates"], key=lambda r: table[f"{level} {base} {r}"][0])
-            choices[f"{level} {base}"] = best
-    level = next((d for d in p["difficulties"] if fits(d, table, choices, p)), None)
-    rates = {base: choices[f"{level} {base}"] for base in p["baselines"]} if level else None
-    chosen = {"difficulty": level, "rates": rates, "commit": made_of, "final, half-way": table}
+def pilot(plan, real=None):
+    """Level and learning rates, chosen on seeds of their own; writes claims_pilot.json. With `real`
+    the learning rates of the real model that lies there."""
+    made_of = commit()
+    if real:
+        p, chosen = plan["real model"]["pilot"], json.loads(PILOT.read_text(encoding="utf-8"))
+        tried = {f"real-{base}": p["learning_rates"] for base in p["baselines"]}
+        table = try_out(plan, tried, chosen, p["seeds"], made_of, real)
+        chosen["real"] = {base: best(table, f"real-{base}") for base in p["baselines"]}
+        chosen["final, half-way"] |= table
+    else:
+        chosen = level_and_rates(plan, made_of)
     PILOT.write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(chosen, indent=1))
-    if level is None:
-        raise BadInput(f"no level of {p['difficulties']} leaves room for a comparison; see {PILOT}")
 
 
-def fits(level, table, choices, p):
+def level_and_rates(plan, made_of):
+    """The first level that fits, a learning rate for each family and for each arm of its own."""
+    p, table = plan["pilot"], {}
+    for level in p["difficulties"]:
+        tried = dict.fromkeys(p["baselines"], p["learning_rates"])
+        table |= try_out(plan, tried, {"difficulty": level}, p["seeds"], made_of)
+        rates = {base: best(table, base, level) for base in p["baselines"]}
+        if fits(level, table, rates):
+            break
+    else:
+        raise BadInput(f"no level of {p['difficulties']} leaves room for a comparison: {table}")
+    chosen = {"difficulty": level, "rates": rates, "commit": made_of}
+    arms = dict.fromkeys(
+        arm for claim in tuned_claims(plan) for pair in claim["compare"] for arm in pair
+    )
+    factors = p["own"]["factors"]
+    tried = {arm: [f * rates[family(plan["arms"][arm])] for f in factors] for arm in arms}
+    table |= try_out(plan, tried, chosen, p["seeds"], made_of)
+    own = {arm: best({key_of(level, arm, r): table[key_of(level, arm, r)] for r in tried[arm]}, arm)
+           for arm in arms}  # fmt: skip
+    return chosen | {"own": own, "final, half-way": table}
+
+
+def try_out(plan, tried, chosen, seeds, made_of, real=None):
+    """Runs of {arm: learning rates}: {level, arm and rate: [final, half-way]}, means over seeds."""
+    level, jobs = chosen["difficulty"], {}
+    for arm, rates in tried.items():
+        for rate in rates:
+            options = options_of(plan, f"{arm}@{rate}", chosen)
+            jobs[key_of(level, arm, rate)] = [
+                (f"pilot-{arm}-{level}-{rate}-{seed}", options, seed) for seed in seeds
+            ]
+    runs, every = read_runs(RUNS), [job for several in jobs.values() for job in several]
+    missing = [job for job in every if checked(runs, *job[:2], made_of, False, real) is None]
+    run_missing(missing, RUNS, made_of, real)
+    runs, measures = read_runs(RUNS), (final, claims_page.half_way)
+    return {
+        key: [mean_of([runs[name] for name, _, _ in several], measure) for measure in measures]
+        for key, several in jobs.items()
+    }
+
+
+def key_of(level, arm, rate):
+    return f"{level} {arm} {rate}"
+
+
+def best(table, arm, level=None):
+    """The learning rate of the highest final accuracy of an arm (at a level)."""
+    keys = [key.split() for key in table]
+    own = [key for key in keys if key[1] == arm and level in (None, int(key[0]))]
+    return float(max(own, key=lambda key: table[" ".join(key)][0])[2])
+
+
+def fits(level, table, rates):
     """Whether the best baseline ends between 60 and 95 %, and GRPO has room half-way."""
-    ends = {base: table[f"{level} {base} {choices[f'{level} {base}']}"] for base in p["baselines"]}
+    ends = {base: table[key_of(level, base, rate)] for base, rate in rates.items()}
     return 0.6 <= max(end for end, _ in ends.values()) <= 0.95 and ends["grpo"][1] <= 0.95
 
 
@@ -300,7 +393,7 @@ def time_steps(plan, chosen):
     medians of 25 steps taken in turn, in one process, with the answers of the policy half-way."""
     seconds = {}
     for seed in plan["common"]["seeds"]:
-        options = options_of(plan, "hapo", chosen["difficulty"], chosen["rates"])
+        options = options_of(plan, "hapo", chosen)
         half = str(plan["common"]["steps"] // 2)
         command = [sys.executable, "benchmarks/hapo_cost.py", "--json", "--after", half]
         command += ["--rounds", "25", "--options", f"{options} --seed {seed}"]
@@ -316,15 +409,19 @@ def time_steps(plan, chosen):
 # ------------------------------------------------------------------------------------------- change
 
 
-def run_again(plan, chosen, now):
+def run_again(plan, chosen, now, real=None):
     """One run of every arm with the code as it is, against the results; notes in SAME that they are
     the same, bit for bit, or raises BadInput with the first that is not."""
-    jobs = []
-    for i, (arm, seed) in enumerate(wanted(plan)[: len(plan["arms"])]):
-        seed += i % len(plan["common"]["seeds"])  # another seed for every arm
-        options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
-        jobs.append((f"{arm}-{seed}", options, seed))
+    jobs, seeds = [], {}
+    for arm, seed in runnable(plan, chosen, None, real):
+        seeds.setdefault(arm, []).append(seed)
+    for i, arm in enumerate(seeds):
+        seed = seeds[arm][i % len(seeds[arm])]  # another one for every arm
+        jobs.append((f"{arm}-{seed}", options_of(plan, arm, chosen), seed))
     runs, begun = read_runs(RUNS), read_runs(AGAIN)
+    missing = [name for name, _, _ in jobs if name not in runs]
+    if missing:
+        raise BadInput(f"no result to compare with of {', '.join(missing)}: run claims.py first")
     before = {name: runs[name] for name, _, _ in jobs}
     made_of = {result["commit"] for result in before.values()}
     if len(made_of) > 1:
@@ -332,7 +429,7 @@ def run_again(plan, chosen, now):
     if any(result["commit"] != now for result in begun.values()):
         AGAIN.unlink()  # begun with other code
         begun = {}
-    run_missing([job for job in jobs if job[0] not in begun], AGAIN, now)
+    run_missing([job for job in jobs if job[0] not in begun], AGAIN, now, real)
     again = read_runs(AGAIN)
     for name, result in before.items():
         for key in result.keys() - {"commit"}:
@@ -341,56 +438,77 @@ def run_again(plan, chosen, now):
     same = json.loads(SAME.read_text(encoding="utf-8")) if SAME.exists() else {}
     SAME.write_text(json.dumps(same | {now: made_of.pop()}, indent=0) + "\n", encoding="utf-8")
     AGAIN.unlink()
-    print(f"{len(jobs)} runs of {len(plan['arms'])} arms came out the same, bit for bit")
+    print(f"a run of each of {len(jobs)} arms came out the same, bit for bit")
 
 
 # -------------------------------------------------------------------------------------------- main
+
+
+def runnable(plan, chosen, only, real):
+    """What is wanted, less the real model's runs where no folder holds it."""
+    jobs, arms = wanted(plan, only), plan["arms"]
+    if real and "real" not in chosen:
+        raise BadInput(f"--real {real}: its learning rates come first: --pilot --real {real}")
+    if only and not real and any("real" in arms[arm] for arm, _ in jobs):
+        raise BadInput(f"--only {' '.join(only)}: needs --real DIR, {plan['real model']['what']}")
+    return [(arm, seed) for arm, seed in jobs if real or "real" not in arms[arm]]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for flag in ("--list", "--dry-run", "--mixed", "--pilot", "--cost", "--again"):
         parser.add_argument(flag, action="store_true")
-    parser.add_argument("--only")
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--real")
     a, plan = parser.parse_args(), json.loads(PLAN.read_text(encoding="utf-8"))
     if a.pilot:
-        return pilot(plan)
+        return pilot(plan, a.real)
     if not PILOT.exists():
         raise BadInput(f"{PILOT.name} is missing: python experiments/claims.py --pilot comes first")
     chosen, made_of, jobs = json.loads(PILOT.read_text(encoding="utf-8")), commit(), []
-    if a.cost or a.again:
-        return time_steps(plan, chosen) if a.cost else run_again(plan, chosen, made_of)
+    plan = with_own_rates(plan, chosen)
+    if a.cost:
+        return time_steps(plan, chosen)
+    if a.again:
+        return run_again(plan, chosen, made_of, a.real)
     runs = read_runs(RUNS)
-    for arm, seed in wanted(plan, a.only):
-        options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
+    for arm, seed in runnable(plan, chosen, a.only, a.real):
+        options = options_of(plan, arm, chosen)
         name = f"{arm}-{seed}"
-        there = checked(runs, name, options, made_of, a.mixed) is not None
+        there = checked(runs, name, options, made_of, a.mixed, a.real) is not None
         if a.list:
             print(f"{'there  ' if there else 'missing'}  {name}")
         if not there:
             jobs.append((name, options, seed))
     if a.list or a.dry_run:
-        times = (
-            sorted(json.loads(TIMES.read_text(encoding="utf-8")).values())
-            if TIMES.exists()
-            else [140]
-        )
-        hours = len(jobs) * times[len(times) // 2] / 2 / 3600
-        print(f"{len(jobs)} runs missing, about {hours:.1f} hours, two at a time")
+        print(f"{len(jobs)} runs missing, about {hours(jobs):.1f} hours, two at a time")
         return
     make_worlds(plan, jobs)
-    run_missing(jobs, RUNS, made_of)
+    run_missing(jobs, RUNS, made_of, a.real)
     if a.only:
         show(plan, a.only, read_runs(RUNS))
     found, times, runs = {}, {}, read_runs(RUNS)
     for path in (TIMES, COST):
         times |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for arm, seed in wanted(plan):
-        options = options_of(plan, arm, chosen["difficulty"], chosen["rates"])
-        result = checked(runs, f"{arm}-{seed}", options, made_of, a.mixed)
+        if "real" in plan["arms"][arm] and "real" not in chosen:
+            continue
+        options = options_of(plan, arm, chosen)
+        result = checked(runs, f"{arm}-{seed}", options, made_of, a.mixed, a.real)
         if result is not None:
             found[arm, seed] = result
     print(f"the page: {claims_page.write(plan, chosen, found, times, a.mixed)}")
+
+
+def hours(jobs):
+    """How long runs take, two at a time: as long as their arm did on the median, or all arms."""
+    times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {"": 140}
+    own = {}
+    for name, seconds in times.items():
+        own.setdefault(name.rpartition("-")[0], []).append(seconds)
+    usual = statistics.median(times.values())
+    each = [statistics.median(own.get(name.rpartition("-")[0], [usual])) for name, _, _ in jobs]
+    return sum(each) / 2 / 3600
 
 
 if __name__ == "__main__":
