@@ -178,6 +178,9 @@ def show(plan, only, runs):
         for ours, theirs in group["compare"]:
             pairs = [(runs.get(f"{ours}-{s}"), runs.get(f"{theirs}-{s}")) for s in seeds]
             differences = [final(a) - final(b) for a, b in pairs if a and b]
+            if len(differences) < 2:
+                print(f"{ours} - {theirs}: {len(differences)} pairs of runs")
+                continue
             e = effect(differences)
             signs = sum(d > 0 for d in differences)
             print(

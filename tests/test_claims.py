@@ -121,6 +121,14 @@ def test_seconds_of_whole_runs_and_of_steps_on_the_same_answers(tools):
     assert same == ([pytest.approx(0.1)], [(1.1, 1.0)])
 
 
+# the best learning rates of the pilot: one arm of DAPO's family has another than its family
+OWN = dict.fromkeys("dapo dapo+A dapo+B dapo+C dapo+D short-dapo long-dapo".split(), 2e-4)
+OWN |= dict.fromkeys("short-dapo+B short-hapo long-dapo+B long-hapo".split(), 2e-4)
+OWN |= {"grpo": 1e-4, "bupo": 1e-4, "hapo": 4e-4}
+RATES = {"grpo": 1e-4, "dapo": 2e-4}
+CHOSEN = {"difficulty": 3, "rates": RATES, "own": OWN, "real": {"grpo": 1e-5, "dapo": 2e-5}}
+
+
 @pytest.fixture
 def laid_out(tools, monkeypatch, tmp_path):
     """A folder for results, a pilot's choice, and a training that only writes its lines.
@@ -139,8 +147,7 @@ def laid_out(tools, monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "commit", lambda real=claims.commit: "c0ffee")
     monkeypatch.setattr(claims.claims_page, "PAGE", tmp_path / "evidence.md")
     monkeypatch.setattr(claims.claims_page, "PLOTS", tmp_path / "plots")
-    chosen = {"difficulty": 3, "rates": {"grpo": 1e-4, "dapo": 2e-4}}
-    pilot.write_text(json.dumps(chosen), encoding="utf-8")
+    pilot.write_text(json.dumps(CHOSEN), encoding="utf-8")
 
     def training(command, **how):
         trained.append(command)
@@ -268,7 +275,7 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     run, runs, trained, _ = laid_out
     claims = tools[0]
     run()
-    assert len(trained) == 290
+    assert len(trained) == 390
     training = claims.subprocess.run
 
     def with_git(command, **how):  # the sources are clean, and of another commit
@@ -281,23 +288,23 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     with pytest.raises(BadInput, match="made with other commit"):
         run()
     whole = runs.read_text(encoding="utf-8")
-    lines = whole.splitlines(True)  # dapo-102 is one of those that are made again
-    changed = [x.replace('"tokens": ', '"tokens": 1') if '"dapo-102"' in x else x for x in lines]
+    lines = whole.splitlines(True)  # dapo-109 is one of those that are made again
+    changed = [x.replace('"tokens": ', '"tokens": 1') if '"dapo-109"' in x else x for x in lines]
     runs.write_text("".join(changed), encoding="utf-8")
-    with pytest.raises(BadInput, match="dapo-102: tokens is not what it was"):
+    with pytest.raises(BadInput, match="dapo-109: tokens is not what it was"):
         run("--again")
     assert not claims.SAME.exists() and claims.commit() == "decaf"
     runs.write_text(whole, encoding="utf-8")
     run("--again")  # what was made again is still there
-    assert len(trained) == 319
-    arms = {c[c.index("--out") + 1].split("/")[-1].rpartition("-")[0] for c in trained[290:]}
-    assert len(trained) == 319 and len(arms) == 29
+    assert len(trained) == 429
+    arms = {c[c.index("--out") + 1].split("/")[-1].rpartition("-")[0] for c in trained[390:]}
+    assert len(trained) == 429 and len(arms) == 39
     assert claims.commit() == "c0ffee" and not claims.AGAIN.exists()
     run()  # nothing is refused, nothing is missing
     stale = claims.read_runs(runs)["hapo-101"] | {"commit": "begun before"}
     claims.write_runs(claims.AGAIN, {"hapo-101": stale})
     run("--again")  # does not certify this code by another's runs
-    assert len(trained) == 348 and "**Mixed**" not in (runs.parent / "evidence.md").read_text(
+    assert len(trained) == 468 and "**Mixed**" not in (runs.parent / "evidence.md").read_text(
         encoding="utf-8"
     )
 
@@ -343,11 +350,10 @@ def test_every_claim_names_arms_that_exist(tools):
     for arm, seed in claims.wanted(plan):
         assert arm in plan["arms"] and seed > 100
     for arm in plan["arms"]:
-        flags = claims.options_of(plan, arm, 3, {"grpo": 1e-4, "dapo": 1e-4}).split()
+        flags = claims.options_of(plan, arm, CHOSEN).split()
         steps = options.parse([*flags, "--out", "/nonexistent/run"], "").steps
-        assert steps == (
-            25 if "watched" in arm else 36 if arm.startswith(("short", "long")) else 48
-        )
+        known = {"short": 36, "long": 36, "real": 24, "bupo-watched": 25, "grpo-watched": 25}
+        assert steps == known.get(arm, known.get(arm.partition("-")[0], 48))
 
 
 def test_worlds_are_made_where_they_are_needed(tools, tmp_path, monkeypatch):
@@ -365,8 +371,7 @@ def test_worlds_are_made_where_they_are_needed(tools, tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "ROOT", tmp_path)
     monkeypatch.setattr(claims, "one_thread", make)
     plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
-    jobs = [(arm, claims.options_of(plan, arm, 3, {"grpo": 1, "dapo": 1}), 101)
-            for arm in ("grpo", "short-dapo")]  # fmt: skip
+    jobs = [(arm, claims.options_of(plan, arm, CHOSEN), 101) for arm in ("grpo", "short-dapo")]
     for _ in range(2):
         claims.make_worlds(plan, jobs)
     (command,) = asked
@@ -385,6 +390,55 @@ def test_a_claim_s_differences_are_shown(tools, capsys):
             curve = [[step, value] for step in (0, 12, 24, 36)]
             runs[f"{arm}-{seed}"] = {"eval_accuracy": curve}
     short = {"id": 15, "compare": [["short-dapo+B", "short-dapo"]]}
-    claims.show(plan | {"worlds": [short]}, "15", runs)
+    claims.show(plan | {"worlds": [short]}, ["15"], runs)
     # mean 0.02 + 0.009; all ten above 0: p = 2 / 1024
     assert "+0.0290 [+0.0247, +0.0333], sign-flip p 0.0020, 10 of 10" in capsys.readouterr().out
+
+
+def test_options_name_the_rate_of_the_family_the_arm_or_the_real_model(tools):
+    claims, _ = tools
+    plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
+    rate = lambda arm: claims.options_of(plan, arm, CHOSEN).split("--lr ")[1].split()[0]
+    assert [rate(arm) for arm in ("grpo", "bupo", "dapo+B", "real-grpo", "real-hapo")] == [
+        "0.0001", "0.0001", "0.0002", "1e-05", "2e-05"]  # fmt: skip
+    assert rate("dapo+B@0.0004") == "0.0004"
+    plan = claims.with_own_rates(plan, CHOSEN)
+    pairs = {g["id"]: g["compare"] for g in plan["own"]}
+    assert list(pairs) == ["1 own", "2 own", "8 own", "15 own", "15 whole own"]
+    assert pairs["1 own"] == [["hapo@0.0004", "dapo"]] and pairs["8 own"] == [["bupo", "grpo"]]
+    wanted = claims.wanted(plan)
+    assert sum(arm == "hapo@0.0004" for arm, _ in wanted) == 10
+    assert sum(arm == "real-hapo" for arm, _ in wanted) == 8
+
+
+def test_a_pilot_chooses_level_and_rates(laid_out, tools, monkeypatch):
+    """Level 3 leaves no room, so 2; there GRPO is best at 0.0004, DAPO at 0.0002, HAPO at twice
+    DAPO's."""
+    run, runs, trained, _ = laid_out
+    claims = tools[0]
+    ends = {
+        ("3", "dapo", "0.0002"): 0.97,
+        ("2", "dapo", "0.0002"): 0.7,
+        ("2", "grpo", "0.0004"): 0.5,
+    }
+    ends["2", "hapo", "0.0004"] = 0.8
+
+    def measured(jobs, path, made_of, real=None):
+        known = claims.read_runs(path)
+        for name, options, _ in jobs:
+            trained.append(name)
+            _, arm, level, rate, _ = name.rsplit("-", 4) if "e-" not in name else name.split("-", 4)
+            value = ends.get((level, arm, rate), 0.1)
+            curve = [[step, value] for step in (0, 24, 48)]
+            known[name] = {"options": options, "commit": made_of, "eval_accuracy": curve}
+        claims.write_runs(path, known)
+
+    monkeypatch.setattr(claims, "run_missing", measured)
+    run("--pilot")
+    chosen = json.loads(claims.PILOT.read_text(encoding="utf-8"))
+    assert chosen["difficulty"] == 2 and chosen["rates"] == {"grpo": 4e-4, "dapo": 2e-4}
+    assert chosen["own"]["hapo"] == 4e-4 and chosen["own"]["dapo"] == 2e-4
+    assert chosen["final, half-way"]["2 hapo 0.0004"] == [0.8, 0.8]
+    asked = len(trained)
+    run("--pilot")  # nothing is run twice
+    assert len(trained) == asked == len(set(trained))
