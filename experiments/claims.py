@@ -52,7 +52,6 @@ SOURCES = (
     "train.py losses.py hapo.py bupo.py sampling.py internals.py tasks.py evaluate.py "
     "fast grading program questions run scale assets/tiny-qwen3"
 ).split()
-KINDS = "worlds field real claims own rivals controls added".split()  # of comparisons
 CURVES = ("eval_accuracy", "eval_greedy", "eval_length", "reward", "entropy", "response_length")
 
 
@@ -147,7 +146,7 @@ def wanted(plan, only=None):
 
 def groups_of(plan, only=None):
     """Everything that is compared, or those of some names."""
-    groups = [group for kind in KINDS for group in plan.get(kind, [])]
+    groups = [group for kind in claims_page.TITLES for group in plan.get(kind, [])]
     if only is not None:
         known = {str(group["id"]): group for group in groups}
         for name in only:

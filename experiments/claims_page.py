@@ -12,19 +12,33 @@ import paired
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE, PLOTS = ROOT / "docs" / "evidence.md", ROOT / "assets" / "evidence"
 NOTES = pathlib.Path(__file__).resolve().parent / "claims_notes.md"
+TITLES = {  # of the kinds of comparisons, in the page's order
+    "worlds": "Two worlds: when B helps",
+    "field": "The field's rivals",
+    "real": "A real model",
+    "claims": "Fourteen claims",
+    "own": "Each arm at a learning rate of its own",
+    "rivals": "Simple rivals",
+    "controls": "Controls",
+    "added": "Added later",
+}
+CANNOT = "What cannot be told"
 HEADS = "| claim | verdict | compared | bar | effect (95 %) | p | p, Holm | improves | seeds |"
 ENOUGH = 0.5  # the held-out accuracy of "steps to 0.5"
 
 HEAD = """# What holds: the papers' claims, tested again on a toy
 
-Made by `python experiments/claims.py` from `experiments/claims_runs.jsonl`, a line a run. What is
-tested stands in `experiments/claims.json`, written before the runs but for what is marked as added
-later; the three sections from "What these runs are not" on are written by hand.
-
 **What toy results are worth.** A model of 0.7 million parameters that learns to add says nothing
 about 7 billion that learn mathematics. What a verdict here can show is whether an effect is so
 general that it appears even in the smallest case.
 A clear "no" or "cannot be told here" is a result.
+{mixed}"""
+RULES = """## How it was tested
+
+Made by `python experiments/claims.py` from `experiments/claims_runs.jsonl`, a line a run. What is
+tested stands in `experiments/claims.json`, written before the runs but for what is marked as added
+later. Text without numbers of a table beside it is written by hand
+(`experiments/claims_notes.md`).
 
 {what}
 
@@ -42,7 +56,6 @@ makes them stricter; *no difference* says that none was found (p not below 0.05)
 steps too, the last three of training answers; *half-way* is step 24; *seconds* are a ratio less 1.
 *Improves* is the chance that a run of the first arm beats a run of the second.
 {changes}
-{mixed}
 """
 
 
@@ -216,57 +229,124 @@ def said(verdict, reverse):
 
 def write(plan, pilot, found, times, mixed):
     """Make the page; `found` maps (arm, seed) to a run. Returns its path."""
+    notes = sections(NOTES.read_text(encoding="utf-8")) if NOTES.exists() else {}
+    tables, rows = {}, []
+    for kind in TITLES:
+        lines, own = table(plan, found, times, plan.get(kind, []))
+        tables[kind] = "\n".join([*lines, ""])
+        rows += own
+    try:
+        import claims_plots
+
+        pictures = claims_plots.draw(PLOTS, found, rows)
+    except ImportError:
+        print("no plots without matplotlib: pip install matplotlib")
+        pictures = []
+    shown = lambda name: f"![{name}](../assets/evidence/{name})\n" if name in pictures else ""
+    note = said_of_commits(found) if mixed else ""
+    parts = [HEAD.format(mixed=note)]
+    for kind, title in TITLES.items():
+        if kind == "claims":  # what decides stands above, how it was told below
+            parts += [f"## {CANNOT}\n\n{notes.pop(CANNOT, '')}", rules(plan, pilot, found, times)]
+        if plan.get(kind):
+            parts += [f"## {title}\n", notes.pop(title, ""), tables[kind], shown(f"{kind}.png")]
+    parts += [rates_table(plan, pilot), *arms_tables(plan, found, times)]
+    parts += [f"## {title}\n\n{text}" for title, text in notes.items()]
+    details = [shown(name) for name in pictures if name.removesuffix(".png") not in TITLES]
+    if details:
+        parts += ["## Every run a dot\n\nA line joins the two arms of a seed.\n", *details]
+    PAGE.write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    return PAGE
+
+
+def sections(text):
+    """{title: text} of a file's second-level headings."""
+    found = {}
+    for part in f"\n{text}".split("\n## ")[1:]:
+        title, _, body = part.partition("\n")
+        found[title] = body.strip("\n") + "\n"
+    return found
+
+
+def said_of_commits(found):
+    """Which arms' results are of which commit."""
+    arms = {}
+    for (arm, _), run in found.items():
+        arms.setdefault(run["commit"][:7], set()).add(arm)
+    each = "; ".join(f"{made_of}: {', '.join(sorted(of))}" for made_of, of in sorted(arms.items()))
+    return f"\n**Mixed**: some results are of another commit or of other options ({each}).\n"
+
+
+def rules(plan, pilot, found, times):
+    """How it was tested."""
     rates = ", ".join(f"{base} {rate:g}" for base, rate in pilot["rates"].items())
     hours = sum(times.get(f"{arm}-{seed}", 0) for arm, seed in found) / 2 / 3600
-    groups = [plan[key] for key in ("claims", "rivals", "controls", "added")]
-    arms = {arm for claims in groups for c in claims for pair in c["compare"] for arm in pair}
-    asked = len(arms - {"start"}) * len(plan["common"]["seeds"])
-    steps, there = plan["common"]["steps"], "" if len(found) == asked else f" of {asked}"
+    groups = [claim for kind in TITLES for claim in plan.get(kind, [])]
+    arms = {arm for claim in groups for pair in claim["compare"] for arm in pair} - {"start"}
+    seeds = lambda arm: len(plan["common"]["seeds"]) if not is_real(plan, arm) else (
+        plan["real model"]["seeds"])  # fmt: skip
+    asked, steps = sum(map(seeds, arms)), plan["common"]["steps"]
+    there = "" if len(found) == asked else f" of {asked}"
     what = (
         f"Level {pilot['difficulty']} of the task addition (three digits), {steps} steps of 128 "
         f"answers (the default run: 75 of 256), learning rates chosen on other seeds: {rates}. "
         f"{len(found)} runs{there}, two at a time on two cores: {hours:.1f} hours, the pilot not "
         "counted."
     )
-    note = "\n**Mixed**: some results are of another commit or of other options.\n" if mixed else ""
     final, changes = plan["common"]["final"], "\n".join(f"- {c}" for c in plan["changes"])
     if changes:
         changes = "\nThe plan was changed after runs had been seen:\n\n" + changes
-    parts = [HEAD.format(what=what, mixed=note, final=final, changes=changes)]
-    rows = []
-    titles = ("Fourteen claims", "Simple rivals", "Controls", "Added later")
-    for title, claims in zip(titles, groups):
-        lines, own = table(plan, found, times, claims)
-        parts.append("\n".join([f"## {title}\n", *lines, ""]))
-        rows += own
-    parts.append("\n".join(arms_table(plan, found, times)))
-    if NOTES.exists():
-        parts.append(NOTES.read_text(encoding="utf-8"))
-    try:
-        import claims_plots
-
-        names = claims_plots.draw(PLOTS, found, rows)
-    except ImportError:
-        print("no plots without matplotlib: pip install matplotlib")
-    else:
-        parts.append("## Every run a dot\n\nA line joins the two arms of a seed.\n")
-        parts += [f"![{name}](../assets/evidence/{name})" for name in names]
-    PAGE.write_text("\n".join(parts) + "\n", encoding="utf-8")
-    return PAGE
+    return RULES.format(what=what, final=final, changes=changes)
 
 
-def arms_table(plan, found, times):
+def is_real(plan, arm):
+    return "real" in plan["arms"][arm]
+
+
+def rates_table(plan, pilot):
+    """What the pilot's learning rates came to, an arm a line; the one that was chosen in bold."""
+    arms = {}
+    for key, (end, _) in pilot["final, half-way"].items():
+        level, arm, rate = key.split()
+        if level == str(pilot["difficulty"]):
+            arms.setdefault(arm, {})[float(rate)] = end
+    rates = sorted({rate for ends in arms.values() for rate in ends})
+    lines = ["## Learning rates\n", "Final accuracy on the pilot's seeds; bold: the best.\n"]
+    lines += [
+        f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} |",
+        "|---" * len(rates) + "|---|",
+    ]
+    for arm, ends in arms.items():
+        top = max(ends.values())
+        shown = [f"{ends[r]:.3f}" if r in ends else "" for r in rates]
+        shown = [f"**{x}**" if ends.get(r) == top else x for r, x in zip(rates, shown)]
+        lines.append(f"| {arm} | {' | '.join(shown)} |")
+    return "\n".join([*lines, ""])
+
+
+def arms_tables(plan, found, times):
+    """Means of all arms: of the shipped model; of the others, which start elsewhere."""
+    longer = [arm for arm in plan["arms"] if "--steps" not in plan["arms"][arm]["options"]]
+    own = [arm for arm in longer if not is_real(plan, arm)]
+    others = [
+        arm
+        for arm in plan["arms"]
+        if is_real(plan, arm) or "--model" in plan["arms"][arm]["options"]
+    ]
+    yield "\n".join(arms_table(plan, found, times, "All arms", own))
+    yield "\n".join(arms_table(plan, found, times, "Arms of other models", others))
+
+
+def arms_table(plan, found, times, title, arms):
     """Means of every arm, to see where the level saturates."""
     keys = "start half-way final greedy pass_at_8 entropy length tokens updates".split()
     heads = [
         {"tokens": "1000 training tokens", "pass_at_8": "groups with a right answer"}.get(k, k)
         for k in keys
     ]
-    lines = [f"## All arms\n\n| arm | {' | '.join(heads)} | steps to {ENOUGH} | seeds |"]
+    lines = [f"## {title}\n\n| arm | {' | '.join(heads)} | steps to {ENOUGH} | seeds |"]
     lines.append("|---" * (len(keys) + 3) + "|")
-    for arm in plan["arms"]:
-        if "--steps" in plan["arms"][arm]["options"]:
-            continue  # a shorter run
+    for arm in arms:
         columns = [list(values_of(plan, found, times, arm, key).values()) for key in keys]
         reached = list(values_of(plan, found, times, arm, "steps to 0.5").values())
         if columns[0]:

@@ -3,6 +3,8 @@
 Every run is a dot or a line of its own, never a mean alone.
 """
 
+import json
+import pathlib
 import re
 import textwrap
 
@@ -10,7 +12,17 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+import paired  # noqa: E402
+from claims_page import late  # noqa: E402
 
+MASSES = pathlib.Path(__file__).resolve().parent / "claims_mass.json"
+COLORS = ("tab:orange", "tab:blue")
+FIELD = {  # baseline: arms
+    "dapo": (
+        "hapo hapo-B dapo+A dapo+A-corrected dapo+B quantile dapo+C dapo+D dppo cispo gspo"
+    ).split(),
+    "grpo": ["bupo", "one-layer-whole"],
+}
 CURVES = ("grpo", "dapo", "hapo", "bupo", "bupo-4x", "random")
 
 
@@ -19,8 +31,14 @@ def draw(folder, found, rows):
     folder.mkdir(parents=True, exist_ok=True)
     claims = list({id(row[0]): row[0] for row in rows}.values())
     names = [
-        save(effects(rows), folder / "effects.png"),
-        save(curves(found), folder / "curves.png"),
+        save(figure, folder / name)
+        for name, figure in (
+            ("worlds.png", worlds(found)),
+            ("field.png", field(found)),
+            ("claims.png", effects(rows)),
+            ("curves.png", curves(found)),
+        )
+        if figure
     ]
     for claim in claims:
         name = re.sub("[^a-z0-9]+", "_", str(claim["id"]).lower())
@@ -51,17 +69,72 @@ def dots(claim, rows):
     return figure
 
 
+def worlds(found):
+    """Left, why: the mass of the advantages by length in both worlds (advantage_mass.py). Right,
+    what came of it: differences in final accuracy."""
+    if not MASSES.exists():
+        return None
+    masses = json.loads(MASSES.read_text(encoding="utf-8"))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    for axis, (world, mass) in zip(axes, masses.items()):
+        for shift, color, (rule, parts) in zip((-0.2, 0.2), COLORS, mass["mass"].items()):
+            for label, heights in zip((rule, None), zip(*parts.values())):
+                at = [int(length) + shift for length in parts]
+                axis.bar(at, heights, 0.4, color=color, alpha=0.9 if label else 0.5, label=label)
+        right, wrong = mass["right"], mass["wrong"]
+        axis.set_title(f"{world}: right {right:.0f} tokens, wrong {wrong:.0f}", fontsize=9)
+        axis.set_xlabel("tokens of the answer", fontsize=8)
+        axis.axhline(0, color="black", linewidth=0.5)
+    axes[0].set_ylabel("share of the advantage mass", fontsize=8)
+    axes[0].sharey(axes[1])
+    axes[0].legend(fontsize=8)
+    arms = {f"{part} − dapo, {world}": (f"{world}-{part}", f"{world}-dapo")
+            for world in masses for part in ("dapo+B", "hapo")}  # fmt: skip
+    differences(axes[2], found, arms)
+    figure.tight_layout()
+    return figure
+
+
+def field(found):
+    """How far the arms of today's practice, and HAPO's, end above the baseline of their family."""
+    arms = {f"{arm} − {base}": (arm, base) for base, several in FIELD.items() for arm in several}
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.25 * len(arms)))
+    differences(axis, found, arms)
+    figure.tight_layout()
+    return figure
+
+
+def differences(axis, found, pairs):
+    """A line for each of {label: (arm, baseline)}: a dot a seed, mean and 95 % interval, points."""
+    for y, (ours, theirs) in enumerate(pairs.values()):
+        seeds = [seed for arm, seed in found if arm == ours and (theirs, seed) in found]
+        end = lambda arm, seed: late(found[arm, seed], "eval_accuracy")
+        points = [100 * (end(ours, seed) - end(theirs, seed)) for seed in seeds]
+        if len(points) > 1:
+            draw_effect(axis, y, points, paired.effect(points))
+    axis.axvline(0, color="gray", linewidth=0.8)
+    axis.set_yticks(range(len(pairs)), pairs, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("points of held-out accuracy (a dot a seed; mean, 95 %)", fontsize=8)
+
+
+def draw_effect(axis, y, points, e, color="tab:blue"):
+    axis.plot(points, [y] * len(points), "o", color=color, alpha=0.35, markersize=4)
+    axis.plot([e.low, e.high], [y, y], color="black", linewidth=2)
+    axis.plot(e.mean, y, "|", color="black", markersize=10, markeredgewidth=2)
+
+
 def effects(rows):
     """Every comparison of final accuracy in one picture: differences, mean and 95 % interval."""
     bar = lambda claim: claim.get("smallest", -claim.get("no_worse_by", 0))
     shown = [row for row in rows if row[0]["metric"] == "final" and bar(row[0])]
+    if not shown:
+        return None
     figure, axis = plt.subplots(figsize=(8, 1 + 0.27 * len(shown)))
     labels = []
-    for y, (claim, pair, e, _, values) in enumerate(shown):
+    for y, (claim, pair, _, _, values) in enumerate(shown):
         points = [100 * claim.get("direction", 1) * (ours - theirs) for ours, theirs in values]
-        axis.plot(points, [y] * len(points), "o", color="tab:blue", alpha=0.35, markersize=4)
-        axis.plot([100 * e.low, 100 * e.high], [y, y], color="black", linewidth=2)
-        axis.plot(100 * e.mean, y, "|", color="black", markersize=10, markeredgewidth=2)
+        draw_effect(axis, y, points, paired.effect(points))
         axis.plot(2 * [100 * bar(claim)], [y - 0.4, y + 0.4], color="tab:red", linewidth=1)
         labels.append(f"{claim['id']}. {' over '.join(pair)}")
     axis.axvline(0, color="gray", linewidth=0.8)
