@@ -127,6 +127,7 @@ OWN |= dict.fromkeys("short-dapo+B short-hapo long-dapo+B long-hapo".split(), 2e
 OWN |= {"grpo": 1e-4, "bupo": 1e-4, "hapo": 4e-4}
 RATES = {"grpo": 1e-4, "dapo": 2e-4}
 CHOSEN = {"difficulty": 3, "rates": RATES, "own": OWN, "real": {"grpo": 1e-5, "dapo": 2e-5}}
+CHOSEN["final, half-way"] = {"3 dapo 0.0002": [0.6, 0.5]}
 
 
 @pytest.fixture
@@ -442,3 +443,62 @@ def test_a_pilot_chooses_level_and_rates(laid_out, tools, monkeypatch):
     asked = len(trained)
     run("--pilot")  # nothing is run twice
     assert len(trained) == asked == len(set(trained))
+
+
+def test_results_of_other_weights_are_refused(laid_out, tools):
+    run, runs, trained, _ = laid_out
+    for world in ("short", "long"):
+        (runs.parent / "runs" / "worlds" / world).mkdir(parents=True)
+        weights = runs.parent / "runs" / "worlds" / world / "model.safetensors"
+        weights.write_bytes(b"as they were made")
+    run("--only", "15")
+    assert len(trained) == 40
+    # printf 'as they were made' | sha256sum
+    made_from = {result["weights"] for result in tools[0].read_runs(runs).values()}
+    assert made_from == {"c30bb725f67b"}
+    weights.unlink()  # results of a model that is not there stay results
+    run("--only", "15", "--list")
+    weights.write_bytes(b"made again, otherwise")
+    with pytest.raises(BadInput, match=r"run long-dapo-101: made with other weights"):
+        run("--only", "15")
+
+
+def test_a_real_model_s_runs_start_where_the_user_says(laid_out, tools, tmp_path):
+    run, runs, trained, _ = laid_out
+    with pytest.raises(BadInput, match="--only real B: needs --real DIR"):
+        run("--only", "real B")
+    run("--only", "real B", "--real", str(tmp_path / "smol"))
+    assert len(trained) == 16 and all(str(tmp_path / "smol") in c for c in trained)
+    result = tools[0].read_runs(runs)["real-dapo+B-108"]
+    assert " --lr 2e-05 " in result["options"] and "--model REAL" in result["options"]
+    tools[0].PILOT.write_text(
+        json.dumps(CHOSEN | {"real": None}).replace('"real"', '"other"'), encoding="utf-8"
+    )
+    with pytest.raises(BadInput, match="its learning rates come first: --pilot --real"):
+        run("--real", str(tmp_path / "smol"))
+
+
+def test_the_page_says_which_results_are_older(laid_out, tools, monkeypatch):
+    run, runs, _, _ = laid_out
+    run("--only", "1")
+    older = tools[0].read_runs(runs)
+    older["dapo-101"] |= {"commit": "0123456789"}
+    tools[0].write_runs(runs, older)
+    run("--only", "1", "--mixed")
+    page = (runs.parent / "evidence.md").read_text(encoding="utf-8")
+    assert "(0123456: dapo; c0ffee: dapo, hapo)" in page
+
+
+def test_the_page_s_parts(tools):
+    from claims_page import rates_table, sections
+
+    text = "## One\n\nfirst\n\n## Two\nsecond\nand more\n"
+    assert sections(text) == {"One": "first\n", "Two": "second\nand more\n"}
+    ends = {"3 dapo 0.0002": [0.6, 0.5], "3 dapo 0.0004": [0.7, 0.6], "3 hapo 0.0001": [0.5, 0.4]}
+    table = rates_table({}, {"difficulty": 3, "final, half-way": ends | {"2 dapo 0.001": [1, 1]}})
+    assert table.splitlines()[-4:] == [
+        "| arm | 0.0001 | 0.0002 | 0.0004 |",
+        "|---|---|---|---|",
+        "| dapo |  | 0.600 | **0.700** |",
+        "| hapo | **0.500** |  |  |",
+    ]
