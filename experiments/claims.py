@@ -52,22 +52,37 @@ SOURCES = (
     "train.py losses.py hapo.py bupo.py sampling.py internals.py tasks.py evaluate.py "
     "fast grading program questions run scale assets/tiny-qwen3"
 ).split()
-CURVES = ("eval_accuracy", "eval_greedy", "eval_length", "reward", "entropy", "response_length")
+CURVES = (
+    "eval_accuracy eval_greedy eval_length reward entropy response_length clip_low clip_high"
+).split()
+
+
+def git(*command):
+    """What git says of the project; BadInput where it says nothing."""
+    done = subprocess.run(
+        ["git", *command], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
+    if done.returncode:
+        raise BadInput(f"git {command[0]}: {done.stderr.strip()}; a result names its commit")
+    return done.stdout
+
+
+def last_commit():
+    """The last commit that touched the sources; BadInput where they are not committed."""
+    if git("status", "--porcelain", "--", *SOURCES).strip():
+        raise BadInput("the sources have changes that are not committed; a result names its commit")
+    return git("log", "-1", "--format=%H", "--", *SOURCES).strip()
 
 
 def commit():
-    """The last commit that touched the sources; BadInput where they are not committed."""
-    run = lambda *a: subprocess.run(
-        ["git", *a], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
-    )
-    git = lambda *a: run(*a).stdout
-    if git("status", "--porcelain", "--", *SOURCES).strip():
-        raise BadInput("the sources have changes that are not committed; a result names its commit")
-    now = git("log", "-1", "--format=%H", "--", *SOURCES).strip() or "unknown"
+    """The last commit of the sources, or, where it changes no number, the one it is the same as:
+    one that results name, or that --again has found so."""
+    now = last_commit()
     same = json.loads(SAME.read_text(encoding="utf-8")) if SAME.exists() else {}
+    same = dict.fromkeys(run["commit"] for run in read_runs(RUNS).values()) | same
     for known in (now, *reversed(same)):
-        if known in same and code_of(known, git) == code_of(now, git):
-            return same[known]
+        if known in same and (known == now or code_of(known, git) == code_of(now, git)):
+            return same[known] or known
     return now
 
 
@@ -96,16 +111,17 @@ def options_of(plan, arm, chosen):
     rate of its own: dapo@0.0001."""
     arm, _, own = arm.partition("@")
     a = plan["arms"][arm]
-    rate = own or chosen["real" if "real" in a else "rates"][family(a)]
+    rate = own or inherited(a, chosen)
     parts = [plan["common"]["options"], f"--steps {plan['common']['steps']}"]
     parts += [f"--difficulty {chosen['difficulty']} --algo {a['base']} --lr {rate}", a["options"]]
     parts += [plan["real model"]["options"]] if "real" in a else []
     return " ".join(part for part in parts if part)
 
 
-def family(arm):
-    """Whose learning rate an arm inherits."""
-    return "grpo" if arm["base"] == "grpo" else "dapo"
+def inherited(arm, chosen):
+    """The learning rate of an arm's family, or the one that the plan gives it."""
+    rates = chosen["real" if "real" in arm else "rates"]
+    return arm.get("rate") or rates["grpo" if arm["base"] == "grpo" else "dapo"]
 
 
 def with_own_rates(plan, chosen):
@@ -127,8 +143,10 @@ def tuned_claims(plan):
 
 
 def at_its_own(plan, arm, chosen):
-    rate = chosen["own"][arm]
-    return arm if rate == chosen["rates"][family(plan["arms"][arm])] else f"{arm}@{rate}"
+    rate = chosen["own"].get(arm)
+    if rate is None:
+        raise BadInput(f"{PILOT.name} has no learning rate for {arm}: run --pilot again")
+    return arm if rate == inherited(plan["arms"][arm], chosen) else f"{arm}@{rate}"
 
 
 def wanted(plan, only=None):
@@ -170,22 +188,19 @@ def make_worlds(plan, jobs):
                 raise BadInput(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
 
 
-def show(plan, only, runs):
-    """The paired differences of some claims, as lines."""
-    seeds = plan["common"]["seeds"]
+def show(plan, only, found, times):
+    """The paired differences of some claims, in the claimed direction, as lines."""
     for group in groups_of(plan, only):
-        for ours, theirs in group["compare"]:
-            pairs = [(runs.get(f"{ours}-{s}"), runs.get(f"{theirs}-{s}")) for s in seeds]
-            differences = [final(a) - final(b) for a, b in pairs if a and b]
-            if len(differences) < 2:
-                print(f"{ours} - {theirs}: {len(differences)} pairs of runs")
-                continue
-            e = effect(differences)
-            signs = sum(d > 0 for d in differences)
-            print(
-                f"{ours} - {theirs}: {e.mean:+.4f} [{e.low:+.4f}, {e.high:+.4f}], sign-flip p "
-                f"{e.p:.4f}, {signs} of {len(differences)} above 0"
-            )
+        for pair in group["compare"]:
+            differences, _ = claims_page.comparison(plan, found, times, group, pair)
+            ours, theirs = pair[:: group.get("direction", 1)]
+            said = f"{ours} - {theirs}, {group['metric']}: {len(differences)} seeds"
+            if len(differences) > 1:
+                e = effect(differences)
+                signs = sum(d > 0 for d in differences)
+                said += f", {e.mean:+.4f} [{e.low:+.4f}, {e.high:+.4f}], sign-flip p {e.p:.4f}"
+                said += f", {signs} above 0"
+            print(said)
 
 
 def one_thread(command):
@@ -198,16 +213,27 @@ def one_thread(command):
 
 def read_runs(path):
     """{name: result} of a file of runs."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {(run := json.loads(line)).pop("name"): run for line in lines}
+    runs, lines = {}, path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for n, line in enumerate(lines, 1):
+        try:
+            run = json.loads(line)
+            runs[run.pop("name")] = run
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            raise BadInput(f"{path.name}:{n}: no result; delete the line and run again") from None
+    return runs
 
 
 def write_runs(path, runs):
-    """A line a run, sorted by name; a reader finds the old file or the new one."""
+    """A line a run, sorted by name."""
+    lines = [json.dumps({"name": name} | runs[name]) + "\n" for name in sorted(runs)]
+    replace(path, "".join(lines))
+
+
+def replace(path, text):
+    """Write a file so that a reader finds the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    lines = [json.dumps({"name": name} | runs[name]) + "\n" for name in sorted(runs)]
-    aside.write_text("".join(lines), encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
 
@@ -238,6 +264,8 @@ def run_one(name, options, seed, made_of, real):
     asked = int(re.findall(r"--steps (\d+)", options)[-1])  # the last one is the one that counts
     if lines[-1]["step"] != asked:  # a run that is told to stop ends with 0 all the same
         raise BadInput(f"run {name} was stopped at step {lines[-1]['step']} of {asked}")
+    if commit() != made_of:
+        raise BadInput(f"run {name}: the sources were changed while it ran")
     shutil.rmtree(out)
     result = {"options": options, "commit": made_of, "seed": seed, **started_from, **curves(lines)}
     return result, time.time() - started
@@ -259,22 +287,27 @@ def curves(lines):
     return kept
 
 
-def checked(runs, name, options, made_of, mixed, real=None):
+def differs(result, options, made_of, real=None):
+    """{what: value} of what a result was made with, where it is not what it is now."""
+    now = {"options": options, "commit": made_of} | weights_of(options, real)
+    return {what: result.get(what) for what, value in now.items() if result.get(what) != value}
+
+
+def checked(runs, name, options, made_of, real=None):
     """A result, or None where there is none; BadInput if it is of other options, commit or
     weights."""
-    result = runs.get(name)
-    now = {"options": options, "commit": made_of} | weights_of(options, real)
-    for what, value in now.items():
-        if result and result.get(what) != value and not mixed:
+    if name in runs:
+        for what, value in differs(runs[name], options, made_of, real).items():
             raise BadInput(
-                f"{RUNS.name}, run {name}: made with other {what} ({result.get(what)}) than now "
-                f"({value}); delete its line, or use it with --mixed"
+                f"{RUNS.name}, run {name}: made with other {what} than now ({value}); delete its "
+                "line, or use it with --mixed"
             )
-    return result
+    return runs.get(name)
 
 
-def run_missing(jobs, path, made_of, real=None):
+def run_missing(plan, jobs, path, made_of, real=None):
     """Run [(name, options, seed)], two at a time, into a file of runs; note how long each took."""
+    make_worlds(plan, jobs)
     runs = read_runs(path)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         waiting = {pool.submit(run_one, *job, made_of, real): job[0] for job in jobs}
@@ -293,11 +326,12 @@ def run_missing(jobs, path, made_of, real=None):
 
 
 def keep(path, runs, name, seconds):
-    """A finished run among the others, and its time; one that is made again keeps its first."""
+    """A finished run among the others, and its time."""
     write_runs(path, runs)
-    times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
-    times.setdefault(name, max(0.001, round(seconds, 3)))
-    TIMES.write_text(json.dumps(times, indent=0, sort_keys=True) + "\n", encoding="utf-8")
+    if path == RUNS:
+        times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
+        times[name] = max(0.001, round(seconds, 3))
+        replace(TIMES, json.dumps(times, indent=0, sort_keys=True) + "\n")
 
 
 # ------------------------------------------------------------------------------------------- pilot
@@ -315,7 +349,7 @@ def pilot(plan, real=None):
         chosen["final, half-way"] |= table
     else:
         chosen = level_and_rates(plan, made_of)
-    PILOT.write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
+    replace(PILOT, json.dumps(chosen, indent=1) + "\n")
     print(json.dumps(chosen, indent=1))
 
 
@@ -331,11 +365,15 @@ def level_and_rates(plan, made_of):
     else:
         raise BadInput(f"no level of {p['difficulties']} leaves room for a comparison: {table}")
     chosen = {"difficulty": level, "rates": rates, "commit": made_of}
+    before = json.loads(PILOT.read_text(encoding="utf-8")) if PILOT.exists() else {}
+    if "real" in before:  # has a pilot of its own
+        chosen["real"] = before["real"]
+        table |= {k: v for k, v in before["final, half-way"].items() if " real-" in k}
     arms = dict.fromkeys(
         arm for claim in tuned_claims(plan) for pair in claim["compare"] for arm in pair
     )
     factors = p["own"]["factors"]
-    tried = {arm: [f * rates[family(plan["arms"][arm])] for f in factors] for arm in arms}
+    tried = {arm: [f * inherited(plan["arms"][arm], chosen) for f in factors] for arm in arms}
     table |= try_out(plan, tried, chosen, p["seeds"], made_of)
     own = {arm: best({key_of(level, arm, r): table[key_of(level, arm, r)] for r in tried[arm]}, arm)
            for arm in arms}  # fmt: skip
@@ -352,8 +390,8 @@ def try_out(plan, tried, chosen, seeds, made_of, real=None):
                 (f"pilot-{arm}-{level}-{rate}-{seed}", options, seed) for seed in seeds
             ]
     runs, every = read_runs(RUNS), [job for several in jobs.values() for job in several]
-    missing = [job for job in every if checked(runs, *job[:2], made_of, False, real) is None]
-    run_missing(missing, RUNS, made_of, real)
+    missing = [job for job in every if checked(runs, *job[:2], made_of, real) is None]
+    run_missing(plan, missing, RUNS, made_of, real)
     runs, measures = read_runs(RUNS), (final, claims_page.half_way)
     return {
         key: [mean_of([runs[name] for name, _, _ in several], measure) for measure in measures]
@@ -405,7 +443,7 @@ def time_steps(plan, chosen):
         for arm, median in json.loads(done.stdout.splitlines()[-1]).items():
             seconds[f"{arm}-{seed}, same answers"] = round(median, 4)
         print(f"seed {seed}: {done.stdout.splitlines()[-1]}", flush=True)
-    COST.write_text(json.dumps(seconds, indent=0) + "\n", encoding="utf-8")
+    replace(COST, json.dumps({"commit": commit(), **seconds}, indent=0) + "\n")
 
 
 # ------------------------------------------------------------------------------------------- change
@@ -421,6 +459,8 @@ def run_again(plan, chosen, now, real=None):
         seed = seeds[arm][i % len(seeds[arm])]  # another one for every arm
         jobs.append((f"{arm}-{seed}", options_of(plan, arm, chosen), seed))
     runs, begun = read_runs(RUNS), read_runs(AGAIN)
+    if not real and any(name.startswith("real-") for name in runs):
+        raise BadInput(f"--again: needs --real DIR, too, {plan['real model']['what']}")
     missing = [name for name, _, _ in jobs if name not in runs]
     if missing:
         raise BadInput(f"no result to compare with of {', '.join(missing)}: run claims.py first")
@@ -431,14 +471,14 @@ def run_again(plan, chosen, now, real=None):
     if any(result["commit"] != now for result in begun.values()):
         AGAIN.unlink()  # begun with other code
         begun = {}
-    run_missing([job for job in jobs if job[0] not in begun], AGAIN, now, real)
+    run_missing(plan, [job for job in jobs if job[0] not in begun], AGAIN, now, real)
     again = read_runs(AGAIN)
     for name, result in before.items():
         for key in result.keys() - {"commit"}:
             if again[name][key] != result[key]:
                 raise BadInput(f"{name}: {key} is not what it was; the results are of other code")
     same = json.loads(SAME.read_text(encoding="utf-8")) if SAME.exists() else {}
-    SAME.write_text(json.dumps(same | {now: made_of.pop()}, indent=0) + "\n", encoding="utf-8")
+    replace(SAME, json.dumps(same | {now: made_of.pop()}, indent=0) + "\n")
     AGAIN.unlink()
     print(f"a run of each of {len(jobs)} arms came out the same, bit for bit")
 
@@ -456,50 +496,60 @@ def runnable(plan, chosen, only, real):
     return [(arm, seed) for arm, seed in jobs if real or "real" not in arms[arm]]
 
 
+def results(plan, chosen, made_of, mixed, real):
+    """What is there: {(arm, seed): result}, times, and, if `mixed`, {what: arms} of results that
+    were made with something else than now. If not, they are refused."""
+    found, times, other, runs = {}, {}, {}, read_runs(RUNS)
+    for arm, seed in wanted(plan):
+        name = f"{arm}-{seed}"
+        if name in runs:
+            options = options_of(plan, arm, chosen)
+            for what in differs(runs[name], options, made_of, real) if mixed else ():
+                other.setdefault(what, set()).add(arm)
+            found[arm, seed] = runs[name] if mixed else checked(runs, name, options, made_of, real)
+    for path in (TIMES, COST):
+        times |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if times.pop("commit", None) != made_of and not mixed:  # the steps timed by --cost
+        times = {key: value for key, value in times.items() if "," not in key}
+    return found, times, other
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for flag in ("--list", "--dry-run", "--mixed", "--pilot", "--cost", "--again"):
-        parser.add_argument(flag, action="store_true")
+    mode = parser.add_mutually_exclusive_group()
+    for flag in ("--list", "--dry-run", "--pilot", "--cost", "--again"):
+        mode.add_argument(flag, action="store_true")
+    parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--real")
     a, plan = parser.parse_args(), json.loads(PLAN.read_text(encoding="utf-8"))
+    if not PILOT.exists() and (a.real or not a.pilot):
+        raise BadInput(f"{PILOT.name} is missing: python experiments/claims.py --pilot comes first")
     if a.pilot:
         return pilot(plan, a.real)
-    if not PILOT.exists():
-        raise BadInput(f"{PILOT.name} is missing: python experiments/claims.py --pilot comes first")
-    chosen, made_of, jobs = json.loads(PILOT.read_text(encoding="utf-8")), commit(), []
+    chosen, made_of = json.loads(PILOT.read_text(encoding="utf-8")), commit()
     plan = with_own_rates(plan, chosen)
     if a.cost:
         return time_steps(plan, chosen)
     if a.again:
         return run_again(plan, chosen, made_of, a.real)
-    runs = read_runs(RUNS)
+    there, jobs = read_runs(RUNS), []
     for arm, seed in runnable(plan, chosen, a.only, a.real):
-        options = options_of(plan, arm, chosen)
         name = f"{arm}-{seed}"
-        there = checked(runs, name, options, made_of, a.mixed, a.real) is not None
+        if name not in there:
+            jobs.append((name, options_of(plan, arm, chosen), seed))
         if a.list:
-            print(f"{'there  ' if there else 'missing'}  {name}")
-        if not there:
-            jobs.append((name, options, seed))
+            print(f"{'there  ' if name in there else 'missing'}  {name}")
     if a.list or a.dry_run:
         print(f"{len(jobs)} runs missing, about {hours(jobs):.1f} hours, two at a time")
         return
     make_worlds(plan, jobs)
-    run_missing(jobs, RUNS, made_of, a.real)
+    results(plan, chosen, made_of, a.mixed, a.real)  # better refused now than after hours
+    run_missing(plan, jobs, RUNS, made_of, a.real)
+    found, times, other = results(plan, chosen, made_of, a.mixed, a.real)
     if a.only:
-        show(plan, a.only, read_runs(RUNS))
-    found, times, runs = {}, {}, read_runs(RUNS)
-    for path in (TIMES, COST):
-        times |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for arm, seed in wanted(plan):
-        if "real" in plan["arms"][arm] and "real" not in chosen:
-            continue
-        options = options_of(plan, arm, chosen)
-        result = checked(runs, f"{arm}-{seed}", options, made_of, a.mixed, a.real)
-        if result is not None:
-            found[arm, seed] = result
-    print(f"the page: {claims_page.write(plan, chosen, found, times, a.mixed)}")
+        show(plan, a.only, found, times)
+    print(f"the page: {claims_page.write(plan, chosen, found, times, other)}")
 
 
 def hours(jobs):

@@ -227,7 +227,7 @@ def said(verdict, reverse):
     return f"{verdict}: the reverse" if reverse else verdict
 
 
-def write(plan, pilot, found, times, mixed):
+def write(plan, pilot, found, times, other):
     """Make the page; `found` maps (arm, seed) to a run. Returns its path."""
     notes = sections(NOTES.read_text(encoding="utf-8")) if NOTES.exists() else {}
     tables, rows = {}, []
@@ -243,7 +243,7 @@ def write(plan, pilot, found, times, mixed):
         print("no plots without matplotlib: pip install matplotlib")
         pictures = []
     shown = lambda name: f"![{name}](../assets/evidence/{name})\n" if name in pictures else ""
-    note = said_of_commits(found) if mixed else ""
+    note = said_of_others(other) if other else ""
     parts = [HEAD.format(mixed=note)]
     for kind, title in TITLES.items():
         if kind == "claims":  # what decides stands above, how it was told below
@@ -268,13 +268,10 @@ def sections(text):
     return found
 
 
-def said_of_commits(found):
-    """Which arms' results are of which commit."""
-    arms = {}
-    for (arm, _), run in found.items():
-        arms.setdefault(run["commit"][:7], set()).add(arm)
-    each = "; ".join(f"{made_of}: {', '.join(sorted(of))}" for made_of, of in sorted(arms.items()))
-    return f"\n**Mixed**: some results are of another commit or of other options ({each}).\n"
+def said_of_others(other):
+    """Which arms have results that were made with something else than now."""
+    each = "; ".join(f"other {what}: {', '.join(sorted(arms))}" for what, arms in other.items())
+    return f"\n**Mixed**: some results were made with something else than now ({each}).\n"
 
 
 def rules(plan, pilot, found, times):
