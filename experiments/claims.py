@@ -81,9 +81,15 @@ def commit():
     same = json.loads(SAME.read_text(encoding="utf-8")) if SAME.exists() else {}
     same = dict.fromkeys(run["commit"] for run in read_runs(RUNS).values()) | same
     for known in (now, *reversed(same)):
-        if known in same and (known == now or code_of(known, git) == code_of(now, git)):
+        if known in same and (known == now or same_code(known, now)):
             return same[known] or known
     return now
+
+
+def same_code(known, now):
+    """Whether two commits differ in words alone; a shallow clone may lack the older one."""
+    here = subprocess.run(["git", "cat-file", "-e", known], cwd=ROOT, capture_output=True)
+    return here.returncode == 0 and code_of(known, git) == code_of(now, git)
 
 
 def code_of(made_of, git):

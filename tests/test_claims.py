@@ -264,7 +264,7 @@ def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
     run, runs, _, _ = laid_out
     run("--only", "1")
     monkeypatch.setattr(tools[0], "commit", lambda: "decaf")
-    with pytest.raises(BadInput, match=r"run hapo-101: made with other commit \(c0ffee\)"):
+    with pytest.raises(BadInput, match=r"run hapo-101: made with other commit than now \(c0ffee\)"):
         run("--only", "1")
     run("--only", "1", "--mixed")
     assert "**Mixed**" in (runs.parent / "evidence.md").read_text(encoding="utf-8")
@@ -277,12 +277,15 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     claims = tools[0]
     run()
     assert len(trained) == 390
-    training = claims.subprocess.run
+    training, alike = claims.subprocess.run, []
 
     def with_git(command, **how):  # the sources are clean, and of another commit
         if command[0] != "git":
             return training(command, **how)
-        return type("Done", (), {"stdout": "" if "status" in command else "decaf\n"})()
+        said = {"status": "", "log": "decaf\n"}.get(command[1], "the same code\n")
+        if command[1] == "ls-tree" and not alike:
+            said = f"{command[4]}\n"  # git ls-tree -r --name-only COMMIT
+        return type("Done", (), {"stdout": said, "returncode": 0})()
 
     monkeypatch.setattr(claims.subprocess, "run", with_git)
     monkeypatch.setattr(claims, "commit", claims.commit.__defaults__[0])  # the real one
@@ -295,6 +298,9 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     with pytest.raises(BadInput, match="dapo-109: tokens is not what it was"):
         run("--again")
     assert not claims.SAME.exists() and claims.commit() == "decaf"
+    alike.append("but for words")
+    assert claims.commit() == "c0ffee"
+    alike.clear()
     runs.write_text(whole, encoding="utf-8")
     run("--again")  # what was made again is still there
     assert len(trained) == 429
@@ -385,15 +391,16 @@ def test_worlds_are_made_where_they_are_needed(tools, tmp_path, monkeypatch):
 def test_a_claim_s_differences_are_shown(tools, capsys):
     claims, _ = tools
     plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
-    runs = {}
+    found, curves = {}, "eval_accuracy eval_greedy entropy response_length pass_at_8 eval_length"
     for n, seed in enumerate(plan["common"]["seeds"]):
         for arm, value in (("short-dapo", 0.5), ("short-dapo+B", 0.52 + 0.002 * n)):
             curve = [[step, value] for step in (0, 12, 24, 36)]
-            runs[f"{arm}-{seed}"] = {"eval_accuracy": curve}
-    short = {"id": 15, "compare": [["short-dapo+B", "short-dapo"]]}
-    claims.show(plan | {"worlds": [short]}, ["15"], runs)
+            found[arm, seed] = dict.fromkeys(curves.split(), curve) | {"tokens": 1, "updates": 1}
+    short = {"id": 15, "compare": [["short-dapo+B", "short-dapo"]], "metric": "final"}
+    claims.show(plan | {"worlds": [short]}, ["15"], found, {})
     # mean 0.02 + 0.009; all ten above 0: p = 2 / 1024
-    assert "+0.0290 [+0.0247, +0.0333], sign-flip p 0.0020, 10 of 10" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "10 seeds, +0.0290 [+0.0247, +0.0333], sign-flip p 0.0020, 10 above 0" in said
 
 
 def test_options_name_the_rate_of_the_family_the_arm_or_the_real_model(tools):
@@ -424,7 +431,7 @@ def test_a_pilot_chooses_level_and_rates(laid_out, tools, monkeypatch):
     }
     ends["2", "hapo", "0.0004"] = 0.8
 
-    def measured(jobs, path, made_of, real=None):
+    def measured(plan, jobs, path, made_of, real=None):
         known = claims.read_runs(path)
         for name, options, _ in jobs:
             trained.append(name)
@@ -486,7 +493,7 @@ def test_the_page_says_which_results_are_older(laid_out, tools, monkeypatch):
     tools[0].write_runs(runs, older)
     run("--only", "1", "--mixed")
     page = (runs.parent / "evidence.md").read_text(encoding="utf-8")
-    assert "(0123456: dapo; c0ffee: dapo, hapo)" in page
+    assert "something else than now (other commit: dapo)" in page
 
 
 def test_the_page_s_parts(tools):
@@ -502,3 +509,39 @@ def test_the_page_s_parts(tools):
         "| dapo |  | 0.600 | **0.700** |",
         "| hapo | **0.500** |  |  |",
     ]
+
+
+def test_what_is_no_result_is_named_with_its_line(tools, tmp_path):
+    claims, _ = tools
+    path = tmp_path / "claims_runs.jsonl"
+    for broken in ("", '{"name": ', '{"seed": 101}', "3"):
+        path.write_text(f'{{"name": "dapo-101"}}\n{broken}\n', encoding="utf-8")
+        with pytest.raises(BadInput, match="claims_runs.jsonl:2: no result; delete the line"):
+            claims.read_runs(path)
+
+
+def test_outside_a_repository_no_result_can_be_named(tools, tmp_path, monkeypatch):
+    claims, _ = tools
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(BadInput, match="git status: .*not a git repository"):
+        claims.commit()
+
+
+def test_one_layer_for_the_whole_run_is_that(tools):
+    from run import options
+
+    claims, _ = tools
+    plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
+    flags = claims.options_of(plan, "one-layer-whole", CHOSEN).split()
+    o = options.parse([*flags, "--out", "/nonexistent/run"], "")
+    assert o.bupo_arm == "one-layer" and o.bupo_steps == o.steps
+
+
+def test_a_run_during_which_the_sources_change_is_no_result(laid_out, tools, monkeypatch):
+    run, runs, _, _ = laid_out
+    said = iter(["c0ffee"])
+    monkeypatch.setattr(tools[0], "commit", lambda: next(said, "decaf"))
+    with pytest.raises(BadInput, match="the sources were changed while it ran"):
+        run("--only", "1")
+    assert not runs.exists()
