@@ -4,10 +4,10 @@ experiments/advantage_mass.py
 Of 1,024 answers of each world's model: the sum of the advantages of all tokens, by the length of
 their answer, under GRPO's advantages and under B. DAPO's loss is a mean over tokens, so this mass
 is what pushes; where it does not sum to 0, answers of one length are pushed as such. Into
-experiments/claims_mass.json, which claims.py draws; run claims.py --only 15 first, which makes the
-worlds.
+experiments/claims_mass.json, which claims.py draws. With --real DIR also of the real model.
 """
 
+import argparse
 import json
 import pathlib
 import sys
@@ -15,6 +15,8 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import claims  # noqa: E402
+
 import hapo  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
@@ -23,16 +25,16 @@ from run import options  # noqa: E402
 from run.machine import OneProcess  # noqa: E402
 from run.opening import open_run  # noqa: E402
 
-OPTIONS = "--prompts-per-step 128 --answers-per-prompt 8 --difficulty 2 --algo dapo --device cpu"
+OPTIONS = "--prompts-per-step 128 --answers-per-prompt 8 --algo dapo --device cpu"
+PLAN = pathlib.Path(__file__).resolve().parent / "claims.json"
 MASSES = pathlib.Path(__file__).resolve().parent / "claims_mass.json"
 
 
-def masses(world):
+def masses(world, given):
     """{"right", "wrong": mean tokens, "mass": {rule: {length: [share above 0, share below 0]}}} of
-    a world's answers."""
+    the answers of a world's model."""
     with tempfile.TemporaryDirectory() as out:
-        given = f"{OPTIONS} --model {ROOT}/runs/worlds/{world} --out {out}"
-        run, _ = open_run(options.parse(given.split(), ""), OneProcess("cpu"))
+        run, _ = open_run(options.parse([*given.split(), "--out", out], ""), OneProcess("cpu"))
         batch, G = train.collect(1, None, run), run.options.answers_per_prompt
     mask, lengths = batch.rollout.mask, batch.rollout.lengths
     rules = {
@@ -62,7 +64,18 @@ def by_length(mass, lengths):
 
 
 def main():
-    found = {world: masses(world) for world in ("short", "long")}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--real", help="also of the real model that lies there")
+    real = parser.parse_args().real
+    plan = json.loads(PLAN.read_text(encoding="utf-8"))
+    claims.make_models(plan, plan["models"])
+    found = json.loads(MASSES.read_text(encoding="utf-8")) if MASSES.exists() else {}
+    for world in plan["models"]:
+        given = f"{OPTIONS} --difficulty 2 --model {ROOT}/runs/worlds/{world}"
+        found[world] = masses(world, given)
+    if real:
+        given = plan["real model"]["options"].replace("REAL", real)
+        found["real"] = masses("real", f"{given} {OPTIONS}")
     MASSES.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
     print(f"saved to {MASSES.relative_to(ROOT)}; python experiments/claims.py draws it")
 

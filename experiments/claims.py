@@ -183,10 +183,17 @@ def groups_of(plan, only=None):
 def make_worlds(plan, jobs):
     """The models of runs/worlds that some runs start from, where they are not there yet: minutes
     each, the same on the same machine."""
-    for name, options in plan["models"].items():
-        folder = ROOT / "runs" / "worlds" / name
-        needed = any(f"--model runs/worlds/{name} " in f"{job[1]} " for job in jobs)
-        if needed and not (folder / "model.safetensors").is_file():
+    needed = [
+        name for name in plan["models"]
+        if any(f"--model runs/worlds/{name} " in f"{options} " for _, options, _ in jobs)
+    ]  # fmt: skip
+    make_models(plan, needed)
+
+
+def make_models(plan, names):
+    for name in names:
+        folder, options = ROOT / "runs" / "worlds" / name, plan["models"][name]
+        if not (folder / "model.safetensors").is_file():
             print(f"making {folder}", flush=True)
             command = [sys.executable, "scripts/pretrain_tiny.py", "--out", str(folder)]
             done = one_thread([*command, *options.split()])

@@ -35,6 +35,7 @@ def draw(folder, found, rows):
         for name, figure in (
             ("worlds.png", worlds(found)),
             ("field.png", field(found)),
+            ("real.png", real(found)),
             ("claims.png", effects(rows)),
             ("curves.png", curves(found)),
         )
@@ -72,27 +73,43 @@ def dots(claim, rows):
 def worlds(found):
     """Left, why: the mass of the advantages by length in both worlds (advantage_mass.py). Right,
     what came of it: differences in final accuracy."""
-    if not MASSES.exists():
-        return None
-    masses = json.loads(MASSES.read_text(encoding="utf-8"))
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
-    for axis, (world, mass) in zip(axes, masses.items()):
-        for shift, color, (rule, parts) in zip((-0.2, 0.2), COLORS, mass["mass"].items()):
-            for label, heights in zip((rule, None), zip(*parts.values())):
-                at = [int(length) + shift for length in parts]
-                axis.bar(at, heights, 0.4, color=color, alpha=0.9 if label else 0.5, label=label)
-        right, wrong = mass["right"], mass["wrong"]
-        axis.set_title(f"{world}: right {right:.0f} tokens, wrong {wrong:.0f}", fontsize=9)
-        axis.set_xlabel("tokens of the answer", fontsize=8)
-        axis.axhline(0, color="black", linewidth=0.5)
-    axes[0].set_ylabel("share of the advantage mass", fontsize=8)
-    axes[0].sharey(axes[1])
-    axes[0].legend(fontsize=8)
     arms = {f"{part} − dapo, {world}": (f"{world}-{part}", f"{world}-dapo")
-            for world in masses for part in ("dapo+B", "hapo")}  # fmt: skip
-    differences(axes[2], found, arms)
+            for world in ("short", "long") for part in ("dapo+B", "hapo")}  # fmt: skip
+    return why_and_what(found, ("short", "long"), arms)
+
+
+def real(found):
+    """The same of the real model."""
+    pairs = (("dapo+B", "dapo"), ("hapo", "dapo"), ("dapo", "grpo"))
+    arms = {f"{a} − {b}": (f"real-{a}", f"real-{b}") for a, b in pairs}
+    return why_and_what(found, ("real",), arms)
+
+
+def why_and_what(found, models, arms):
+    known = json.loads(MASSES.read_text(encoding="utf-8")) if MASSES.exists() else {}
+    if any(name not in known for name in models):
+        return None
+    wide = len(models) + 1
+    figure, axes = plt.subplots(1, wide, figsize=(3.8 * wide, 3.2))
+    for axis, name in zip(axes, models):
+        draw_mass(axis, name, known[name])
+    axes[0].set_ylabel("share of the advantage mass", fontsize=8)
+    axes[0].legend(fontsize=8)
+    differences(axes[-1], found, arms)
     figure.tight_layout()
     return figure
+
+
+def draw_mass(axis, name, mass):
+    """Bars by length: what pushes up above 0, what pushes down below."""
+    for shift, color, (rule, parts) in zip((-0.2, 0.2), COLORS, mass["mass"].items()):
+        for label, heights in zip((rule, None), zip(*parts.values())):
+            at = [int(length) + shift for length in parts]
+            axis.bar(at, heights, 0.4, color=color, alpha=0.9 if label else 0.5, label=label)
+    right, wrong = mass["right"], mass["wrong"]
+    axis.set_title(f"{name}: right {right:.0f} tokens, wrong {wrong:.0f}", fontsize=9)
+    axis.set_xlabel("tokens of the answer", fontsize=8)
+    axis.axhline(0, color="black", linewidth=0.5)
 
 
 def field(found):
@@ -115,7 +132,7 @@ def differences(axis, found, pairs):
     axis.axvline(0, color="gray", linewidth=0.8)
     axis.set_yticks(range(len(pairs)), pairs, fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel("points of held-out accuracy (a dot a seed; mean, 95 %)", fontsize=8)
+    axis.set_xlabel("points of held-out accuracy\n(a dot a seed; mean, 95 %)", fontsize=8)
 
 
 def draw_effect(axis, y, points, e, color="tab:blue"):
