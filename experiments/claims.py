@@ -357,8 +357,8 @@ def pilot(plan, real=None):
     if real:
         p, chosen = plan["real model"]["pilot"], json.loads(PILOT.read_text(encoding="utf-8"))
         tried = {f"real-{base}": p["learning_rates"] for base in p["baselines"]}
-        table = try_out(plan, tried, chosen, p["seeds"], made_of, real)
-        chosen["real"] = {base: best(table, f"real-{base}") for base in p["baselines"]}
+        rates, table = choose(plan, tried, chosen, p, made_of, real)
+        chosen["real"] = {base: rates[f"real-{base}"] for base in p["baselines"]}
         chosen["final, half-way"] |= table
     else:
         chosen = level_and_rates(plan, made_of)
@@ -371,8 +371,8 @@ def level_and_rates(plan, made_of):
     p, table = plan["pilot"], {}
     for level in p["difficulties"]:
         tried = dict.fromkeys(p["baselines"], p["learning_rates"])
-        table |= try_out(plan, tried, {"difficulty": level}, p["seeds"], made_of)
-        rates = {base: best(table, base, level) for base in p["baselines"]}
+        rates, ends = choose(plan, tried, {"difficulty": level}, p, made_of)
+        table |= ends
         if fits(level, table, rates):
             break
     else:
@@ -387,14 +387,27 @@ def level_and_rates(plan, made_of):
     )
     factors = p["own"]["factors"]
     tried = {arm: [f * inherited(plan["arms"][arm], chosen) for f in factors] for arm in arms}
-    table |= try_out(plan, tried, chosen, p["seeds"], made_of)
-    own = {arm: best({key_of(level, arm, r): table[key_of(level, arm, r)] for r in tried[arm]}, arm)
-           for arm in arms}  # fmt: skip
-    return chosen | {"own": own, "final, half-way": table}
+    own, ends = choose(plan, tried, chosen, p, made_of)
+    return chosen | {"own": own, "final, half-way": table | ends}
+
+
+def choose(plan, tried, chosen, p, made_of, real=None):
+    """Of {arm: learning rates} the rate of the highest final accuracy for each arm, and the table
+    of try_out. Rates that end near the best get more seeds before one is chosen: two seeds tell a
+    collapse, and little else."""
+    table = try_out(plan, tried, chosen, p["seeds"], made_of, real)
+    end = lambda arm, rate: table[key_of(chosen["difficulty"], arm, rate)][0]
+    near = {}
+    for arm, rates in tried.items():
+        bar = max(end(arm, rate) for rate in rates) - p["near"]
+        near[arm] = [rate for rate in rates if end(arm, rate) >= bar]
+    several = {arm: rates for arm, rates in near.items() if len(rates) > 1}
+    table |= try_out(plan, several, chosen, p["seeds"] + p["more seeds"], made_of, real)
+    return {arm: max(rates, key=lambda r: end(arm, r)) for arm, rates in near.items()}, table
 
 
 def try_out(plan, tried, chosen, seeds, made_of, real=None):
-    """Runs of {arm: learning rates}: {level, arm and rate: [final, half-way]}, means over seeds."""
+    """Runs of {arm: learning rates}: {level, arm and rate: [final, half-way, seeds]}, means."""
     level, jobs = chosen["difficulty"], {}
     for arm, rates in tried.items():
         for rate in rates:
@@ -408,6 +421,7 @@ def try_out(plan, tried, chosen, seeds, made_of, real=None):
     runs, measures = read_runs(RUNS), (final, claims_page.half_way)
     return {
         key: [mean_of([runs[name] for name, _, _ in several], measure) for measure in measures]
+        + [len(several)]
         for key, several in jobs.items()
     }
 
@@ -416,17 +430,10 @@ def key_of(level, arm, rate):
     return f"{level} {arm} {rate}"
 
 
-def best(table, arm, level=None):
-    """The learning rate of the highest final accuracy of an arm (at a level)."""
-    keys = [key.split() for key in table]
-    own = [key for key in keys if key[1] == arm and level in (None, int(key[0]))]
-    return float(max(own, key=lambda key: table[" ".join(key)][0])[2])
-
-
 def fits(level, table, rates):
     """Whether the best baseline ends between 60 and 95 %, and GRPO has room half-way."""
     ends = {base: table[key_of(level, base, rate)] for base, rate in rates.items()}
-    return 0.6 <= max(end for end, _ in ends.values()) <= 0.95 and ends["grpo"][1] <= 0.95
+    return 0.6 <= max(end for end, *_ in ends.values()) <= 0.95 and ends["grpo"][1] <= 0.95
 
 
 def mean_of(runs, measure):

@@ -303,20 +303,24 @@ def is_real(plan, arm):
 def rates_table(plan, pilot):
     """What the pilot's learning rates came to, an arm a line; the one that was chosen in bold."""
     arms = {}
-    for key, (end, _) in pilot["final, half-way"].items():
+    for key, (end, _, seeds) in pilot["final, half-way"].items():
         level, arm, rate = key.split()
         if level == str(pilot["difficulty"]):
-            arms.setdefault(arm, {})[float(rate)] = end
+            arms.setdefault(arm, {})[float(rate)] = end, seeds
     rates = sorted({rate for ends in arms.values() for rate in ends})
-    lines = ["## Learning rates\n", "Final accuracy on the pilot's seeds; bold: the best.\n"]
+    lines = [
+        "## Learning rates\n",
+        "Final accuracy on the pilot's seeds (how many); bold: chosen.\n",
+    ]
     lines += [
         f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} |",
         "|---" * len(rates) + "|---|",
     ]
     for arm, ends in arms.items():
-        top = max(ends.values())
-        shown = [f"{ends[r]:.3f}" if r in ends else "" for r in rates]
-        shown = [f"**{x}**" if ends.get(r) == top else x for r, x in zip(rates, shown)]
+        most = max(seeds for _, seeds in ends.values())
+        top = max(end for end, seeds in ends.values() if seeds == most)
+        shown = [f"{ends[r][0]:.3f} ({ends[r][1]})" if r in ends else "" for r in rates]
+        shown = [f"**{x}**" if ends.get(r) == (top, most) else x for r, x in zip(rates, shown)]
         lines.append(f"| {arm} | {' | '.join(shown)} |")
     return "\n".join([*lines, ""])
 
