@@ -10,6 +10,7 @@ seeds.
     --only CLAIM ... what these claims need, and their differences
     --real DIR       also the runs of a real model, SmolLM2-135M-Instruct, that lies there
     --mixed          also use results of another commit or of other options; the page says so
+    --anew           run those again
     --pilot          choose level and learning rates; with --real the real model's
     --again          after a change that should alter no number: make one run of every arm again;
                      if all are the same bit for bit, the results count for this commit too
@@ -306,16 +307,8 @@ def differs(result, options, made_of, real=None):
     return {what: result.get(what) for what, value in now.items() if result.get(what) != value}
 
 
-def checked(runs, name, options, made_of, real=None):
-    """A result, or None where there is none; BadInput if it is of other options, commit or
-    weights."""
-    if name in runs:
-        for what, value in differs(runs[name], options, made_of, real).items():
-            raise BadInput(
-                f"{RUNS.name}, run {name}: made with other {what} than now ({value}); delete its "
-                "line, or use it with --mixed"
-            )
-    return runs.get(name)
+def same_as_now(result, options, made_of, real=None):
+    return result is not None and not differs(result, options, made_of, real)
 
 
 def run_missing(plan, jobs, path, made_of, real=None):
@@ -416,7 +409,7 @@ def try_out(plan, tried, chosen, seeds, made_of, real=None):
                 (f"pilot-{arm}-{level}-{rate}-{seed}", options, seed) for seed in seeds
             ]
     runs, every = read_runs(RUNS), [job for several in jobs.values() for job in several]
-    missing = [job for job in every if checked(runs, *job[:2], made_of, real) is None]
+    missing = [job for job in every if not same_as_now(runs.get(job[0]), job[1], made_of, real)]
     run_missing(plan, missing, RUNS, made_of, real)
     runs, measures = read_runs(RUNS), (final, claims_page.half_way)
     return {
@@ -522,11 +515,18 @@ def results(plan, chosen, made_of, mixed, real):
     found, times, other, runs = {}, {}, {}, read_runs(RUNS)
     for arm, seed in wanted(plan):
         name = f"{arm}-{seed}"
-        if name in runs:
-            options = options_of(plan, arm, chosen)
-            for what in differs(runs[name], options, made_of, real) if mixed else ():
-                other.setdefault(what, set()).add(arm)
-            found[arm, seed] = runs[name] if mixed else checked(runs, name, options, made_of, real)
+        if name not in runs:
+            continue
+        found[arm, seed] = runs[name]
+        for what, value in differs(
+            runs[name], options_of(plan, arm, chosen), made_of, real
+        ).items():
+            other.setdefault(what, set()).add(arm)
+            if not mixed:
+                raise BadInput(
+                    f"{RUNS.name}, run {name}: made with other {what} than now ({value}); run it "
+                    "again with --anew, or use it with --mixed"
+                )
     for path in (TIMES, COST):
         times |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if times.pop("commit", None) != made_of and not mixed:  # the steps timed by --cost
@@ -539,7 +539,8 @@ def main():
     mode = parser.add_mutually_exclusive_group()
     for flag in ("--list", "--dry-run", "--pilot", "--cost", "--again"):
         mode.add_argument(flag, action="store_true")
-    parser.add_argument("--mixed", action="store_true")
+    for flag in ("--mixed", "--anew"):
+        parser.add_argument(flag, action="store_true")
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--real")
     a, plan = parser.parse_args(), json.loads(PLAN.read_text(encoding="utf-8"))
@@ -555,18 +556,20 @@ def main():
         return run_again(plan, chosen, made_of, a.real)
     there, jobs = read_runs(RUNS), []
     for arm, seed in runnable(plan, chosen, a.only, a.real):
-        name = f"{arm}-{seed}"
-        if name not in there:
-            jobs.append((name, options_of(plan, arm, chosen), seed))
+        name, options = f"{arm}-{seed}", options_of(plan, arm, chosen)
+        enough = same_as_now(there.get(name), options, made_of, a.real) if a.anew else name in there
+        if not enough:
+            jobs.append((name, options, seed))
         if a.list:
-            print(f"{'there  ' if name in there else 'missing'}  {name}")
+            print(f"{'there  ' if enough else 'missing'}  {name}")
     if a.list or a.dry_run:
         print(f"{len(jobs)} runs missing, about {hours(jobs):.1f} hours, two at a time")
         return
     make_worlds(plan, jobs)
-    results(plan, chosen, made_of, a.mixed, a.real)  # better refused now than after hours
+    mixed = a.mixed or a.anew
+    results(plan, chosen, made_of, mixed, a.real)  # better refused now than after hours
     run_missing(plan, jobs, RUNS, made_of, a.real)
-    found, times, other = results(plan, chosen, made_of, a.mixed, a.real)
+    found, times, other = results(plan, chosen, made_of, mixed, a.real)
     if a.only:
         show(plan, a.only, found, times)
     print(f"the page: {claims_page.write(plan, chosen, found, times, other)}")

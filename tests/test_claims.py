@@ -261,13 +261,17 @@ def test_a_run_that_was_stopped_is_no_result(laid_out):
 
 
 def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
-    run, runs, _, _ = laid_out
+    run, runs, trained, _ = laid_out
     run("--only", "1")
     monkeypatch.setattr(tools[0], "commit", lambda: "decaf")
     with pytest.raises(BadInput, match=r"run hapo-101: made with other commit than now \(c0ffee\)"):
         run("--only", "1")
     run("--only", "1", "--mixed")
-    assert "**Mixed**" in (runs.parent / "evidence.md").read_text(encoding="utf-8")
+    page = runs.parent / "evidence.md"
+    assert "**Mixed**" in page.read_text(encoding="utf-8") and len(trained) == 20
+    run("--only", "1", "--anew")
+    assert len(trained) == 40 and "**Mixed**" not in page.read_text(encoding="utf-8")
+    assert {result["commit"] for result in tools[0].read_runs(runs).values()} == {"decaf"}
     with pytest.raises(BadInput, match="--only 99: no claim"):
         run("--only", "99")
 
