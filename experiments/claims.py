@@ -385,9 +385,9 @@ def level_and_rates(plan, made_of):
 
 
 def choose(plan, tried, chosen, p, made_of, real=None):
-    """Of {arm: learning rates} the rate of the highest final accuracy for each arm, and the table
-    of try_out. Rates that end near the best get more seeds before one is chosen: two seeds tell a
-    collapse, and little else."""
+    """Of {arm: learning rates} one for each arm, and the table of try_out: the smallest that ends
+    within a standard error of the best. Those near the best get more seeds before that is asked:
+    two seeds tell a collapse, and little else."""
     table = try_out(plan, tried, chosen, p["seeds"], made_of, real)
     end = lambda arm, rate: table[key_of(chosen["difficulty"], arm, rate)][0]
     near = {}
@@ -396,11 +396,17 @@ def choose(plan, tried, chosen, p, made_of, real=None):
         near[arm] = [rate for rate in rates if end(arm, rate) >= bar]
     several = {arm: rates for arm, rates in near.items() if len(rates) > 1}
     table |= try_out(plan, several, chosen, p["seeds"] + p["more seeds"], made_of, real)
-    return {arm: max(rates, key=lambda r: end(arm, r)) for arm, rates in near.items()}, table
+    chosen_rates = {}
+    for arm, rates in near.items():
+        best = max(rates, key=lambda rate: end(arm, rate))
+        bar = end(arm, best) - table[key_of(chosen["difficulty"], arm, best)][2]
+        chosen_rates[arm] = min(rate for rate in rates if end(arm, rate) >= bar)
+    return chosen_rates, table
 
 
 def try_out(plan, tried, chosen, seeds, made_of, real=None):
-    """Runs of {arm: learning rates}: {level, arm and rate: [final, half-way, seeds]}, means."""
+    """Runs of {arm: learning rates}: {level, arm and rate: [final, half-way, the first's standard
+    error, seeds]}, means."""
     level, jobs = chosen["difficulty"], {}
     for arm, rates in tried.items():
         for rate in rates:
@@ -414,7 +420,7 @@ def try_out(plan, tried, chosen, seeds, made_of, real=None):
     runs, measures = read_runs(RUNS), (final, claims_page.half_way)
     return {
         key: [mean_of([runs[name] for name, _, _ in several], measure) for measure in measures]
-        + [len(several)]
+        + [standard_error([final(runs[name]) for name, _, _ in several]), len(several)]
         for key, several in jobs.items()
     }
 
@@ -427,6 +433,11 @@ def fits(level, table, rates):
     """Whether the best baseline ends between 60 and 95 %, and GRPO has room half-way."""
     ends = {base: table[key_of(level, base, rate)] for base, rate in rates.items()}
     return 0.6 <= max(end for end, *_ in ends.values()) <= 0.95 and ends["grpo"][1] <= 0.95
+
+
+def standard_error(values):
+    """Of a mean; of a single value none is known: 0."""
+    return round(statistics.stdev(values) / len(values) ** 0.5, 4) if len(values) > 1 else 0.0
 
 
 def mean_of(runs, measure):

@@ -303,7 +303,7 @@ def is_real(plan, arm):
 def rates_table(plan, pilot):
     """What the pilot's learning rates came to, an arm a line; the one that was chosen in bold."""
     arms = {}
-    for key, (end, _, seeds) in pilot["final, half-way"].items():
+    for key, (end, _, _, seeds) in pilot["final, half-way"].items():
         level, arm, rate = key.split()
         if level == str(pilot["difficulty"]):
             arms.setdefault(arm, {})[float(rate)] = end, seeds
@@ -317,10 +317,10 @@ def rates_table(plan, pilot):
         "|---" * len(rates) + "|---|",
     ]
     for arm, ends in arms.items():
-        most = max(seeds for _, seeds in ends.values())
-        top = max(end for end, seeds in ends.values() if seeds == most)
+        known = pilot["rates"] | pilot.get("own", {})
+        known |= {f"real-{base}": rate for base, rate in pilot.get("real", {}).items()}
         shown = [f"{ends[r][0]:.3f} ({ends[r][1]})" if r in ends else "" for r in rates]
-        shown = [f"**{x}**" if ends.get(r) == (top, most) else x for r, x in zip(rates, shown)]
+        shown = [f"**{x}**" if r == known.get(arm) else x for r, x in zip(rates, shown)]
         lines.append(f"| {arm} | {' | '.join(shown)} |")
     return "\n".join([*lines, ""])
 
