@@ -26,8 +26,7 @@ from run.machine import OneProcess  # noqa: E402
 from run.opening import open_run  # noqa: E402
 
 OPTIONS = "--prompts-per-step 128 --answers-per-prompt 8 --algo dapo --device cpu"
-PLAN = pathlib.Path(__file__).resolve().parent / "claims.json"
-MASSES = pathlib.Path(__file__).resolve().parent / "claims_mass.json"
+MASSES = claims.PLAN.with_name("claims_mass.json")
 
 
 def masses(world, given):
@@ -67,7 +66,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--real", help="also of the real model that lies there")
     real = parser.parse_args().real
-    plan = json.loads(PLAN.read_text(encoding="utf-8"))
+    plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
     claims.make_models(plan, plan["models"])
     found = json.loads(MASSES.read_text(encoding="utf-8")) if MASSES.exists() else {}
     for world in plan["models"]:

@@ -37,8 +37,8 @@ RULES = """## How it was tested
 
 Made by `python experiments/claims.py` from `experiments/claims_runs.jsonl`, a line a run. What is
 tested stands in `experiments/claims.json`, written before the runs but for what is marked as added
-later. Text without numbers of a table beside it is written by hand
-(`experiments/claims_notes.md`).
+later. Tables and pictures are made by the command, other text by hand in
+`experiments/claims_notes.md`.
 
 {what}
 

@@ -135,8 +135,8 @@ def differences(axis, found, pairs):
     axis.set_xlabel("points of held-out accuracy\n(a dot a seed; mean, 95 %)", fontsize=8)
 
 
-def draw_effect(axis, y, points, e, color="tab:blue"):
-    axis.plot(points, [y] * len(points), "o", color=color, alpha=0.35, markersize=4)
+def draw_effect(axis, y, points, e):
+    axis.plot(points, [y] * len(points), "o", color="tab:blue", alpha=0.35, markersize=4)
     axis.plot([e.low, e.high], [y, y], color="black", linewidth=2)
     axis.plot(e.mean, y, "|", color="black", markersize=10, markeredgewidth=2)
 

@@ -567,3 +567,12 @@ def test_a_run_during_which_the_sources_change_is_no_result(laid_out, tools, mon
     with pytest.raises(BadInput, match="the sources were changed while it ran"):
         run("--only", "1")
     assert not runs.exists()
+
+
+def test_advantage_mass_by_length_by_hand(tools):
+    import torch
+    from advantage_mass import by_length
+
+    # three answers whose tokens' advantages sum to 2, -1 and -1: a mass of 4
+    shares = by_length(torch.tensor([2.0, -1.0, -1.0]), torch.tensor([3, 3, 5]))
+    assert shares == {3: [0.5, -0.25], 5: [0.0, -0.25]}
