@@ -15,7 +15,8 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import claims  # noqa: E402
+import claims_plan  # noqa: E402
+import claims_runs  # noqa: E402
 
 import hapo  # noqa: E402
 import losses  # noqa: E402
@@ -26,7 +27,7 @@ from run.machine import OneProcess  # noqa: E402
 from run.opening import open_run  # noqa: E402
 
 OPTIONS = "--prompts-per-step 128 --answers-per-prompt 8 --algo dapo --device cpu"
-MASSES = claims.PLAN.with_name("claims_mass.json")
+MASSES = claims_plan.PLAN.with_name("claims_mass.json")
 
 
 def masses(world, given):
@@ -66,9 +67,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--real", help="also of the real model that lies there")
     real = parser.parse_args().real
-    plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
-    claims.make_models(plan, plan["models"])
-    found = json.loads(MASSES.read_text(encoding="utf-8")) if MASSES.exists() else {}
+    plan = claims_runs.read_json(claims_plan.PLAN)
+    claims_runs.make_models(plan, plan["models"])
+    found = claims_runs.read_json(MASSES)
     for world in plan["models"]:
         given = f"{OPTIONS} --difficulty 2 --model {ROOT}/runs/worlds/{world}"
         found[world] = masses(world, given)

@@ -3,7 +3,6 @@
 Every run is a dot or a line of its own, never a mean alone.
 """
 
-import json
 import pathlib
 import re
 import textwrap
@@ -14,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import paired  # noqa: E402
 from claims_page import late  # noqa: E402
+from claims_runs import read_json  # noqa: E402
 
 MASSES = pathlib.Path(__file__).resolve().parent / "claims_mass.json"
 COLORS = ("tab:orange", "tab:blue")
@@ -86,7 +86,7 @@ def real(found):
 
 
 def why_and_what(found, models, arms):
-    known = json.loads(MASSES.read_text(encoding="utf-8")) if MASSES.exists() else {}
+    known = read_json(MASSES)
     if any(name not in known for name in models):
         return None
     wide = len(models) + 1
@@ -149,9 +149,9 @@ def effects(rows):
         return None
     figure, axis = plt.subplots(figsize=(8, 1 + 0.27 * len(shown)))
     labels = []
-    for y, (claim, pair, _, _, values) in enumerate(shown):
+    for y, (claim, pair, e, _, values) in enumerate(shown):
         points = [100 * claim.get("direction", 1) * (ours - theirs) for ours, theirs in values]
-        draw_effect(axis, y, points, paired.effect(points))
+        draw_effect(axis, y, points, paired.Effect(*(100 * x for x in e[:3]), e.p))
         axis.plot(2 * [100 * bar(claim)], [y - 0.4, y + 0.4], color="tab:red", linewidth=1)
         labels.append(f"{claim['id']}. {' over '.join(pair)}")
     axis.axvline(0, color="gray", linewidth=0.8)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 
 import pytest
 from conftest import ROOT
@@ -13,21 +14,26 @@ from program.errors import BadInput
 def tools(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     import claims
+    import claims_pilot
+    import claims_plan
+    import claims_runs
     import paired
 
-    return claims, paired
+    return types.SimpleNamespace(
+        main=claims, pilot=claims_pilot, plan=claims_plan, runs=claims_runs, paired=paired
+    )
 
 
 def test_an_effect_by_hand(tools):
     # mean 2.5, deviation sqrt(5 / 3) = 1.2910, t of 3 degrees 3.182: half width 2.0540;
     # of 16 sign patterns only + + + + and - - - - reach a sum of 10
-    _, paired = tools
+    paired = tools.paired
     e = paired.effect([1.0, 2.0, 3.0, 4.0])
     assert e == pytest.approx((2.5, 0.4460, 4.5540, 2 / 16), abs=1e-4)
 
 
 def test_sign_flips_by_hand(tools):
-    _, paired = tools
+    paired = tools.paired
     assert paired.sign_flip([1, 1, -1]) == 1  # sums of 1 and of 3: none is smaller than 1
     assert paired.sign_flip([3, 1]) == 0.5  # 4 and -4 of 4, 2, -2, -4
     assert paired.sign_flip([0.1] * 10) == 2 / 1024
@@ -36,19 +42,19 @@ def test_sign_flips_by_hand(tools):
 
 def test_holm_by_hand(tools):
     # .01 x 3, .03 x 2, and .04 x 1 = .04 raised to the .06 before it
-    _, paired = tools
+    paired = tools.paired
     assert paired.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert paired.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 def test_probability_of_improvement_by_hand(tools):
-    _, paired = tools
+    paired = tools.paired
     # 1 = 1 counts half, 1 < 3, 2 > 1, 2 < 3
     assert paired.probability_of_improvement([1, 2], [1, 3]) == 1.5 / 4
 
 
 def test_verdicts_by_hand(tools):
-    _, paired = tools
+    paired = tools.paired
     effect = lambda mean, half: paired.Effect(mean, mean - half, mean + half, 0.0)
     assert paired.verdict(effect(0.05, 0.01), 0.01, 0.01) == "holds"
     assert paired.verdict(effect(0.05, 0.06), 0.20, 0.01) == "not decided"
@@ -60,7 +66,7 @@ def test_verdicts_by_hand(tools):
 def test_verdicts_of_a_table_by_hand(tools):
     from claims_page import judge, said, steps_to, whole
 
-    _, paired = tools
+    paired = tools.paired
     effect = lambda mean, half: paired.Effect(mean, mean - half, mean + half, 0.0)
     claim, pair = {"smallest": 0.01}, ["hapo", "dapo"]
     assert judge(claim, pair, effect(-0.05, 0.02), 0.01) == ("contradicted", True)
@@ -91,7 +97,7 @@ def test_a_claim_s_p_is_its_largest_by_holm_over_the_claims(tools):
     from claims_page import corrected_ps
 
     claims = [{"id": n, "smallest": 0.01} for n in (1, 2, 3)] + [{"id": 6, "at_most": 0.03}]
-    effect = lambda p: tools[1].Effect(0.0, 0.0, 0.0, p)
+    effect = lambda p: tools.paired.Effect(0.0, 0.0, 0.0, p)
     rows = [(claims[0], None, effect(p), 10, None) for p in (0.002, 0.01)]
     rows += [(claims[1], None, effect(0.004), 10, None)]
     # three claims, one of them without runs: .004 x 3, .01 x 2, 1
@@ -135,31 +141,30 @@ def laid_out(tools, monkeypatch, tmp_path):
     """A folder for results, a pilot's choice, and a training that only writes its lines.
 
     `stop` maps a seed to the step at which its training stops too early."""
-    claims, _ = tools
     runs, pilot = tmp_path / "claims_runs.jsonl", tmp_path / "claims_pilot.json"
     trained, stop = [], {}
-    monkeypatch.setattr(claims, "ROOT", tmp_path)
-    monkeypatch.setattr(claims, "RUNS", runs)
-    monkeypatch.setattr(claims, "TIMES", tmp_path / "claims_times.json")
-    monkeypatch.setattr(claims, "AGAIN", tmp_path / "again.jsonl")
-    monkeypatch.setattr(claims, "COST", tmp_path / "claims_cost.json")
-    monkeypatch.setattr(claims, "PILOT", pilot)
-    monkeypatch.setattr(claims, "SAME", tmp_path / "claims_same.json")
-    monkeypatch.setattr(claims, "commit", lambda real=claims.commit: "c0ffee")
-    monkeypatch.setattr(claims.claims_page, "PAGE", tmp_path / "evidence.md")
-    monkeypatch.setattr(claims.claims_page, "PLOTS", tmp_path / "plots")
+    monkeypatch.setattr(tools.runs, "ROOT", tmp_path)
+    monkeypatch.setattr(tools.runs, "RUNS", runs)
+    monkeypatch.setattr(tools.runs, "TIMES", tmp_path / "claims_times.json")
+    monkeypatch.setattr(tools.main, "AGAIN", tmp_path / "again.jsonl")
+    monkeypatch.setattr(tools.main, "COST", tmp_path / "claims_cost.json")
+    monkeypatch.setattr(tools.plan, "PILOT", pilot)
+    monkeypatch.setattr(tools.runs, "SAME", tmp_path / "claims_same.json")
+    monkeypatch.setattr(tools.runs, "commit", lambda real=tools.runs.commit: "c0ffee")
+    monkeypatch.setattr(tools.main.claims_page, "PAGE", tmp_path / "evidence.md")
+    monkeypatch.setattr(tools.main.claims_page, "PLOTS", tmp_path / "plots")
     pilot.write_text(json.dumps(CHOSEN), encoding="utf-8")
 
     def training(command, **how):
         trained.append(command)
         return write_a_training(tmp_path, command, stop)
 
-    monkeypatch.setattr(claims.subprocess, "run", training)
-    monkeypatch.setattr(claims, "make_worlds", lambda plan, jobs: None)
+    monkeypatch.setattr(tools.runs.subprocess, "run", training)
+    monkeypatch.setattr(tools.runs, "make_worlds", lambda plan, jobs: None)
 
     def run(*flags):
         monkeypatch.setattr("sys.argv", ["claims.py", *flags])
-        claims.main()
+        tools.main.main()
 
     return run, runs, trained, stop
 
@@ -233,7 +238,7 @@ def test_cost_times_every_seed_with_the_arms_own_options(laid_out, tools, monkey
         line = 'a line of the opening\n{"dapo": 1.0, "hapo": 1.02}\n'
         return type("Done", (), {"returncode": 0, "stderr": "", "stdout": line})()
 
-    monkeypatch.setattr(tools[0].subprocess, "run", timing)
+    monkeypatch.setattr(tools.runs.subprocess, "run", timing)
     run("--cost")
     seeds = {int(c[-1].split()[-1]) for c in asked}
     assert seeds == set(range(101, 111)) and all("--prompts-per-step 16" in c[-1] for c in asked)
@@ -263,7 +268,7 @@ def test_a_run_that_was_stopped_is_no_result(laid_out):
 def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
     run, runs, trained, _ = laid_out
     run("--only", "1")
-    monkeypatch.setattr(tools[0], "commit", lambda: "decaf")
+    monkeypatch.setattr(tools.runs, "commit", lambda: "decaf")
     with pytest.raises(BadInput, match=r"run hapo-101: made with other commit than now \(c0ffee\)"):
         run("--only", "1")
     run("--only", "1", "--mixed")
@@ -271,17 +276,16 @@ def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
     assert "**Mixed**" in page.read_text(encoding="utf-8") and len(trained) == 20
     run("--only", "1", "--anew")
     assert len(trained) == 40 and "**Mixed**" not in page.read_text(encoding="utf-8")
-    assert {result["commit"] for result in tools[0].read_runs(runs).values()} == {"decaf"}
+    assert {result["commit"] for result in tools.runs.read_runs(runs).values()} == {"decaf"}
     with pytest.raises(BadInput, match="--only 99: no claim"):
         run("--only", "99")
 
 
 def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monkeypatch):
     run, runs, trained, _ = laid_out
-    claims = tools[0]
     run()
     assert len(trained) == 390
-    training, alike = claims.subprocess.run, []
+    training, alike = tools.runs.subprocess.run, []
 
     def with_git(command, **how):  # the sources are clean, and of another commit
         if command[0] != "git":
@@ -291,8 +295,8 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
             said = f"{command[4]}\n"  # git ls-tree -r --name-only COMMIT
         return type("Done", (), {"stdout": said, "returncode": 0})()
 
-    monkeypatch.setattr(claims.subprocess, "run", with_git)
-    monkeypatch.setattr(claims, "commit", claims.commit.__defaults__[0])  # the real one
+    monkeypatch.setattr(tools.runs.subprocess, "run", with_git)
+    monkeypatch.setattr(tools.runs, "commit", tools.runs.commit.__defaults__[0])  # the real one
     with pytest.raises(BadInput, match="made with other commit"):
         run()
     whole = runs.read_text(encoding="utf-8")
@@ -301,19 +305,19 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     runs.write_text("".join(changed), encoding="utf-8")
     with pytest.raises(BadInput, match="dapo-109: tokens is not what it was"):
         run("--again")
-    assert not claims.SAME.exists() and claims.commit() == "decaf"
+    assert not tools.runs.SAME.exists() and tools.runs.commit() == "decaf"
     alike.append("but for words")
-    assert claims.commit() == "c0ffee"
+    assert tools.runs.commit() == "c0ffee"
     alike.clear()
     runs.write_text(whole, encoding="utf-8")
     run("--again")  # what was made again is still there
     assert len(trained) == 429
     arms = {c[c.index("--out") + 1].split("/")[-1].rpartition("-")[0] for c in trained[390:]}
     assert len(trained) == 429 and len(arms) == 39
-    assert claims.commit() == "c0ffee" and not claims.AGAIN.exists()
+    assert tools.runs.commit() == "c0ffee" and not tools.main.AGAIN.exists()
     run()  # nothing is refused, nothing is missing
-    stale = claims.read_runs(runs)["hapo-101"] | {"commit": "begun before"}
-    claims.write_runs(claims.AGAIN, {"hapo-101": stale})
+    stale = tools.runs.read_runs(runs)["hapo-101"] | {"commit": "begun before"}
+    tools.runs.write_runs(tools.main.AGAIN, {"hapo-101": stale})
     run("--again")  # does not certify this code by another's runs
     assert len(trained) == 468 and "**Mixed**" not in (runs.parent / "evidence.md").read_text(
         encoding="utf-8"
@@ -321,12 +325,11 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
 
 
 def test_comments_and_docstrings_change_no_number(tools):
-    claims, _ = tools
     before = 'def f(x):\n    """Doubles."""\n    return 2 * x  # twice\n'
     same = 'def f(x):\n    """x, two times."""\n    # as often\n    return 2 * x\n'
     other = before.replace("2 * x", "3 * x")
-    assert claims.without_words(before) == claims.without_words(same)
-    assert claims.without_words(before) != claims.without_words(other)
+    assert tools.runs.without_words(before) == tools.runs.without_words(same)
+    assert tools.runs.without_words(before) != tools.runs.without_words(other)
     files = {"a.py": before, "b.py": same}
     commits = {"old": files, "new": files | {"a.py": same}, "odd": files | {"b.py": other}}
 
@@ -335,33 +338,35 @@ def test_comments_and_docstrings_change_no_number(tools):
             return "\n".join(commits[args[2]])
         return commits[args[0].split(":")[0]][args[0].split(":")[1]]
 
-    assert claims.code_of("old", git) == claims.code_of("new", git) != claims.code_of("odd", git)
+    assert (
+        tools.runs.code_of("old", git)
+        == tools.runs.code_of("new", git)
+        != tools.runs.code_of("odd", git)
+    )
 
 
 def test_a_run_s_measures(tools):
-    claims, _ = tools
     run = {"eval_accuracy": [[0, 0.1], [12, 0.2], [24, 0.4], [36, 0.6], [48, 0.8]]}
-    assert claims.final(run) == pytest.approx(0.7)  # steps 36 and 48, later than 32
-    assert claims.claims_page.half_way(run) == 0.4
+    assert tools.pilot.final(run) == pytest.approx(0.7)  # steps 36 and 48, later than 32
+    assert tools.main.claims_page.half_way(run) == 0.4
     run |= {key: run["eval_accuracy"] for key in ("eval_greedy", "eval_length", "pass_at_8")}
     run |= {"entropy": [[1, 0.5], [32, 0.1], [48, 0.6]], "response_length": [[1, 5.0], [48, 9.0]]}
-    seen = claims.claims_page.measures(run | {"tokens": 1500, "updates": 96})
+    seen = tools.main.claims_page.measures(run | {"tokens": 1500, "updates": 96})
     assert seen["entropy"] == 0.6 and seen["entropy, all steps"] == pytest.approx(0.4)
     assert seen["length"] == 9.0 and seen["length, all steps"] == 7.0 and seen["start"] == 0.1
 
 
 def test_every_claim_names_arms_that_exist(tools):
-    claims, _ = tools
-    plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
+    plan = json.loads(tools.plan.PLAN.read_text(encoding="utf-8"))
     assert [c["id"] for c in plan["claims"]] == list(range(1, 15))
     assert len(plan["common"]["seeds"]) == 10
     assert not set(plan["common"]["seeds"]) & set(plan["pilot"]["seeds"])
     from run import options
 
-    for arm, seed in claims.wanted(plan):
+    for arm, seed in tools.plan.wanted(plan):
         assert arm in plan["arms"] and seed > 100
     for arm in plan["arms"]:
-        flags = claims.options_of(plan, arm, CHOSEN).split()
+        flags = tools.plan.options_of(plan, arm, CHOSEN).split()
         steps = options.parse([*flags, "--out", "/nonexistent/run"], "").steps
         known = {"short": 36, "long": 36, "real": 24, "bupo-watched": 25, "grpo-watched": 25}
         assert steps == known.get(arm, known.get(arm.partition("-")[0], 48))
@@ -369,7 +374,6 @@ def test_every_claim_names_arms_that_exist(tools):
 
 def test_worlds_are_made_where_they_are_needed(tools, tmp_path, monkeypatch):
     """Only those that a missing run starts from, and once."""
-    claims, _ = tools
     asked = []
 
     def make(command):
@@ -379,46 +383,43 @@ def test_worlds_are_made_where_they_are_needed(tools, tmp_path, monkeypatch):
         (folder / "model.safetensors").write_bytes(b"")
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(claims, "ROOT", tmp_path)
-    monkeypatch.setattr(claims, "one_thread", make)
-    plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
-    jobs = [(arm, claims.options_of(plan, arm, CHOSEN), 101) for arm in ("grpo", "short-dapo")]
+    monkeypatch.setattr(tools.runs, "ROOT", tmp_path)
+    monkeypatch.setattr(tools.runs, "one_thread", make)
+    plan = json.loads(tools.plan.PLAN.read_text(encoding="utf-8"))
+    jobs = [(arm, tools.plan.options_of(plan, arm, CHOSEN), 101) for arm in ("grpo", "short-dapo")]
     for _ in range(2):
-        claims.make_worlds(plan, jobs)
+        tools.runs.make_worlds(plan, jobs)
     (command,) = asked
     assert command[1] == "scripts/pretrain_tiny.py" and "0.7" in command
-    worked, bare = (claims.shlex.split(plan["models"][name]) for name in ("short", "long"))
+    worked, bare = (tools.main.shlex.split(plan["models"][name]) for name in ("short", "long"))
     differ = {worked[i - 1] for i in range(1, len(worked)) if worked[i] != bare[i]}
     assert differ == {"--worked", "--slip", "--right"}  # the teacher, mirrored, and nothing else
 
 
 def test_a_claim_s_differences_are_shown(tools, capsys):
-    claims, _ = tools
-    plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
+    plan = json.loads(tools.plan.PLAN.read_text(encoding="utf-8"))
     found, curves = {}, "eval_accuracy eval_greedy entropy response_length pass_at_8 eval_length"
     for n, seed in enumerate(plan["common"]["seeds"]):
         for arm, value in (("short-dapo", 0.5), ("short-dapo+B", 0.52 + 0.002 * n)):
             curve = [[step, value] for step in (0, 12, 24, 36)]
             found[arm, seed] = dict.fromkeys(curves.split(), curve) | {"tokens": 1, "updates": 1}
     short = {"id": 15, "compare": [["short-dapo+B", "short-dapo"]], "metric": "final"}
-    claims.show(plan | {"worlds": [short]}, ["15"], found, {})
+    tools.main.show(plan | {"worlds": [short]}, ["15"], found, {})
     # mean 0.02 + 0.009; all ten above 0: p = 2 / 1024
     said = capsys.readouterr().out
     assert "10 seeds, +0.0290 [+0.0247, +0.0333], sign-flip p 0.0020, 10 above 0" in said
 
 
 def test_options_name_the_rate_of_the_family_the_arm_or_the_real_model(tools):
-    claims, _ = tools
-    plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
-    rate = lambda arm: claims.options_of(plan, arm, CHOSEN).split("--lr ")[1].split()[0]
+    plan = json.loads(tools.plan.PLAN.read_text(encoding="utf-8"))
+    rate = lambda arm: tools.plan.options_of(plan, arm, CHOSEN).split("--lr ")[1].split()[0]
     assert [rate(arm) for arm in ("grpo", "bupo", "dapo+B", "real-grpo", "real-hapo")] == [
         "0.0001", "0.0001", "0.0002", "1e-05", "2e-05"]  # fmt: skip
     assert rate("dapo+B@0.0004") == "0.0004"
-    plan = claims.with_own_rates(plan, CHOSEN)
+    plan = tools.plan.with_own_rates(plan, CHOSEN)
     pairs = {g["id"]: g["compare"] for g in plan["own"]}
-    assert list(pairs) == ["1 own", "2 own", "8 own", "15 own", "15 whole own"]
-    assert pairs["1 own"] == [["hapo@0.0004", "dapo"]] and pairs["8 own"] == [["bupo", "grpo"]]
-    wanted = claims.wanted(plan)
+    assert pairs == {"1 own": [["hapo@0.0004", "dapo"]]}  # the others' are their families'
+    wanted = tools.plan.wanted(plan)
     assert sum(arm == "hapo@0.0004" for arm, _ in wanted) == 10
     assert sum(arm == "real-hapo" for arm, _ in wanted) == 8
 
@@ -427,7 +428,6 @@ def test_a_pilot_chooses_level_and_rates(laid_out, tools, monkeypatch):
     """Level 3 leaves no room, so 2; there GRPO is best at 0.0004, DAPO at 0.0002, HAPO at twice
     DAPO's."""
     run, runs, trained, _ = laid_out
-    claims = tools[0]
     ends = {
         ("3", "dapo", "0.0002"): 0.97,
         ("2", "dapo", "0.0002"): 0.7,
@@ -437,7 +437,7 @@ def test_a_pilot_chooses_level_and_rates(laid_out, tools, monkeypatch):
     ends["2", "dapo+B", "0.0002"] = ends["2", "dapo+C", "0.0002"] = 0.55
 
     def measured(plan, jobs, path, made_of, real=None):
-        known = claims.read_runs(path)
+        known = tools.runs.read_runs(path)
         for name, options, _ in jobs:
             trained.append(name)
             _, arm, level, rate, seed = (
@@ -450,11 +450,11 @@ def test_a_pilot_chooses_level_and_rates(laid_out, tools, monkeypatch):
                 value = 0.58 if int(seed) < 3 else 0.34
             curve = [[step, value] for step in (0, 24, 48)]
             known[name] = {"options": options, "commit": made_of, "eval_accuracy": curve}
-        claims.write_runs(path, known)
+        tools.runs.write_runs(path, known)
 
-    monkeypatch.setattr(claims, "run_missing", measured)
+    monkeypatch.setattr(tools.runs, "run_missing", measured)
     run("--pilot")
-    chosen = json.loads(claims.PILOT.read_text(encoding="utf-8"))
+    chosen = json.loads(tools.plan.PILOT.read_text(encoding="utf-8"))
     assert chosen["difficulty"] == 2 and chosen["rates"] == {"grpo": 4e-4, "dapo": 2e-4}
     assert chosen["own"]["hapo"] == 4e-4 and chosen["own"]["dapo"] == 2e-4
     # two seeds where one rate is clearly the best, six where another is near
@@ -480,7 +480,7 @@ def test_results_of_other_weights_are_refused(laid_out, tools):
     run("--only", "15")
     assert len(trained) == 40
     # printf 'as they were made' | sha256sum
-    made_from = {result["weights"] for result in tools[0].read_runs(runs).values()}
+    made_from = {result["weights"] for result in tools.runs.read_runs(runs).values()}
     assert made_from == {"c30bb725f67b"}
     weights.unlink()  # results of a model that is not there stay results
     run("--only", "15", "--list")
@@ -495,9 +495,9 @@ def test_a_real_model_s_runs_start_where_the_user_says(laid_out, tools, tmp_path
         run("--only", "real B")
     run("--only", "real B", "--real", str(tmp_path / "smol"))
     assert len(trained) == 16 and all(str(tmp_path / "smol") in c for c in trained)
-    result = tools[0].read_runs(runs)["real-dapo+B-108"]
+    result = tools.runs.read_runs(runs)["real-dapo+B-108"]
     assert " --lr 2e-05 " in result["options"] and "--model REAL" in result["options"]
-    tools[0].PILOT.write_text(
+    tools.plan.PILOT.write_text(
         json.dumps(CHOSEN | {"real": None}).replace('"real"', '"other"'), encoding="utf-8"
     )
     with pytest.raises(BadInput, match="its learning rates come first: --pilot --real"):
@@ -507,9 +507,9 @@ def test_a_real_model_s_runs_start_where_the_user_says(laid_out, tools, tmp_path
 def test_the_page_says_which_results_are_older(laid_out, tools, monkeypatch):
     run, runs, _, _ = laid_out
     run("--only", "1")
-    older = tools[0].read_runs(runs)
+    older = tools.runs.read_runs(runs)
     older["dapo-101"] |= {"commit": "0123456789"}
-    tools[0].write_runs(runs, older)
+    tools.runs.write_runs(runs, older)
     run("--only", "1", "--mixed")
     page = (runs.parent / "evidence.md").read_text(encoding="utf-8")
     assert "something else than now (other commit: dapo)" in page
@@ -534,28 +534,25 @@ def test_the_page_s_parts(tools):
 
 
 def test_what_is_no_result_is_named_with_its_line(tools, tmp_path):
-    claims, _ = tools
     path = tmp_path / "claims_runs.jsonl"
     for broken in ("", '{"name": ', '{"seed": 101}', "3"):
         path.write_text(f'{{"name": "dapo-101"}}\n{broken}\n', encoding="utf-8")
         with pytest.raises(BadInput, match="claims_runs.jsonl:2: no result; delete the line"):
-            claims.read_runs(path)
+            tools.runs.read_runs(path)
 
 
 def test_outside_a_repository_no_result_can_be_named(tools, tmp_path, monkeypatch):
-    claims, _ = tools
-    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(tools.runs, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     with pytest.raises(BadInput, match="git status: .*not a git repository"):
-        claims.commit()
+        tools.runs.commit()
 
 
 def test_one_layer_for_the_whole_run_is_that(tools):
     from run import options
 
-    claims, _ = tools
-    plan = json.loads(claims.PLAN.read_text(encoding="utf-8"))
-    flags = claims.options_of(plan, "one-layer-whole", CHOSEN).split()
+    plan = json.loads(tools.plan.PLAN.read_text(encoding="utf-8"))
+    flags = tools.plan.options_of(plan, "one-layer-whole", CHOSEN).split()
     o = options.parse([*flags, "--out", "/nonexistent/run"], "")
     assert o.bupo_arm == "one-layer" and o.bupo_steps == o.steps
 
@@ -563,7 +560,7 @@ def test_one_layer_for_the_whole_run_is_that(tools):
 def test_a_run_during_which_the_sources_change_is_no_result(laid_out, tools, monkeypatch):
     run, runs, _, _ = laid_out
     said = iter(["c0ffee"])
-    monkeypatch.setattr(tools[0], "commit", lambda: next(said, "decaf"))
+    monkeypatch.setattr(tools.runs, "commit", lambda: next(said, "decaf"))
     with pytest.raises(BadInput, match="the sources were changed while it ran"):
         run("--only", "1")
     assert not runs.exists()
