@@ -24,6 +24,7 @@ TITLES = {  # of the kinds of comparisons, in the page's order
 }
 CANNOT = "What cannot be told"
 HEADS = "| claim | verdict | compared | bar | effect (95 %) | p | p, Holm | improves | seeds |"
+ACCURACIES = ("final", "greedy", "half-way", "start")  # shown in points, hundredths
 ENOUGH = 0.5  # the held-out accuracy of "steps to 0.5"
 
 HEAD = """# What holds: the papers' claims, tested again on a toy
@@ -32,6 +33,11 @@ HEAD = """# What holds: the papers' claims, tested again on a toy
 about 7 billion that learn mathematics. What a verdict here can show is whether an effect is so
 general that it appears even in the smallest case.
 A clear "no" or "cannot be told here" is a result.
+
+**How to read a table.** *Effect*: the mean difference of paired seeds and its 95 % interval, in
+the claim's direction (above 0 speaks for it); accuracies in points (hundredths). *Bar*: the
+smallest effect that counts. *p, Holm*: one a claim, corrected for the table's claims. *Improves*:
+the chance that a run of the first arm, of whatever seed, beats a run of the second.
 {mixed}"""
 RULES = """## How it was tested
 
@@ -54,7 +60,6 @@ makes them stricter; *no difference* says that none was found (p not below 0.05)
 *Final* is {final}.
 *Greedy*, *entropy*, *length* and *groups with a right answer* are means over the last third of the
 steps too, the last three of training answers; *half-way* is step 24; *seconds* are a ratio less 1.
-*Improves* is the chance that a run of the first arm beats a run of the second.
 {changes}
 """
 
@@ -200,7 +205,8 @@ def table(plan, found, times, claims):
             own_p, improves = ("", "") if timed else (f"{e.p:.3f}", f"{better:.2f}")
             lines.append(
                 f"{named if n == 0 else '| |'} | {compared}, {claim['metric']}{part} | "
-                f"{bar(claim)} | {e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}] | "
+                f"{bar(claim)} | {amount(e.mean, claim)} "
+                f"[{amount(e.low, claim)}, {amount(e.high, claim)}] | "
                 f"{own_p} | {shown} | {improves} | {seeds} |"
             )
     return lines, rows
@@ -210,9 +216,15 @@ def bar(claim):
     """What the effect must reach."""
     if "at_most" in claim:
         return f"below {claim['at_most']:+g}"
+    unit = 100 if claim["metric"] in ACCURACIES else 1
     if "no_worse_by" in claim:
-        return f"above {-claim['no_worse_by']:+g}"
-    return f"{claim['smallest']:+g}" if "smallest" in claim else ""
+        return f"above {-claim['no_worse_by'] * unit:+g}"
+    return f"{claim['smallest'] * unit:+g}" if "smallest" in claim else ""
+
+
+def amount(value, claim):
+    """An effect as it is shown: of accuracies in points."""
+    return f"{100 * value:+.1f}" if claim["metric"] in ACCURACIES else f"{value:+.3f}"
 
 
 def corrected_ps(claims, rows):
@@ -271,7 +283,10 @@ def sections(text):
 def said_of_others(other):
     """Which arms have results that were made with something else than now."""
     each = "; ".join(f"other {what}: {', '.join(sorted(arms))}" for what, arms in other.items())
-    return f"\n**Mixed**: some results were made with something else than now ({each}).\n"
+    return (
+        f"\n**Mixed**: some results were made with something else than now ({each}). Such a result "
+        "is paired with one of now by its seed alone: draws and rounding differ.\n"
+    )
 
 
 def rules(plan, pilot, found, times):

@@ -92,8 +92,9 @@ def why_and_what(found, models, arms):
     wide = len(models) + 1
     figure, axes = plt.subplots(1, wide, figsize=(3.8 * wide, 3.2))
     for axis, name in zip(axes, models):
+        axis.sharey(axes[0])
         draw_mass(axis, name, known[name])
-    axes[0].set_ylabel("share of the advantage mass", fontsize=8)
+    axes[0].set_ylabel("share of the advantage mass\n(below 0, pale: pushes down)", fontsize=8)
     axes[0].legend(fontsize=8)
     differences(axes[-1], found, arms)
     figure.tight_layout()

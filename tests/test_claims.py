@@ -222,7 +222,7 @@ def test_only_what_is_missing_runs_and_comes_out_the_same(laid_out, capsys):
     # hapo is 0.3 better in all ten seeds: p = 2 / 1024, and the smallest effect is 0.01
     page = (runs.parent / "evidence.md").read_text(encoding="utf-8")
     claim = next(line for line in page.splitlines() if line.startswith("| 1. HAPO beats DAPO"))
-    assert "**holds**" in claim and "+0.300 [+0.300, +0.300]" in claim and claim.endswith("| 10 |")
+    assert "**holds**" in claim and "+30.0 [+30.0, +30.0]" in claim and claim.endswith("| 10 |")
     assert "| 8. BuPO beats GRPO | no runs yet" in page and "**Mixed**" not in page
     run("--only", "8", "--dry-run")
     assert len(trained) == 30 and "20 runs missing" in capsys.readouterr().out
@@ -531,6 +531,17 @@ def test_the_page_s_parts(tools):
         "| dapo |  | 0.600 (6) | **0.700 (6)** | 0.800 (2) |",
         "| hapo | **0.500 (2)** |  |  |  |",
     ]
+
+
+def test_effects_on_accuracy_are_shown_in_points(tools):
+    from claims_page import amount, bar
+
+    final = {"metric": "final", "smallest": 0.01}
+    assert (bar(final), amount(-0.0272, final)) == ("+1", "-2.7")
+    assert bar({"metric": "final", "no_worse_by": 0.01}) == "above -1"
+    entropy = {"metric": "entropy", "smallest": 0.005}
+    assert (bar(entropy), amount(0.0031, entropy)) == ("+0.005", "+0.003")
+    assert bar({"metric": "seconds", "at_most": 0.03}) == "below +0.03"
 
 
 def test_what_is_no_result_is_named_with_its_line(tools, tmp_path):
