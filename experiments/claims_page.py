@@ -194,6 +194,8 @@ def table(plan, found, times, claims):
         p, timed = corrected.get(claim["id"]), "at_most" in claim
         outcomes = [judge(claim, row[1], row[2], row[2].p if p is None else p) for row in own]
         verdict, reverse = whole([v for v, _ in outcomes]), all(r for _, r in outcomes)
+        if len(own) < len(claim["compare"]) and verdict != "contradicted":
+            verdict = "runs missing"
         named = f"| {claim['id']}. {claim['claim']} | {said(f'**{verdict}**', reverse)}"
         for n, (_, pair, e, seeds, values) in enumerate(own):
             better = paired.probability_of_improvement(
@@ -229,9 +231,11 @@ def amount(value, claim):
 
 def corrected_ps(claims, rows):
     """{id: p} of the claims that predict a difference: the largest p of a claim's comparisons, by
-    Holm over all such claims of the table, those without runs counted as 1."""
-    tested = [claim for claim in claims if "smallest" in claim]
-    ps = [max((e.p for c, _, e, _, _ in rows if c is claim), default=1.0) for claim in tested]
+    Holm over all such claims of the table, those without all their runs counted as 1."""
+    tested, ps = [claim for claim in claims if "smallest" in claim], []
+    for claim in tested:
+        known = [e.p for c, _, e, _, _ in rows if c is claim]
+        ps.append(max(known) if len(known) == len(claim["compare"]) else 1.0)
     return {claim["id"]: p for claim, p in zip(tested, paired.holm(ps))}
 
 

@@ -32,9 +32,9 @@ def read_faults(text):
 def plant(copy, file, piece, fault, tests):
     """'caught', 'SURVIVED' or what else pytest said."""
     original = (copy / file).read_text(encoding="utf-8")
-    if original.count(piece) != 1:
-        return f"occurs {original.count(piece)} times; mend mutations.diff"
-    (copy / file).write_text(original.replace(piece, fault), encoding="utf-8")
+    if piece not in original:
+        return "is not there; mend mutations.diff"
+    (copy / file).write_text(original.replace(piece, fault, 1), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *tests.split()], cwd=copy, capture_output=True, text=True, encoding="utf-8"

