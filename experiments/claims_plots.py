@@ -29,7 +29,7 @@ CURVES = ("grpo", "dapo", "hapo", "bupo", "bupo-4x", "random")
 def draw(folder, found, rows):
     """All pictures into `folder`; `rows` as claims_page.table returns them. Returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    claims = list({id(row[0]): row[0] for row in rows}.values())
+    others = {id(row[0]): row[0] for row in rows if not in_one_picture(row[0])}
     names = [
         save(figure, folder / name)
         for name, figure in (
@@ -41,7 +41,7 @@ def draw(folder, found, rows):
         )
         if figure
     ]
-    for claim in claims:
+    for claim in others.values():
         name = re.sub("[^a-z0-9]+", "_", str(claim["id"]).lower())
         own = [row for row in rows if row[0] is claim]
         names.append(save(dots(claim, own), folder / f"claim_{name}.png"))
@@ -142,10 +142,19 @@ def draw_effect(axis, y, points, e):
     axis.plot(e.mean, y, "|", color="black", markersize=10, markeredgewidth=2)
 
 
+def in_one_picture(claim):
+    """Whether `effects` shows it: final accuracy, held against a bar."""
+    return claim["metric"] == "final" and bool(bar(claim))
+
+
+def bar(claim):
+    """What the difference must reach."""
+    return claim.get("smallest", -claim.get("no_worse_by", 0))
+
+
 def effects(rows):
     """Every comparison of final accuracy in one picture: differences, mean and 95 % interval."""
-    bar = lambda claim: claim.get("smallest", -claim.get("no_worse_by", 0))
-    shown = [row for row in rows if row[0]["metric"] == "final" and bar(row[0])]
+    shown = [row for row in rows if in_one_picture(row[0])]
     if not shown:
         return None
     figure, axis = plt.subplots(figsize=(8, 1 + 0.27 * len(shown)))
