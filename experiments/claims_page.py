@@ -270,8 +270,8 @@ def write(plan, pilot, found, times, other):
     parts += [f"## {title}\n\n{text}" for title, text in notes.items()]
     details = [shown(name) for name in pictures if name.removesuffix(".png") not in TITLES]
     if details:
-        said = "Every run a dot; a line joins the two arms of a seed.\n"
-        parts += [f"## What the pictures above leave out\n\n{said}", *details]
+        words = "Every run a dot; a line joins the two arms of a seed.\n"
+        parts += [f"## What the pictures above leave out\n\n{words}", *details]
     PAGE.write_text("\n".join(part for part in parts if part), encoding="utf-8")
     return PAGE
 

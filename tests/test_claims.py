@@ -563,6 +563,16 @@ def test_effects_on_accuracy_are_shown_in_points(tools):
     assert bar({"metric": "seconds", "at_most": 0.03}) == "below +0.03"
 
 
+def test_only_what_the_one_picture_leaves_out_has_a_picture_of_its_own(tools):
+    pytest.importorskip("matplotlib")
+    from claims_plots import in_one_picture
+
+    assert in_one_picture({"metric": "final", "smallest": 0.01})
+    assert in_one_picture({"metric": "final", "no_worse_by": 0.01})
+    assert not in_one_picture({"metric": "final"})  # a control
+    assert not in_one_picture({"metric": "entropy", "smallest": 0.005})
+
+
 def test_what_is_no_result_is_named_with_its_line(tools, tmp_path):
     path = tmp_path / "claims_runs.jsonl"
     for broken in ("", '{"name": ', '{"seed": 101}', "3"):
