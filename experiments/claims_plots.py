@@ -95,7 +95,7 @@ def why_and_what(found, models, arms):
         axis.sharey(axes[0])
         draw_mass(axis, name, known[name])
     axes[0].set_ylabel("share of the advantage mass\n(below 0, pale: pushes down)", fontsize=8)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="upper left")
     differences(axes[-1], found, arms)
     figure.tight_layout()
     return figure
@@ -130,10 +130,15 @@ def differences(axis, found, pairs):
         points = [100 * (end(ours, seed) - end(theirs, seed)) for seed in seeds]
         if len(points) > 1:
             draw_effect(axis, y, points, paired.effect(points))
-    axis.axvline(0, color="gray", linewidth=0.8)
-    axis.set_yticks(range(len(pairs)), pairs, fontsize=8)
-    axis.invert_yaxis()
+    name_lines(axis, list(pairs))
     axis.set_xlabel("points of held-out accuracy\n(a dot a seed; mean, 95 %)", fontsize=8)
+
+
+def name_lines(axis, labels):
+    """From top to bottom, half a line above the first and below the last."""
+    axis.axvline(0, color="gray", linewidth=0.8)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
 
 
 def draw_effect(axis, y, points, e):
@@ -164,9 +169,7 @@ def effects(rows):
         draw_effect(axis, y, points, paired.Effect(*(100 * x for x in e[:3]), e.p))
         axis.plot(2 * [100 * bar(claim)], [y - 0.4, y + 0.4], color="tab:red", linewidth=1)
         labels.append(f"{claim['id']}. {' over '.join(pair)}")
-    axis.axvline(0, color="gray", linewidth=0.8)
-    axis.set_yticks(range(len(labels)), labels, fontsize=8)
-    axis.invert_yaxis()
+    name_lines(axis, labels)
     axis.set_xlabel(
         "points of held-out accuracy that the first arm ends above the second\n(a dot a seed; "
         "black: mean and 95 % interval; red: the effect it must reach)",
