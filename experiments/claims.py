@@ -12,8 +12,9 @@ seeds.
     --mixed          also use results of another commit or of other options; the page says so
     --anew           run those again
     --pilot          choose level and learning rates; with --real the real model's
-    --again          after a change that should alter no number: make one run of every arm again;
-                     if all are the same bit for bit, the results count for this commit too
+    --again          after a change that should alter no number: a short run of every arm with the
+                     code of the results and with the code as it is; if all are the same bit for
+                     bit, the results count for this commit too
     --cost           time claim 6 on the same answers, seed by seed; the machine should be idle
 
 A run leaves one line; one that is killed leaves nothing and is run again. On the same machine a
@@ -29,6 +30,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import claims_again  # noqa: E402
 import claims_page  # noqa: E402
 import claims_pilot  # noqa: E402
 import claims_plan  # noqa: E402
@@ -41,7 +43,6 @@ from program.command import run_main  # noqa: E402
 from program.errors import BadInput  # noqa: E402
 
 COST = claims_runs.HERE / "claims_cost.json"
-AGAIN = ROOT / "runs" / "claims" / "again.jsonl"  # what --again has made so far
 
 
 def main():
@@ -64,7 +65,8 @@ def main():
     if a.cost:
         return time_steps(plan, chosen)
     if a.again:
-        return run_again(plan, chosen, made_of, a.real)
+        jobs = runnable(plan, chosen, None, a.real)
+        return claims_again.run_again(plan, chosen, jobs, a.real)
     there, jobs = read_runs(claims_runs.RUNS), []
     for arm, seed in runnable(plan, chosen, a.only, a.real):
         name, options = f"{arm}-{seed}", options_of(plan, arm, chosen)
@@ -78,9 +80,9 @@ def main():
         return
     claims_runs.make_worlds(plan, jobs)
     mixed = a.mixed or a.anew
-    results(plan, chosen, made_of, mixed, a.real)  # better refused now than after hours
+    results(plan, chosen, made_of, mixed)  # better refused now than after hours
     claims_runs.run_missing(plan, jobs, claims_runs.RUNS, made_of, a.real)
-    found, times, other = results(plan, chosen, made_of, mixed, a.real)
+    found, times, other = results(plan, chosen, made_of, mixed)
     if a.only:
         show(plan, a.only, found, times)
     print(f"the page: {claims_page.write(plan, chosen, found, times, other)}")
@@ -106,7 +108,7 @@ def runnable(plan, chosen, only, real):
     return [(arm, seed) for arm, seed in jobs if real or "real" not in arms[arm]]
 
 
-def results(plan, chosen, made_of, mixed, real):
+def results(plan, chosen, made_of, mixed):
     """What is there: {(arm, seed): result}, times, and, if `mixed`, {what: arms} of results that
     were made with something else than now. If not, they are refused."""
     found, times, other, runs = {}, {}, {}, read_runs(claims_runs.RUNS)
@@ -115,20 +117,36 @@ def results(plan, chosen, made_of, mixed, real):
         if name not in runs:
             continue
         found[arm, seed] = runs[name]
-        for what, value in differs(
-            runs[name], options_of(plan, arm, chosen), made_of, real
-        ).items():
+        now = {"options": options_of(plan, arm, chosen), "commit": made_of}
+        for what, value in differs(runs[name], **now).items():
             other.setdefault(what, set()).add(arm)
             if not mixed:
                 raise BadInput(
                     f"{claims_runs.RUNS.name}, run {name}: made with other {what} than now "
                     f"({value}); run it again with --anew, or use it with --mixed"
                 )
+    for a, b in unlike_pairs(plan, found):  # a world's model, made again on another machine
+        other.setdefault("weights", set()).update((a, b))
+        if not mixed:
+            raise BadInput(
+                f"{claims_runs.RUNS.name}: of a pair of runs {a} and {b} started from different "
+                "weights; run both again with --anew, or use them with --mixed"
+            )
     for path in (claims_runs.TIMES, COST):
         times |= read_json(path)
     if times.pop("commit", None) != made_of and not mixed:  # the steps timed by --cost
         times = {key: value for key, value in times.items() if "," not in key}
     return found, times, other
+
+
+def unlike_pairs(plan, found):
+    """Pairs of arms that are compared, of which two runs of a seed started from other weights."""
+    for group in groups_of(plan):
+        for ours, theirs in group["compare"]:
+            for seed in plan["common"]["seeds"]:
+                pair = [found.get((arm, seed)) for arm in (ours, theirs)]
+                if all(pair) and pair[0].get("weights") != pair[1].get("weights"):
+                    yield ours, theirs
 
 
 def show(plan, only, found, times):
@@ -162,40 +180,6 @@ def time_steps(plan, chosen):
             seconds[f"{arm}-{seed}, same answers"] = round(median, 4)
         print(f"seed {seed}: {done.stdout.splitlines()[-1]}", flush=True)
     replace(COST, json.dumps({"commit": claims_runs.commit(), **seconds}, indent=0) + "\n")
-
-
-def run_again(plan, chosen, now, real=None):
-    """One run of every arm with the code as it is, against the results; notes in claims_same.json
-    that they are the same, bit for bit, or raises BadInput with the first that is not."""
-    jobs, seeds = [], {}
-    for arm, seed in runnable(plan, chosen, None, real):
-        seeds.setdefault(arm, []).append(seed)
-    for i, arm in enumerate(seeds):
-        seed = seeds[arm][i % len(seeds[arm])]  # another one for every arm
-        jobs.append((f"{arm}-{seed}", options_of(plan, arm, chosen), seed))
-    runs, begun = read_runs(claims_runs.RUNS), read_runs(AGAIN)
-    if not real and any(name.startswith("real-") for name in runs):
-        raise BadInput(f"--again: needs --real DIR, too, {plan['real model']['what']}")
-    missing = [name for name, _, _ in jobs if name not in runs]
-    if missing:
-        raise BadInput(f"no result to compare with of {', '.join(missing)}: run claims.py first")
-    before = {name: runs[name] for name, _, _ in jobs}
-    made_of = {result["commit"] for result in before.values()}
-    if len(made_of) > 1:
-        raise BadInput(f"the results are of several commits: {', '.join(sorted(made_of))}")
-    if any(result["commit"] != now for result in begun.values()):
-        AGAIN.unlink()  # begun with other code
-        begun = {}
-    claims_runs.run_missing(plan, [job for job in jobs if job[0] not in begun], AGAIN, now, real)
-    again = read_runs(AGAIN)
-    for name, result in before.items():
-        for key in result.keys() - {"commit"}:
-            if again[name][key] != result[key]:
-                raise BadInput(f"{name}: {key} is not what it was; the results are of other code")
-    same = read_json(claims_runs.SAME) | {now: made_of.pop()}
-    replace(claims_runs.SAME, json.dumps(same, indent=0) + "\n")
-    AGAIN.unlink()
-    print(f"a run of each of {len(jobs)} arms came out the same, bit for bit")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,13 @@ written by hand after the runs; the plots are made in claims_plots.py.
 """
 
 import pathlib
+import re
+from collections import Counter
 from statistics import mean
 
 import paired
+
+from program.errors import BadInput
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE, PLOTS = ROOT / "docs" / "evidence.md", ROOT / "assets" / "evidence"
@@ -245,12 +249,15 @@ def said(verdict, reverse):
 
 def write(plan, pilot, found, times, other):
     """Make the page; `found` maps (arm, seed) to a run. Returns its path."""
-    notes = sections(NOTES.read_text(encoding="utf-8")) if NOTES.exists() else {}
-    tables, rows = {}, []
+    tables, rows, ps = {}, [], {}
     for kind in TITLES:
-        lines, own = table(plan, found, times, plan.get(kind, []))
+        claims = plan.get(kind, [])
+        lines, own = table(plan, found, times, claims)
         tables[kind] = "\n".join([*lines, ""])
         rows += own
+        ps |= {str(claim): p for claim, p in corrected_ps(claims, own).items()}
+    text = NOTES.read_text(encoding="utf-8") if NOTES.exists() else ""
+    notes = sections(with_numbers(text, plan, found, times, ps))
     try:
         import claims_plots
 
@@ -285,6 +292,35 @@ def sections(text):
     return found
 
 
+def with_numbers(text, plan, found, times, ps):
+    """Notes with the numbers that they name, from the runs that are there: {a - b, metric} an
+    effect and its interval, {a > b, metric} in how many seeds, {a, metric} an arm's mean, {Holm id}
+    a claim's corrected p. The metric of a comparison is "final" where none is given; a dash stands
+    where there are no runs."""
+
+    def number(named):
+        kind, _, claim_id = named[1].partition(" ")
+        pair, _, metric = named[1].partition(", ")
+        arms, claim = re.split(" [->] ", pair), {"metric": metric or "final"}
+        if kind != "Holm" and not plan["arms"].keys() >= set(arms) - {"start"}:
+            raise BadInput(f"{NOTES.name}: {named[0]} names no arm of claims.json")
+        if kind == "Holm":
+            return f"{ps[claim_id]:.3f}"
+        if len(arms) == 1:
+            values = values_of(plan, found, times, pair, metric).values()
+            return f"{mean(values):.2f}" if values else "–"
+        differences, _ = comparison(plan, found, times, claim, arms)
+        if len(differences) < 2:
+            return "–"
+        if " > " in pair:
+            return f"{sum(d > 0 for d in differences)} of {len(differences)}"
+        e = paired.effect(differences)
+        low_to_high = f"[{amount(e.low, claim)}, {amount(e.high, claim)}]"
+        return f"{amount(e.mean, claim)} {low_to_high}".replace("-", "−")
+
+    return re.sub(r"\{([^{}]+)\}", number, text)
+
+
 def said_of_others(other):
     """Which arms have results that were made with something else than now."""
     each = "; ".join(f"other {what}: {', '.join(sorted(arms))}" for what, arms in other.items())
@@ -308,12 +344,19 @@ def rules(plan, pilot, found, times):
         f"Level {pilot['difficulty']} of the task addition (three digits), {steps} steps of 128 "
         f"answers (the default run: 75 of 256), learning rates chosen on other seeds: {rates}. "
         f"{len(found)} runs{there}, two at a time on two cores: {hours:.1f} hours, the pilot not "
-        "counted."
+        f"counted. {machines(found)}"
     )
     final, changes = plan["common"]["final"], "\n".join(f"- {c}" for c in plan["changes"])
     if changes:
         changes = "\nThe plan was changed after runs had been seen:\n\n" + changes
     return RULES.format(what=what, final=final, changes=changes)
+
+
+def machines(found):
+    """How many runs were made on which kind of machine: rounding differs between them."""
+    often = Counter(run.get("machine", "a machine that was not noted") for run in found.values())
+    each = "; ".join(f"{runs} on {kind}" for kind, runs in often.most_common())
+    return f"Rounding differs between machines: {each}."
 
 
 def is_real(plan, arm):

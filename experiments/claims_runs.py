@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 
+import torch
+
 from program.errors import BadInput
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -132,14 +134,14 @@ def weights_of(options, real):
     return {"weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}
 
 
-def differs(result, options, made_of, real=None):
+def differs(result, **now):
     """{what: value} of what a result was made with, where it is not what it is now."""
-    now = {"options": options, "commit": made_of} | weights_of(options, real)
     return {what: result.get(what) for what, value in now.items() if result.get(what) != value}
 
 
 def same_as_now(result, options, made_of, real=None):
-    return result is not None and not differs(result, options, made_of, real)
+    now = {"options": options, "commit": made_of} | weights_of(options, real)
+    return result is not None and not differs(result, **now)
 
 
 def keep(path, runs, name, seconds):
@@ -174,11 +176,12 @@ def make_models(plan, names):
                 raise BadInput(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
 
 
-def one_thread(command):
-    """Run a program of this project on one thread that does not spin while it waits."""
+def one_thread(command, code=None):
+    """Run a program of this project, or of the one in another folder, on one thread that does not
+    spin while it waits."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, encoding="utf-8"
+        command, cwd=code or ROOT, env=env, capture_output=True, text=True, encoding="utf-8"
     )
 
 
@@ -223,8 +226,14 @@ def run_one(name, options, seed, made_of, real):
     if commit() != made_of:
         raise BadInput(f"run {name}: the sources were changed while it ran")
     shutil.rmtree(out)
-    result = {"options": options, "commit": made_of, "seed": seed, **started_from, **curves(lines)}
-    return result, time.time() - started
+    made_with = {"options": options, "commit": made_of, "machine": machine(), "seed": seed}
+    return {**made_with, **started_from, **curves(lines)}, time.time() - started
+
+
+def machine():
+    """What rounding hangs on, besides the code: PyTorch's version, and the widest instructions that
+    it finds in the processor."""
+    return f"PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def curves(lines):

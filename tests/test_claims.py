@@ -1,6 +1,7 @@
 """The statistics of experiments/claims.py, by hand; and that it runs what is missing, no more."""
 
 import json
+import pathlib
 import re
 import types
 
@@ -165,7 +166,6 @@ def laid_out(tools, monkeypatch, tmp_path):
     monkeypatch.setattr(tools.runs, "ROOT", tmp_path)
     monkeypatch.setattr(tools.runs, "RUNS", runs)
     monkeypatch.setattr(tools.runs, "TIMES", tmp_path / "claims_times.json")
-    monkeypatch.setattr(tools.main, "AGAIN", tmp_path / "again.jsonl")
     monkeypatch.setattr(tools.main, "COST", tmp_path / "claims_cost.json")
     monkeypatch.setattr(tools.plan, "PILOT", pilot)
     monkeypatch.setattr(tools.runs, "SAME", tmp_path / "claims_same.json")
@@ -304,43 +304,47 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     run, runs, trained, _ = laid_out
     run()
     assert len(trained) == 390
-    training, alike = tools.runs.subprocess.run, []
+    training, alike, asked, other = tools.runs.subprocess.run, [], [], []
 
-    def with_git(command, **how):  # the sources are clean, and of another commit
+    def with_git(command, cwd, **how):  # the sources are clean, and of another commit
         if command[0] != "git":
-            return training(command, **how)
+            done, old = training(command, **how), cwd.name == "code-c0ffee"
+            final = pathlib.Path(command[command.index("--out") + 1]) / "final"
+            assert final.is_relative_to(cwd)
+            final.mkdir()
+            weights = b"other" if old and any(part in " ".join(command) for part in other) else b""
+            (final / "model.safetensors").write_bytes(weights)
+            return done
+        asked.append(command[1:3])
         said = {"status": "", "log": "decaf\n"}.get(command[1], "the same code\n")
         if command[1] == "ls-tree" and not alike:
             said = f"{command[4]}\n"  # git ls-tree -r --name-only COMMIT
         return type("Done", (), {"stdout": said, "returncode": 0})()
 
     monkeypatch.setattr(tools.runs.subprocess, "run", with_git)
+    monkeypatch.setattr(tools.runs, "make_models", lambda plan, names: None)
     monkeypatch.setattr(tools.runs, "commit", tools.runs.commit.__defaults__[0])  # the real one
     with pytest.raises(BadInput, match="made with other commit"):
         run()
-    whole = runs.read_text(encoding="utf-8")
-    lines = whole.splitlines(True)  # dapo-109 is one of those that are made again
-    changed = [x.replace('"tokens": ', '"tokens": 1') if '"dapo-109"' in x else x for x in lines]
-    runs.write_text("".join(changed), encoding="utf-8")
-    with pytest.raises(BadInput, match="dapo-109: tokens is not what it was"):
+    other.append("--comparison edge")
+    with pytest.raises(BadInput, match="edge-1..: weights is not what it was at c0ffee"):
         run("--again")
+    assert asked[-1] == ["worktree", "remove"]  # nothing is left of the older code
     assert not tools.runs.SAME.exists() and tools.runs.commit() == "decaf"
     alike.append("but for words")
     assert tools.runs.commit() == "c0ffee"
     alike.clear()
-    runs.write_text(whole, encoding="utf-8")
-    run("--again")  # what was made again is still there
-    assert len(trained) == 429
-    arms = {c[c.index("--out") + 1].split("/")[-1].rpartition("-")[0] for c in trained[390:]}
-    assert len(trained) == 429 and len(arms) == 39
-    assert tools.runs.commit() == "c0ffee" and not tools.main.AGAIN.exists()
+    other.clear()
+    trained.clear()
+    run("--again")
+    arms = {c[c.index("--out") + 1].split("/")[-1].rpartition("-")[0] for c in trained}
+    assert len(trained) == 2 * 39 and len(arms) == 39
+    last = {int(re.findall(r"--steps (\d+)", " ".join(c))[-1]) for c in trained}
+    assert last == {12, 13, 25, 48}  # an arm of BuPO's: its first phase and a step of the second
+    assert tools.runs.commit() == "c0ffee"
     run()  # nothing is refused, nothing is missing
-    stale = tools.runs.read_runs(runs)["hapo-101"] | {"commit": "begun before"}
-    tools.runs.write_runs(tools.main.AGAIN, {"hapo-101": stale})
-    run("--again")  # does not certify this code by another's runs
-    assert len(trained) == 468 and "**Mixed**" not in (runs.parent / "evidence.md").read_text(
-        encoding="utf-8"
-    )
+    assert len(trained) == 2 * 39
+    assert "**Mixed**" not in (runs.parent / "evidence.md").read_text(encoding="utf-8")
 
 
 def test_comments_and_docstrings_change_no_number(tools):
@@ -503,9 +507,21 @@ def test_results_of_other_weights_are_refused(laid_out, tools):
     assert made_from == {"c30bb725f67b"}
     weights.unlink()  # results of a model that is not there stay results
     run("--only", "15", "--list")
-    weights.write_bytes(b"made again, otherwise")
-    with pytest.raises(BadInput, match=r"run long-dapo-101: made with other weights"):
+    weights.write_bytes(b"made again, otherwise")  # as on another machine
+    run("--only", "15")  # both runs of each pair are of the same weights
+    assert len(trained) == 40
+    results = tools.runs.read_runs(runs)
+    del results["long-dapo-101"]
+    tools.runs.write_runs(runs, results)
+    with pytest.raises(BadInput, match=r"a pair of runs long-dapo and long-dapo\+B started from"):
         run("--only", "15")
+    assert len(trained) == 41
+    run("--only", "15", "--mixed")
+    page = (runs.parent / "evidence.md").read_text(encoding="utf-8")
+    assert "(other weights: long-dapo, long-dapo+B)" in page
+    run("--only", "15", "--anew")  # the runs of that world, and no other
+    assert len(trained) == 41 + 19
+    assert "**Mixed**" not in (runs.parent / "evidence.md").read_text(encoding="utf-8")
 
 
 def test_a_real_model_s_runs_start_where_the_user_says(laid_out, tools, tmp_path):
@@ -550,6 +566,50 @@ def test_the_page_s_parts(tools):
         "| dapo |  | 0.600 (6) | **0.700 (6)** | 0.800 (2) |",
         "| hapo | **0.500 (2)** |  |  |  |",
     ]
+
+
+def test_notes_name_their_numbers(tools):
+    from claims_page import with_numbers
+
+    run = lambda end: {
+        "eval_accuracy": [[0, 0.2], [48, end]],
+        "eval_greedy": [[48, 0.9]],
+        "eval_length": [[48, 9.0]],
+        "entropy": [[48, 0.125]],
+        "response_length": [[48, 9.0]],
+        "pass_at_8": [[48, 1.0]],
+        "tokens": 1000,
+        "updates": 96,
+    }
+    ends = {"dapo": (0.5, 0.6, 0.7), "hapo": (0.6, 0.8, 0.6)}
+    found = {(arm, 101 + i): run(x) for arm, own in ends.items() for i, x in enumerate(own)}
+    plan = {
+        "arms": dict.fromkeys(("dapo", "hapo", "edge"), {}),
+        "common": {"seeds": range(101, 104)},
+    }
+    said = lambda text: with_numbers(text, plan, found, {}, {"1": 0.025})
+    # differences 10, 20 and -10 points: mean 6.67, deviation 15.28, t(2) 4.3027 x 15.28 / sqrt(3)
+    assert said("at {hapo - dapo}.") == "at +6.7 [−31.3, +44.6]."
+    assert said("{hapo > dapo} seeds, p {Holm 1}") == "2 of 3 seeds, p 0.025"
+    assert said("{hapo, final}, {dapo, entropy}; {edge, final}") == "0.67, 0.12; –"
+    assert said("{hapo - start} {edge - dapo}") == "+46.7 [+18.0, +75.4] –"
+    with pytest.raises(BadInput, match=r"claims_notes.md: \{hapo - dopa\} names no arm"):
+        said("{hapo - dopa}")
+
+
+def test_the_notes_numbers_are_there(tools):
+    """Every number that the notes name is one of the runs that lie beside them."""
+    plan, chosen = (
+        json.loads(path.read_text(encoding="utf-8")) for path in (tools.plan.PLAN, tools.plan.PILOT)
+    )
+    named = tools.plan.with_own_rates(plan, chosen)
+    made_of = {run["commit"] for run in tools.runs.read_runs(tools.runs.RUNS).values()}
+    found, times, _ = tools.main.results(named, chosen, made_of.pop(), True)
+    page = tools.main.claims_page
+    text = page.NOTES.read_text(encoding="utf-8")
+    ps = {str(claim["id"]): 1.0 for kind in page.TITLES for claim in named.get(kind, [])}
+    filled = page.with_numbers(text, named, found, times, ps)
+    assert "{" in text and "{" not in filled and " –" not in filled
 
 
 def test_effects_on_accuracy_are_shown_in_points(tools):
