@@ -40,7 +40,8 @@ A clear "no" or "cannot be told here" is a result.
 
 **How to read a table.** *Effect*: the mean difference of paired seeds and its 95 % interval, in
 the claim's direction (above 0 speaks for it); accuracies in points (hundredths). *Bar*: the
-smallest effect that counts. *p, Holm*: one a claim, corrected for the table's claims. *Improves*:
+smallest effect that counts; *contradicted* says that the whole interval lies below it, not that
+the effect is reversed. *p, Holm*: one a claim, corrected for the table's claims. *Improves*:
 the chance that a run of the first arm, of whatever seed, beats a run of the second.
 {mixed}"""
 RULES = """## How it was tested
@@ -207,6 +208,8 @@ def table(plan, found, times, claims):
             )
             part = "" if len(own) == 1 else f" ({said(*judge(claim, pair, e, e.p))})"
             compared = " − ".join(pair[:: claim.get("direction", 1)])
+            if pair[0] == pair[1]:
+                compared = f"{pair[0]}, last − first"
             shown = f"{p:.3f}" if p is not None and n == 0 else ""
             own_p, improves = ("", "") if timed else (f"{e.p:.3f}", f"{better:.2f}")
             lines.append(
