@@ -77,7 +77,7 @@ def modulation(
     """Eq. 6: h = (x - pivot) / h_max above the pivot, (x - pivot) / |h_min| below.
     In [-1, 1], 0 where `mask` is 0. The clamp only bites with another batch's statistics."""
     h = log_entropy(entropy) - stats.pivot
-    below = h / stats.h_min if released else -h / stats.h_min  # h, h_min < 0: to -1, or to +1
+    below = h / stats.h_min if released else -h / stats.h_min  # -1 ... 0; released: 0 ... 1
     h = torch.where(h > 0, h / stats.h_max, below).clamp(-1.0, 1.0)
     return h if mask is None else torch.where(mask.bool(), h, 0.0)
 
@@ -111,23 +111,23 @@ def token_group_advantages(
         A[b, t] = (R[b] - mu) / (s + 1e-6),   mu and s (population) over all valid tokens
     A long response weighs more. (B,), (B, T) -> (B, T), 0 where a group's rewards are equal."""
     groups = split_groups(rewards, group_size)
-    weight = mask.to(rewards.dtype).sum(1).view_as(groups)  # tokens of each response
-    tokens = weight.sum(1, keepdim=True).clamp_min(1)
-    centred = groups - (groups * weight).sum(1, keepdim=True) / tokens
-    variance = (centred.square() * weight).sum(1, keepdim=True) / tokens
-    advantages = centred / (variance.sqrt() + 1e-6)
+    lengths = mask.to(rewards.dtype).sum(1).view_as(groups)  # in tokens
+    tokens = lengths.sum(1, keepdim=True).clamp_min(1)
+    mean = (groups * lengths).sum(1, keepdim=True) / tokens
+    variance = ((groups - mean).square() * lengths).sum(1, keepdim=True) / tokens
+    advantages = (groups - mean) / (variance.sqrt() + 1e-6)
     # equal rewards (of responses that have tokens) mean exactly 0, whatever the mean's rounding
-    highest = groups.masked_fill(weight == 0, -torch.inf).amax(1, keepdim=True)
-    lowest = groups.masked_fill(weight == 0, torch.inf).amin(1, keepdim=True)
+    highest = groups.masked_fill(lengths == 0, -torch.inf).amax(1, keepdim=True)
+    lowest = groups.masked_fill(lengths == 0, torch.inf).amin(1, keepdim=True)
     advantages = torch.where(highest > lowest, advantages, 0.0)
     if released:
-        advantages = _released_fallback(advantages, weight, rewards, group_size)
+        advantages = _released_fallback(advantages, lengths, rewards, group_size)
     return torch.where(mask.bool(), advantages.view(-1, 1), 0.0)
 
 
-def _released_fallback(advantages, weight, rewards, group_size):
+def _released_fallback(advantages, lengths, rewards, group_size):
     """A group in which some |A| >= 5 is replaced, whole, by its GRPO advantages."""
-    large = (advantages.abs() >= 5) & (weight > 0)
+    large = (advantages.abs() >= 5) & (lengths > 0)
     grpo = grpo_advantages(rewards, group_size).view_as(advantages)
     return torch.where(large.any(1, keepdim=True), grpo, advantages)
 

@@ -4,8 +4,9 @@
     python train.py --model Qwen/Qwen3-0.6B --data train.jsonl  a real model, a file of questions
 
 Read `train_step` first: six paragraphs, in the order in which things happen, and the functions that
-they call, in the same order. HAPO differs from its baseline DAPO at four places, marked HAPO A to
-D; BuPO at those marked BuPO 1 to 10, here and elsewhere (grep -rn "# BuPO").
+they call, in the same order. HAPO differs from its baseline DAPO in four mechanisms, marked HAPO A
+to D where they act, and in the h that they read (paragraph 4). BuPO differs at the places marked
+BuPO 1 to 10, here and elsewhere (grep -rn "# BuPO").
 
 What the two papers do not speak of was chosen when the run opened (run/choices.py) and hangs behind
 names: run.rounds (dynamic sampling), run.arms and run.movers (comparisons), run.ranks (processes),
@@ -58,15 +59,15 @@ def train_step(step: int, run: Run) -> Step:
     layer = run.schedule(step)  # BuPO 1: the schedule
 
     # 2. Sample G answers to each prompt from the policy as it is, and grade them right or wrong.
-    batch = run.last_batch = run.rounds(collect, step, layer, run)
+    batch = run.last_batch = run.rounds(collect, step, layer, run)  # once, by default
     run.check_finite(batch.rewards, "a reward")
     clock.lap("generate")
     if run.layer == bupo.AUTO:  # BuPO 2: the boundary layer, measured on the first answers
         run.layer = find_boundary(batch, run)
         layer = run.schedule(step)
 
-    # 3. Score every token under the policy that learns: the ratio's denominator (not rollout.logp,
-    # at the sampler's T). A part is one update's answers, cut as there: first ratios are exactly 1.
+    # 3. Score every token under the policy that learns: the ratio's denominator (rollout.logp is at
+    # the sampler's T). A part is one update's answers; passes as there make first ratios exactly 1.
     size = len(batch.texts) // options.updates_per_rollout
     parts = [slice(i, i + size) for i in range(0, len(batch.texts), size)]
     batch.old_logp, batch.trained_entropy = score(run.policy, batch.rollout, parts, layer, run)
@@ -103,7 +104,7 @@ def collect(step: int, layer: Layer, run: Run, attempt: int = 0) -> Batch:
     options, G = run.options, run.options.answers_per_prompt
     problems, prompts = zip(*run.draw_items())
     temperature = options.temperature
-    if "A" in run.mechanisms:  # HAPO A: of each step's entropy
+    if "A" in run.mechanisms:  # HAPO A: no longer a number, a function of each step's entropy
         temperature = lambda entropy: run.temperature(entropy, run.sampler_stats)
     rollout = run.generate(
         run.actor(),
@@ -121,7 +122,7 @@ def collect(step: int, layer: Layer, run: Run, attempt: int = 0) -> Batch:
     strict, lenient = rollout.mask.new_tensor(grades).T
     first = [texts.index(text, row // G * G) for row, text in enumerate(texts)]
     right = run.verdict(Grade(strict, lenient), step, attempt)[first]  # equal answers, equal pay
-    rewards = run.pay(right, problems, texts)[first]
+    rewards = run.pay(right, problems, texts)[first]  # by default 1 if right, else 0
     live = losses.differ(rewards, G)  # before a length penalty, which would wake dead groups
     if options.overlong_buffer:
         cap, buffer = options.max_new_tokens, options.overlong_buffer
@@ -202,7 +203,7 @@ def statistics(entropy: Tensor, batch: Batch, run: Run) -> hapo.EntropyStats:
 
 
 def advantages(batch: Batch, run: Run) -> Tensor:
-    """(B, T): HAPO's B, or a group rule, one value an answer; 0 in dead groups."""
+    """(B, T): HAPO's mechanism B, or a group rule, one value an answer; 0 in dead groups."""
     options, G = run.options, run.options.answers_per_prompt
     mask = batch.loss_mask & batch.live[:, None]
     if "B" in run.mechanisms:  # HAPO B
@@ -224,7 +225,7 @@ def clip_range(batch: Batch, run: Run) -> tuple:
 
 def prepare_updates(step: int, batch: Batch, run: Run) -> None:
     """The learning rate of this step, and what may move; the statistics for the next one's A."""
-    if "A" in run.mechanisms:  # for HAPO A
+    if "A" in run.mechanisms:  # for the next step's HAPO A
         run.sampler_stats = statistics(batch.rollout.entropy, batch, run)
     for mover in run.movers:  # empty, unless something keeps still
         mover(step, run)
