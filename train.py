@@ -240,9 +240,9 @@ def share_of_peak(step: int, options: Options) -> float:
 
 def update(batch: Batch, part: Rows, layer: Layer, run: Run) -> Update:
     """One optimiser step on a part of the batch; no step at all, not even weight decay, where no
-    token learns. The loss is divided by the whole update's tokens, counted before the passes."""
+    token learns (a KL teaches any). The loss is divided by the tokens of the whole update."""
     mask = batch.loss_mask[part]
-    learns = mask if batch.ref_logp is not None else batch.advantages[part]  # KL: from any token
+    learns = mask if batch.ref_logp is not None else batch.advantages[part] != 0
     sums = (mask.sum(), batch.in_loss[part].sum(), learns.any())
     tokens, answers, learning = run.ranks.total(*sums)
     if not learning:
