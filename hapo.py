@@ -16,7 +16,8 @@ gradient through entropy or ratio.
 Where the paper disagrees with itself, and what we follow: Eq. 6 as printed in version 2 (by two
 readers' transcriptions) has -h / |h_min| in its lower branch, which is never negative. The range
 [-1, 1] and the text on the same pages, and Eq. 8 and 10-13, need it negative for low entropy: the
-branches h <= 0 could never be met otherwise. We follow range, text and Eq. 8, 10-13.
+branches h <= 0 could never be met otherwise. We follow range, text and Eq. 8, 10-13. Eq. 8 is
+printed with z; the published runs, and our default, have its bounded form with h.
 
 Departures from the released code (starriver030515/HAPO, 7671dde), which `released=True` restores:
 1. It has the sign of Eq. 6 as printed: a negative number divided by a negative one, so low-entropy
@@ -92,7 +93,7 @@ def adaptive_temperature(
 ) -> Tensor:
     """A, Eq. 8: the temperature of one decoding step, from the entropy of that step's raw logits.
         bounded (published runs)   T = base (1 + tau h)
-        zscore  (as printed)       T = base (1 + tau z) in base [0.1, 10],  z = (x - pivot) / sigma
+        zscore  (as printed)       T = base clip(1 + tau z, 0.1, 10),  z = (x - pivot) / sigma
     Any shape; statistics of the batch before, None for the first, which is drawn at base."""
     if stats is None:
         return torch.zeros_like(entropy) + base

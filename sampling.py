@@ -66,7 +66,7 @@ class Rollout:
         return rows
 
     def sequences(self, rows: Rows) -> tuple:
-        """Some rows as lines padded on the right: ids, mask, and where an answer token is next."""
+        """Some rows as lines padded on the right: ids, mask, and whose next one is an answer's."""
         prompts = torch.arange(len(self.tokens), device=self.mask.device)[rows] // self.group_size
         padded = torch.cat([self.prompt[prompts], self.tokens[rows]], 1)
         start = self.prompt_mask[prompts].sum(1, keepdim=True)

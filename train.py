@@ -5,8 +5,8 @@
 
 Read `train_step` first: six paragraphs, in the order in which things happen, and the functions that
 they call, in the same order. HAPO differs from its baseline DAPO in four mechanisms, marked HAPO A
-to D where they act, and in the h that they read (paragraph 4). BuPO differs at the places marked
-BuPO 1 to 10, here and elsewhere (grep -rn "# BuPO").
+to D: C and D read the h of paragraph 4, A one of the batch before. BuPO differs at the places
+marked BuPO 1 to 10, here and elsewhere (grep -rn "# BuPO").
 
 What the two papers do not speak of was chosen when the run opened (run/choices.py) and hangs behind
 names: run.rounds (dynamic sampling), run.arms and run.movers (comparisons), run.ranks (processes),
@@ -62,19 +62,19 @@ def train_step(step: int, run: Run) -> Step:
     batch = run.last_batch = run.rounds(collect, step, layer, run)  # once, by default
     run.check_finite(batch.rewards, "a reward")
     clock.lap("generate")
-    if run.layer == bupo.AUTO:  # BuPO 2: the boundary layer, measured on the first answers
+    if run.layer == bupo.AUTO:  # BuPO 3: the boundary layer, measured on the first answers
         run.layer = find_boundary(batch, run)
         layer = run.schedule(step)
 
     # 3. Score every token under the policy that learns: the ratio's denominator (rollout.logp is at
-    # the sampler's T). A part is one update's answers; passes as there make first ratios exactly 1.
+    # the sampler's T). A part: one update's answers. The first one's ratios are exactly 1 so.
     size = len(batch.texts) // options.updates_per_rollout
     parts = [slice(i, i + size) for i in range(0, len(batch.texts), size)]
     batch.old_logp, batch.trained_entropy = score(run.policy, batch.rollout, parts, layer, run)
-    # BuPO 3: phase 1 scores layer l alone; the full policy's entropy is the sampler's, at T = 1
+    # BuPO 4: phase 1 scores layer l alone; the full policy's entropy is the sampler's, at T = 1
     batch.entropy = batch.trained_entropy if layer is None else batch.rollout.entropy
     run.check_finite(batch.old_logp + batch.entropy, "an old log-probability or entropy")
-    if run.reference is not None and layer is None:  # BuPO 4: no KL to the initial model in phase 1
+    if run.reference is not None and layer is None:  # BuPO 5: no KL to the initial model in phase 1
         batch.ref_logp, _ = score(run.reference, batch.rollout, parts, None, run)
 
     # 4. One h in [-1, 1] a token, from the statistics of the batch: how sure, how uncertain?
@@ -90,7 +90,9 @@ def train_step(step: int, run: Run) -> Step:
     clock.lap("score")
 
     # 6. Update the policy on each part of the batch in turn.
-    prepare_updates(step, batch, run)
+    if "A" in run.mechanisms:  # what the next batch's HAPO A reads, at the sampler's T = 1
+        run.sampler_stats = statistics(batch.rollout.entropy, batch, run)
+    prepare_updates(step, run)
     updates = [update(batch, part, layer, run) for part in parts]
     clock.lap("update")
     return Step(step, layer, batch, updates, clock.seconds)
@@ -115,7 +117,7 @@ def collect(step: int, layer: Layer, run: Run, attempt: int = 0) -> Batch:
         temperature,
         run.vocab_size,
         uniform=run.uniform(step, attempt),
-        measure_entropy=layer is not None,  # BuPO 5: h is made of it in phase 1
+        measure_entropy=layer is not None,  # BuPO 2: h is made of it in phase 1
     )
     texts = answer_texts(rollout.answers(), run.tokenizer)
     grades = [grade(problems[row // G], text) for row, text in enumerate(texts)]
@@ -163,7 +165,7 @@ def find_boundary(batch: Batch, run: Run) -> int:
 @torch.no_grad()
 def score(model: nn.Module, rollout: Rollout, parts: list, layer: Layer, run: Run) -> tuple:
     """Log-probability and entropy of every token, (B, T), in the passes that each update, on its
-    rows, will make. The initial model's entropy is not measured: 0."""
+    rows, will make. The initial model's entropy is not needed."""
     logp = torch.zeros_like(rollout.logp)
     entropy = torch.zeros_like(rollout.logp)
     for part in parts:
@@ -194,7 +196,7 @@ def token_scores(
 
 
 def statistics(entropy: Tensor, batch: Batch, run: Run) -> hapo.EntropyStats:
-    """Of every token of the batch, over all processes; dead groups that are left count, too."""
+    """Of every token of the batch, over all processes; dead groups in it count, too."""
     pool = run.ranks.gather(entropy[batch.rollout.mask])
     return hapo.entropy_stats(pool, torch.ones_like(pool), run.options.rho)
 
@@ -223,10 +225,8 @@ def clip_range(batch: Batch, run: Run) -> tuple:
 # --------------------------------------------------------------------------------------- 6. update
 
 
-def prepare_updates(step: int, batch: Batch, run: Run) -> None:
-    """The learning rate of this step, and what may move; the statistics for the next one's A."""
-    if "A" in run.mechanisms:  # for the next step's HAPO A
-        run.sampler_stats = statistics(batch.rollout.entropy, batch, run)
+def prepare_updates(step: int, run: Run) -> None:
+    """The learning rate of this step, and what may move."""
     for mover in run.movers:  # empty, unless something keeps still
         mover(step, run)
     for group in run.weights.optimizer.param_groups:

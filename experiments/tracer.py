@@ -23,15 +23,15 @@ from run.options import parse
 
 
 def entered(function):
-    """The code objects of ours that run while function() does; comprehensions and lambdas count
-    with the function they stand in."""
-    seen = set()
+    """The code objects of ours that run while function() does, in the order in which they begin;
+    comprehensions and lambdas count with the function they stand in."""
+    seen = {}
 
     def profile(frame, event, arg):
         code = frame.f_code
         ours = code.co_filename.startswith(str(ROOT)) and ".venv" not in code.co_filename
         if event == "call" and ours and not code.co_name.startswith("<"):
-            seen.add(code)
+            seen[code] = None
 
     sys.setprofile(profile)
     try:
@@ -55,9 +55,9 @@ def main():
         by_file[where].append((len(text), name))
         lines |= {(where, n) for n in range(first, first + len(text))}  # nested ones once
     print()
-    for where, functions in sorted(by_file.items(), key=lambda item: -sum(n for n, _ in item[1])):
+    for where, functions in by_file.items():
         print(f"{where:24s}{sum(n for n, _ in functions):4d} lines in {len(functions)} functions")
-        print("    " + ", ".join(f"{name} {n}" for n, name in sorted(functions, reverse=True)))
+        print("    " + ", ".join(f"{name} {n}" for n, name in functions))
     print(f"{len(by_file)} files, {len(codes)} functions, {len(lines)} lines")
 
 

@@ -380,8 +380,8 @@ def first_look(run):
         )
     run.say(
         "a loss near 0 is right: advantages are centred and the ratio starts at 1; so is one off "
-        "it, where right answers are longer than wrong ones. What shows learning is a gradient "
-        "norm above 0, few dead groups, and a rising held-out accuracy."
+        "it, where HAPO's C weighs tokens or right and wrong answers differ in length. What shows "
+        "learning is a gradient norm above 0, few dead groups, and a rising held-out accuracy."
     )
     if run.ranks.main:
         write_lines(run.out / "metrics.jsonl", [metrics])

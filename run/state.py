@@ -64,9 +64,9 @@ class Run:
     verdict: Callable = None  # (grades, step, attempt) -> (B,) bool: the verdict used as reward
     clock: Callable = None  # () -> a Stopwatch
     own_reward: Callable = None  # (problem, text) -> float: --reward-function
-    pay: Callable = None  # (verdicts, problems, texts) -> (B,) rewards
-    rounds: Callable = None  # (collect, step, layer, run) -> the step's batch
-    mean_loss: Callable = None  # (per token, mask, tokens, answers) -> the update's loss
+    pay: Callable = None  # (verdicts, problems, texts) -> (B,) rewards, 1 or 0 by default
+    rounds: Callable = None  # (collect, step, layer, run) -> the step's batch: one, or several
+    mean_loss: Callable = None  # (per token, mask, tokens, answers) -> loss; as losses.masked_mean
     arms: list = ()  # run/arms.py: what changes a scored batch
     rival: Callable = None  # and what takes the place of train.policy_loss
     movers: list = ()  # and what says which weights may move
