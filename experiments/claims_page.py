@@ -336,7 +336,11 @@ def said_of_others(other):
 def rules(plan, pilot, found, times):
     """How it was tested."""
     rates = ", ".join(f"{base} {rate:g}" for base, rate in pilot["rates"].items())
-    hours = sum(times.get(f"{arm}-{seed}", 0) for arm, seed in found) / 2 / 3600
+    toy, real = (
+        sum(times.get(f"{arm}-{seed}", 0) for arm, seed in found if is_real(plan, arm) == kind)
+        / 7200
+        for kind in (False, True)
+    )  # hours, two runs at a time
     groups = [claim for kind in TITLES for claim in plan.get(kind, [])]
     arms = {arm for claim in groups for pair in claim["compare"] for arm in pair} - {"start"}
     seeds = lambda arm: len(plan["common"]["seeds"]) if not is_real(plan, arm) else (
@@ -346,8 +350,8 @@ def rules(plan, pilot, found, times):
     what = (
         f"Level {pilot['difficulty']} of the task addition (three digits), {steps} steps of 128 "
         f"answers (the default run: 75 of 256), learning rates chosen on other seeds: {rates}. "
-        f"{len(found)} runs{there}, two at a time on two cores: {hours:.1f} hours, the pilot not "
-        f"counted. {machines(found)}"
+        f"{len(found)} runs{there}, two at a time on two cores: {toy:.1f} hours, {real:.1f} more "
+        f"for the real model, the pilot not counted. {machines(found)}"
     )
     final, changes = plan["common"]["final"], "\n".join(f"- {c}" for c in plan["changes"])
     if changes:
