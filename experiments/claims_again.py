@@ -19,7 +19,8 @@ from claims_plan import options_of
 
 from program.errors import BadInput
 
-SHORT = 12  # steps, two updates each; a first phase is run to its end and a step beyond it
+SHORT = 8  # steps, two updates each; a first phase is run to its end and a step beyond it
+REAL = "--dtype float32 --steps 2"  # bfloat16 takes hours on a processor that has none
 # what a step says of its time
 TIMES = ("seconds_generate", "seconds_score", "seconds_update", "tokens_per_second")
 
@@ -60,12 +61,13 @@ def run_again(plan, chosen, jobs, real=None):
 
 
 def short_options(plan, arm, chosen, real):
-    """An arm's options for a dozen steps, its models where any folder finds them."""
+    """An arm's options for a few steps, its models where any folder finds them."""
     options = options_of(plan, arm, chosen).replace("REAL", str(real))
     options = options.replace("runs/worlds/", f"{claims_runs.ROOT}/runs/worlds/")
     last = lambda flag: int((re.findall(rf"{flag} (\d+)", options) or [0])[-1])
+    options += f" {REAL}" if "real" in plan["arms"][arm] else ""
     steps = min(last("--steps"), max(SHORT, last("--bupo-steps") + 1))
-    return f"{options} --steps {steps} --eval-every {steps} --save-every {steps}"
+    return f"{options} --steps {steps} --eval-every {steps} --save-every {steps} --eval-prompts 64"
 
 
 @contextlib.contextmanager
