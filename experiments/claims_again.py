@@ -19,6 +19,7 @@ from claims_plan import options_of
 
 from program.errors import BadInput
 
+AGAIN = claims_runs.ROOT / "runs" / "claims" / "again.json"  # the arms that are the same so far
 SHORT = 8  # steps, two updates each; a first phase is run to its end and a step beyond it
 REAL = "--dtype float32 --steps 2"  # bfloat16 takes hours on a processor that has none
 # what a step says of its time
@@ -26,12 +27,11 @@ TIMES = ("seconds_generate", "seconds_score", "seconds_update", "tokens_per_seco
 
 
 def run_again(plan, chosen, jobs, real=None):
-    """[(arm, seed)] of a plan: an arm is run with one of its seeds, another one for every arm."""
+    """[(arm, seed)] of a plan: an arm is run with one of its seeds, another one for every arm. The
+    real model's arms, many minutes each, are run where --real says where it lies."""
     runs, seeds, now = claims_runs.read_runs(claims_runs.RUNS), {}, claims_runs.last_commit()
     for arm, seed in jobs:
         seeds.setdefault(arm, []).append(seed)
-    if not real and any(name.startswith("real-") for name in runs):
-        raise BadInput(f"--again: needs --real DIR, too, {plan['real model']['what']}")
     made_of = {runs[f"{arm}-{seed}"]["commit"] for arm, seed in jobs if f"{arm}-{seed}" in runs}
     if len(made_of) != 1:
         raise BadInput(f"the results are of {len(made_of)} commits: {', '.join(sorted(made_of))}")
@@ -40,6 +40,10 @@ def run_again(plan, chosen, jobs, real=None):
         (f"{arm}-{own[i % len(own)]}", short_options(plan, arm, chosen, real), own[i % len(own)])
         for i, (arm, own) in enumerate(seeds.items())
     ]
+    same, both_codes = claims_runs.read_json(AGAIN), f"{before} {now}"
+    if same.get("codes") != both_codes:  # nothing yet, or of other code
+        same = {"codes": both_codes, "arms": []}
+    short = [job for job in short if job[0] not in same["arms"]]
     claims_runs.make_models(plan, plan["models"])
     with code_at(before) as old, concurrent.futures.ThreadPoolExecutor(2) as pool:
         both = lambda job: [short_run(code, *job) for code in (old, claims_runs.ROOT)]
@@ -50,14 +54,17 @@ def run_again(plan, chosen, jobs, real=None):
                 for what in was.keys() | is_now.keys():
                     if was.get(what) != is_now.get(what):
                         raise BadInput(f"{name}: {what} is not what it was at {before[:7]}")
+                same["arms"].append(name)
+                claims_runs.replace(AGAIN, json.dumps(same) + "\n")
                 print(f"{n}/{len(short)}  {name}  the same", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
     if claims_runs.last_commit() != now:
         raise BadInput("the sources were changed while they ran")
-    same = claims_runs.read_json(claims_runs.SAME) | {now: before}
-    claims_runs.replace(claims_runs.SAME, json.dumps(same, indent=0) + "\n")
-    print(f"short runs of all {len(short)} arms came out the same, bit for bit")
+    known = claims_runs.read_json(claims_runs.SAME) | {now: before}
+    claims_runs.replace(claims_runs.SAME, json.dumps(known, indent=0) + "\n")
+    AGAIN.unlink()
+    print(f"short runs of {len(same['arms'])} arms came out the same, bit for bit")
 
 
 def short_options(plan, arm, chosen, real):

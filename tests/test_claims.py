@@ -166,6 +166,7 @@ def laid_out(tools, monkeypatch, tmp_path):
     monkeypatch.setattr(tools.runs, "ROOT", tmp_path)
     monkeypatch.setattr(tools.runs, "RUNS", runs)
     monkeypatch.setattr(tools.runs, "TIMES", tmp_path / "claims_times.json")
+    monkeypatch.setattr(tools.main.claims_again, "AGAIN", tmp_path / "again.json")
     monkeypatch.setattr(tools.main, "COST", tmp_path / "claims_cost.json")
     monkeypatch.setattr(tools.plan, "PILOT", pilot)
     monkeypatch.setattr(tools.runs, "SAME", tmp_path / "claims_same.json")
@@ -335,10 +336,19 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     assert tools.runs.commit() == "c0ffee"
     alike.clear()
     other.clear()
+    again = tools.main.claims_again.AGAIN
+    begun = json.loads(again.read_text(encoding="utf-8"))["arms"]
     trained.clear()
-    run("--again")
-    arms = {c[c.index("--out") + 1].split("/")[-1].rpartition("-")[0] for c in trained}
-    assert len(trained) == 2 * 39 and len(arms) == 39
+    run("--again")  # goes on with the arms that were not seen to be the same
+    arms = [c[c.index("--out") + 1].split("/")[-1] for c in trained]
+    assert 0 < len(begun) < 39 and not set(arms) & set(begun) and not again.exists()
+    assert len(arms) == 2 * (39 - len(begun)) == 2 * len(set(arms))
+    tools.runs.SAME.unlink()
+    stale = json.dumps({"codes": "c0ffee begun before", "arms": begun})
+    again.write_text(stale, encoding="utf-8")
+    trained.clear()
+    run("--again")  # does not certify this code by another's runs
+    assert len(trained) == 2 * 39
     last = {int(re.findall(r"--steps (\d+)", " ".join(c))[-1]) for c in trained}
     assert last == {8, 13, 25, 48}  # an arm of BuPO's: its first phase and a step of the second
     assert tools.runs.commit() == "c0ffee"
