@@ -301,13 +301,11 @@ def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
         run("--only", "99")
 
 
-def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monkeypatch):
-    run, runs, trained, _ = laid_out
-    run()
-    assert len(trained) == 390
-    training, alike, asked, other = tools.runs.subprocess.run, [], [], []
+def git_and_trainings(training, alike, asked, other):
+    """Clean sources of another commit; trainings that end with other weights for `other` options in
+    the older code. `asked`: what git was asked for."""
 
-    def with_git(command, cwd, **how):  # the sources are clean, and of another commit
+    def with_git(command, cwd, **how):
         if command[0] != "git":
             done, old = training(command, **how), cwd.name == "code-c0ffee"
             final = pathlib.Path(command[command.index("--out") + 1]) / "final"
@@ -322,6 +320,15 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
             said = f"{command[4]}\n"  # git ls-tree -r --name-only COMMIT
         return type("Done", (), {"stdout": said, "returncode": 0})()
 
+    return with_git
+
+
+def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monkeypatch):
+    run, runs, trained, _ = laid_out
+    run()
+    assert len(trained) == 390
+    training, alike, asked, other = tools.runs.subprocess.run, [], [], []
+    with_git = git_and_trainings(training, alike, asked, other)
     monkeypatch.setattr(tools.runs.subprocess, "run", with_git)
     monkeypatch.setattr(tools.runs, "make_models", lambda plan, names: None)
     monkeypatch.setattr(tools.runs, "commit", tools.runs.commit.__defaults__[0])  # the real one
