@@ -4,7 +4,8 @@ experiments/advantage_mass.py
 Of 1,024 answers of each world's model: the sum of the advantages of all tokens, by the length of
 their answer, under GRPO's advantages and under B. DAPO's loss is a mean over tokens, so this mass
 is what pushes; where it does not sum to 0, answers of one length are pushed as such. Into
-experiments/claims_mass.json, which claims.py draws. With --real DIR also of the real model.
+experiments/claims_mass.json, which claims.py shows. With --real DIR also of the real model. Worlds
+that are not there yet are made first, five minutes and more each.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import claims_page  # noqa: E402
 import claims_plan  # noqa: E402
 import claims_runs  # noqa: E402
 
@@ -27,7 +29,6 @@ from run.machine import OneProcess  # noqa: E402
 from run.opening import open_run  # noqa: E402
 
 OPTIONS = "--prompts-per-step 128 --answers-per-prompt 8 --algo dapo --device cpu"
-MASSES = claims_plan.PLAN.with_name("claims_mass.json")
 
 
 def masses(world, given):
@@ -69,15 +70,15 @@ def main():
     real = parser.parse_args().real
     plan = claims_runs.read_json(claims_plan.PLAN)
     claims_runs.make_models(plan, plan["models"])
-    found = claims_runs.read_json(MASSES)
+    found = claims_runs.read_json(claims_page.MASSES)
     for world in plan["models"]:
         given = f"{OPTIONS} --difficulty 2 --model {ROOT}/runs/worlds/{world}"
         found[world] = masses(world, given)
     if real:
         given = plan["real model"]["options"].replace("REAL", real)
         found["real"] = masses("real", f"{given} {OPTIONS}")
-    MASSES.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
-    print(f"saved to {MASSES.relative_to(ROOT)}; python experiments/claims.py draws it")
+    claims_page.MASSES.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+    print(f"saved to {claims_page.MASSES.relative_to(ROOT)}; python experiments/claims.py draws it")
 
 
 if __name__ == "__main__":

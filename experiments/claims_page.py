@@ -4,6 +4,7 @@ Called by claims.py; runs nothing. What the numbers surprised us with stands in 
 written by hand after the runs; the plots are made in claims_plots.py.
 """
 
+import json
 import pathlib
 import re
 from collections import Counter
@@ -16,6 +17,7 @@ from program.errors import BadInput
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE, PLOTS = ROOT / "docs" / "evidence.md", ROOT / "assets" / "evidence"
 NOTES = pathlib.Path(__file__).resolve().parent / "claims_notes.md"
+MASSES = NOTES.with_name("claims_mass.json")
 TITLES = {  # of the kinds of comparisons, in the page's order
     "worlds": "Two worlds: when B helps",
     "field": "The field's rivals",
@@ -64,7 +66,8 @@ interval lies below that, one of "no worse" where it lies above. Controls are no
 makes them stricter; *no difference* says that none was found (p not below 0.05).
 *Final* is {final}.
 *Greedy*, *entropy*, *length* and *groups with a right answer* are means over the last third of the
-steps too, the last three of training answers; *half-way* is step 24; *seconds* are a ratio less 1.
+steps too, the last three of training answers; *half-way* is the middle evaluation (step 24;
+12 of the real model); *seconds* are a ratio less 1.
 {changes}
 """
 
@@ -276,7 +279,8 @@ def write(plan, pilot, found, times, other):
             parts += [f"## {CANNOT}\n\n{notes.pop(CANNOT, '')}", rules(plan, pilot, found, times)]
         if plan.get(kind):
             parts += [f"## {title}\n", notes.pop(title, ""), tables[kind], shown(f"{kind}.png")]
-    parts += [rates_table(plan, pilot), *arms_tables(plan, found, times)]
+    parts += [mass_table(json.loads(MASSES.read_text(encoding="utf-8"))), rates_table(plan, pilot)]
+    parts += arms_tables(plan, found, times)
     parts += [f"## {title}\n\n{text}" for title, text in notes.items()]
     details = [shown(name) for name in pictures if name.removesuffix(".png") not in TITLES]
     if details:
@@ -392,6 +396,27 @@ def rates_table(plan, pilot):
         shown = [f"{ends[r][0]:.3f} ({ends[r][1]})" if r in ends else "" for r in rates]
         shown = [f"**{x}**" if r == known.get(arm) else x for r, x in zip(rates, shown)]
         lines.append(f"| {arm} | {' | '.join(shown)} |")
+    return "\n".join([*lines, ""])
+
+
+def mass_table(masses):
+    """How long answers are before training, and what is left of the advantages' mass when their
+    signs are set off against each other: 0 pushes as much up as down."""
+    rules = ("GRPO's advantages", "B")
+    lines = [
+        "## Length and advantage mass before training\n",
+        "Tokens of right and of wrong answers; net share of the mass"
+        " (`python experiments/advantage_mass.py`).\n",
+        f"| model | right | wrong | {' | '.join(rules)} |",
+        "|---|---|---|---|---|",
+    ]
+    for name, known in masses.items():
+        net = [sum(map(sum, known["mass"][rule].values())) for rule in rules]
+        lengths = f"{known['right']:.1f} | {known['wrong']:.1f}"
+        # less than half of the last digit shown is 0, without a sign
+        lines.append(
+            f"| {name} | {lengths} | {' | '.join(f'{round(n, 2) + 0.0:.2f}' for n in net)} |"
+        )
     return "\n".join([*lines, ""])
 
 

@@ -3,7 +3,6 @@
 Every run is a dot or a line of its own, never a mean alone.
 """
 
-import pathlib
 import re
 import textwrap
 
@@ -12,10 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import paired  # noqa: E402
-from claims_page import late  # noqa: E402
+from claims_page import MASSES, late  # noqa: E402
 from claims_runs import read_json  # noqa: E402
 
-MASSES = pathlib.Path(__file__).resolve().parent / "claims_mass.json"
 COLORS = ("tab:orange", "tab:blue")
 FIELD = {  # baseline: arms
     "dapo": (

@@ -169,7 +169,7 @@ def make_models(plan, names):
     for name in names:
         folder, options = ROOT / "runs" / "worlds" / name, plan["models"][name]
         if not (folder / "model.safetensors").is_file():
-            print(f"making {folder}", flush=True)
+            print(f"making {folder} (minutes)", flush=True)
             command = [sys.executable, "scripts/pretrain_tiny.py", "--out", str(folder)]
             done = one_thread([*command, *options.split()])
             if done.returncode:

@@ -683,6 +683,19 @@ def test_a_run_during_which_the_sources_change_is_no_result(laid_out, tools, mon
     assert not runs.exists()
 
 
+def test_the_mass_table_by_hand(tools):
+    from claims_page import mass_table
+
+    # 0.5 up and 0.25 + 0.35 down: net -0.10; and what cancels shows no sign
+    grpo = {"3": [0.5, -0.25], "5": [0.0, -0.35]}
+    known = {
+        "right": 3.04,
+        "wrong": 5,
+        "mass": {"GRPO's advantages": grpo, "B": {"3": [0.5, -0.504]}},
+    }
+    assert mass_table({"short": known}).splitlines()[-1] == "| short | 3.0 | 5.0 | -0.10 | 0.00 |"
+
+
 def test_advantage_mass_by_length_by_hand(tools):
     import torch
     from advantage_mass import by_length
