@@ -4,13 +4,13 @@ Called by claims.py; runs nothing. What the numbers surprised us with stands in 
 written by hand after the runs; the plots are made in claims_plots.py.
 """
 
-import json
 import pathlib
 import re
 from collections import Counter
 from statistics import mean
 
 import paired
+from claims_runs import read_json
 
 from program.errors import BadInput
 
@@ -279,7 +279,7 @@ def write(plan, pilot, found, times, other):
             parts += [f"## {CANNOT}\n\n{notes.pop(CANNOT, '')}", rules(plan, pilot, found, times)]
         if plan.get(kind):
             parts += [f"## {title}\n", notes.pop(title, ""), tables[kind], shown(f"{kind}.png")]
-    parts += [mass_table(json.loads(MASSES.read_text(encoding="utf-8"))), rates_table(plan, pilot)]
+    parts += [mass_table(read_json(MASSES)), rates_table(plan, pilot)]
     parts += arms_tables(plan, found, times)
     parts += [f"## {title}\n\n{text}" for title, text in notes.items()]
     details = [shown(name) for name in pictures if name.removesuffix(".png") not in TITLES]
