@@ -97,9 +97,14 @@ def test_the_readme_is_short_and_its_files_exist():
     assert len(text.split()) <= 1300
     assert max(map(len, text.splitlines())) <= 120
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
             if not link.startswith("http"):
-                assert (page.parent / link).exists(), f"{page.name}: {link}"
+                there = page.parent / link if link else page
+                assert there.exists(), f"{page.name}: {link}"
+                titles = re.findall(r"^#+ (.*)", there.read_text("utf-8") if anchor else "", re.M)
+                slugs = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+                assert not anchor or anchor in slugs, f"{page.name}: {link}#{anchor}"
 
 
 def test_the_marks_are_counted_right():
