@@ -102,7 +102,8 @@ def test_the_readme_is_short_and_its_files_exist():
             if not link.startswith("http"):
                 there = page.parent / link if link else page
                 assert there.exists(), f"{page.name}: {link}"
-                titles = re.findall(r"^#+ (.*)", there.read_text("utf-8") if anchor else "", re.M)
+                text_there = there.read_text(encoding="utf-8") if anchor else ""
+                titles = re.findall(r"^#+ (.*)", text_there, re.M)
                 slugs = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
                 assert not anchor or anchor in slugs, f"{page.name}: {link}#{anchor}"
 
