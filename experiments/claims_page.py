@@ -255,13 +255,12 @@ def said(verdict, reverse):
 
 def write(plan, pilot, found, times, other):
     """Make the page; `found` maps (arm, seed) to a run. Returns its path."""
-    tables, rows, ps = {}, [], {}
+    tables, rows, ps = {}, {}, {}
     for kind in TITLES:
         claims = plan.get(kind, [])
-        lines, own = table(plan, found, times, claims)
+        lines, rows[kind] = table(plan, found, times, claims)
         tables[kind] = "\n".join([*lines, ""])
-        rows += own
-        ps |= {str(claim): p for claim, p in corrected_ps(claims, own).items()}
+        ps |= {str(claim): p for claim, p in corrected_ps(claims, rows[kind]).items()}
     text = NOTES.read_text(encoding="utf-8") if NOTES.exists() else ""
     notes = sections(with_numbers(text, plan, found, times, ps))
     try:

@@ -24,21 +24,16 @@ FIELD = {  # baseline: arms
 CURVES = ("grpo", "dapo", "hapo", "bupo", "bupo-4x", "random")
 
 
-def draw(folder, found, rows):
-    """All pictures into `folder`; `rows` as claims_page.table returns them. Returns their names."""
+def draw(folder, found, tables):
+    """All pictures into `folder`; `tables` holds {kind: rows as claims_page.table returns them}.
+    A table's picture has its kind's name. Returns the pictures' names."""
     folder.mkdir(parents=True, exist_ok=True)
-    others = {id(row[0]): row[0] for row in rows if not in_one_picture(row[0])}
-    names = [
-        save(figure, folder / name)
-        for name, figure in (
-            ("worlds.png", worlds(found)),
-            ("field.png", field(found)),
-            ("real.png", real(found)),
-            ("claims.png", effects(rows)),
-            ("curves.png", curves(found)),
-        )
-        if figure
-    ]
+    own = {"worlds": worlds, "field": field, "real": real}
+    figures = {k: own[k](found) if k in own else effects(rows) for k, rows in tables.items()}
+    figures["curves"] = curves(found)
+    names = [save(figure, folder / f"{kind}.png") for kind, figure in figures.items() if figure]
+    rows = [row for own in tables.values() for row in own]
+    others = {id(row[0]): row[0] for row in rows if not in_its_tables_picture(row[0])}
     for claim in others.values():
         name = re.sub("[^a-z0-9]+", "_", str(claim["id"]).lower())
         own = [row for row in rows if row[0] is claim]
@@ -145,7 +140,7 @@ def draw_effect(axis, y, points, e):
     axis.plot(e.mean, y, "|", color="black", markersize=10, markeredgewidth=2)
 
 
-def in_one_picture(claim):
+def in_its_tables_picture(claim):
     """Whether `effects` shows it: final accuracy, held against a bar."""
     return claim["metric"] == "final" and bool(bar(claim))
 
@@ -156,8 +151,8 @@ def bar(claim):
 
 
 def effects(rows):
-    """Every comparison of final accuracy in one picture: differences, mean and 95 % interval."""
-    shown = [row for row in rows if in_one_picture(row[0])]
+    """A table's comparisons of final accuracy: differences, mean and 95 % interval."""
+    shown = [row for row in rows if in_its_tables_picture(row[0])]
     if not shown:
         return None
     figure, axis = plt.subplots(figsize=(8, 1 + 0.27 * len(shown)))

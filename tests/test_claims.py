@@ -640,14 +640,14 @@ def test_effects_on_accuracy_are_shown_in_points(tools):
     assert bar({"metric": "seconds", "at_most": 0.03}) == "below +0.03"
 
 
-def test_only_what_the_one_picture_leaves_out_has_a_picture_of_its_own(tools):
+def test_only_what_its_tables_picture_leaves_out_has_one_of_its_own(tools):
     pytest.importorskip("matplotlib")
-    from claims_plots import in_one_picture
+    from claims_plots import in_its_tables_picture
 
-    assert in_one_picture({"metric": "final", "smallest": 0.01})
-    assert in_one_picture({"metric": "final", "no_worse_by": 0.01})
-    assert not in_one_picture({"metric": "final"})  # a control
-    assert not in_one_picture({"metric": "entropy", "smallest": 0.005})
+    assert in_its_tables_picture({"metric": "final", "smallest": 0.01})
+    assert in_its_tables_picture({"metric": "final", "no_worse_by": 0.01})
+    assert not in_its_tables_picture({"metric": "final"})  # a control
+    assert not in_its_tables_picture({"metric": "entropy", "smallest": 0.005})
 
 
 def test_what_is_no_result_is_named_with_its_line(tools, tmp_path):
