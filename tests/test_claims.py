@@ -650,6 +650,30 @@ def test_only_what_its_tables_picture_leaves_out_has_one_of_its_own(tools):
     assert not in_its_tables_picture({"metric": "entropy", "smallest": 0.005})
 
 
+def test_a_tables_picture_shows_its_own_comparisons_alone(tools, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import claims_plots
+
+    def row(name, metric="final"):
+        claim = {"id": name, "claim": "", "metric": metric, "smallest": 0.01}
+        return claim, ("a", "b"), tools.paired.effect([0.1, 0.3]), 2, [(0.5, 0.4), (0.6, 0.3)]
+
+    labels = {}
+
+    def keep(figure, path):
+        labels[path.name] = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        claims_plots.plt.close(figure)
+        return path.name
+
+    monkeypatch.setattr(claims_plots, "save", keep)
+    monkeypatch.setattr(claims_plots, "curves", lambda found: None)
+    tables = {"claims": [row(1), row(4, "entropy")], "own": [row("15 own")], "controls": []}
+    names = claims_plots.draw(tmp_path, {}, tables)
+    assert names == ["claims.png", "own.png", "claim_4.png"] == list(labels)
+    assert labels["claims.png"] == ["1. a over b"]
+    assert labels["own.png"] == ["15 own. a over b"]
+
+
 def test_what_is_no_result_is_named_with_its_line(tools, tmp_path):
     path = tmp_path / "claims_runs.jsonl"
     for broken in ("", '{"name": ', '{"seed": 101}', "3"):
