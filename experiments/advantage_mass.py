@@ -31,7 +31,7 @@ from run.opening import open_run  # noqa: E402
 OPTIONS = "--prompts-per-step 128 --answers-per-prompt 8 --algo dapo --device cpu"
 
 
-def masses(world, given):
+def masses(given):
     """{"right", "wrong": mean tokens, "mass": {rule: {length: [share above 0, share below 0]}}} of
     the answers of a world's model."""
     with tempfile.TemporaryDirectory() as out:
@@ -48,9 +48,6 @@ def masses(world, given):
     for rule, advantages in rules.items():
         shares = by_length(advantages.sum(1), lengths)
         found["mass"][rule] = {n: [round(x, 6) for x in parts] for n, parts in shares.items()}
-        net = sum(above + below for above, below in shares.values())
-        print(f"{world}, {rule}: net {net:+.2f} of the mass")
-    print(f"{world}: right {found['right']:.1f} tokens, wrong {found['wrong']:.1f}")
     return found
 
 
@@ -73,11 +70,12 @@ def main():
     found = claims_runs.read_json(claims_page.MASSES)
     for world in plan["models"]:
         given = f"{OPTIONS} --difficulty 2 --model {ROOT}/runs/worlds/{world}"
-        found[world] = masses(world, given)
+        found[world] = masses(given)
     if real:
         given = plan["real model"]["options"].replace("REAL", real)
-        found["real"] = masses("real", f"{given} {OPTIONS}")
+        found["real"] = masses(f"{given} {OPTIONS}")
     claims_page.MASSES.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+    print(claims_page.mass_table(claims_page.before_training(found)))
     print(f"saved to {claims_page.MASSES.relative_to(ROOT)}; python experiments/claims.py draws it")
 
 

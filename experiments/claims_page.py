@@ -260,9 +260,10 @@ def write(plan, pilot, found, times, other):
         claims = plan.get(kind, [])
         lines, rows[kind] = table(plan, found, times, claims)
         tables[kind] = "\n".join([*lines, ""])
-        ps |= {str(claim): p for claim, p in corrected_ps(claims, rows[kind]).items()}
+        ps |= corrected_ps(claims, rows[kind])
     text = NOTES.read_text(encoding="utf-8") if NOTES.exists() else ""
-    notes = sections(with_numbers(text, plan, found, times, ps))
+    before = before_training(read_json(MASSES))
+    notes = sections(with_numbers(text, plan, found, times, ready_numbers(before, ps)))
     try:
         import claims_plots
 
@@ -278,13 +279,13 @@ def write(plan, pilot, found, times, other):
             parts += [f"## {CANNOT}\n\n{notes.pop(CANNOT, '')}", rules(plan, pilot, found, times)]
         if plan.get(kind):
             parts += [f"## {title}\n", notes.pop(title, ""), tables[kind], shown(f"{kind}.png")]
-    parts += [mass_table(read_json(MASSES)), rates_table(plan, pilot)]
+    parts += [mass_table(before), rates_table(plan, pilot)]
     parts += arms_tables(plan, found, times)
     parts += [f"## {title}\n\n{text}" for title, text in notes.items()]
-    details = [shown(name) for name in pictures if name.removesuffix(".png") not in TITLES]
-    if details:
-        words = "Every run a dot; a line joins the two arms of a seed.\n"
-        parts += [f"## What the pictures above leave out\n\n{words}", *details]
+    if pictures:
+        words = "Accuracy over the steps, a line a run; the two arms of every seed, joined.\n"
+        parts += [f"## What the pictures above leave out\n\n{words}"]
+        parts += [shown("curves.png"), shown("others.png")]
     PAGE.write_text("\n".join(part for part in parts if part), encoding="utf-8")
     return PAGE
 
@@ -298,20 +299,25 @@ def sections(text):
     return found
 
 
-def with_numbers(text, plan, found, times, ps):
+def ready_numbers(before, ps):
+    """What notes may name, and the table of before_training or of the claims shows."""
+    columns = {f"{model}: {name}": x for model, own in before.items() for name, x in own.items()}
+    return columns | {f"Holm {claim}": f"{p:.3f}" for claim, p in ps.items()}
+
+
+def with_numbers(text, plan, found, times, ready):
     """Notes with the numbers that they name, from the runs that are there: {a - b, metric} an
-    effect and its interval, {a > b, metric} in how many seeds, {a, metric} an arm's mean, {Holm id}
-    a claim's corrected p. The metric of a comparison is "final" where none is given; a dash stands
-    where there are no runs."""
+    effect and its interval, {a > b, metric} in how many seeds, {a, metric} an arm's mean; or one
+    that is `ready`: {Holm id} a claim's corrected p, {model: column} as in mass_table. The metric
+    of a comparison is "final" where none is given; a dash stands where there are no runs."""
 
     def number(named):
-        kind, _, claim_id = named[1].partition(" ")
+        if named[1] in ready:
+            return ready[named[1]]
         pair, _, metric = named[1].partition(", ")
         arms, claim = re.split(" [->] ", pair), {"metric": metric or "final"}
-        if kind != "Holm" and not plan["arms"].keys() >= set(arms) - {"start"}:
+        if not plan["arms"].keys() >= set(arms) - {"start"}:
             raise BadInput(f"{NOTES.name}: {named[0]} names no arm of claims.json")
-        if kind == "Holm":
-            return f"{ps[claim_id]:.3f}"
         if len(arms) == 1:
             values = values_of(plan, found, times, pair, metric).values()
             return f"{mean(values):.2f}" if values else "–"
@@ -398,24 +404,31 @@ def rates_table(plan, pilot):
     return "\n".join([*lines, ""])
 
 
-def mass_table(masses):
+def before_training(masses):
     """How long answers are before training, and what is left of the advantages' mass when their
-    signs are set off against each other: 0 pushes as much up as down."""
-    rules = ("GRPO's advantages", "B")
+    signs are set off against each other, as shown: {model: {"right", "wrong" or rule: number}}."""
+    shown = {}
+    for model, known in masses.items():
+        shown[model] = {kind: f"{known[kind]:.1f}" for kind in ("right", "wrong")}
+        for rule, parts in known["mass"].items():
+            net = round(sum(map(sum, parts.values())), 2)
+            shown[model][rule] = f"{net:+.2f}".replace("-", "−") if net else "0"
+    return shown
+
+
+def mass_table(before):
+    """What before_training has found. A net of 0 pushes as much up as down."""
+    if not before:
+        return ""
+    columns = list(next(iter(before.values())))
     lines = [
         "## Length and advantage mass before training\n",
         "Tokens of right and of wrong answers; net share of the mass"
         " (`python experiments/advantage_mass.py`).\n",
-        f"| model | right | wrong | {' | '.join(rules)} |",
-        "|---|---|---|---|---|",
+        f"| model | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
     ]
-    for name, known in masses.items():
-        net = [sum(map(sum, known["mass"][rule].values())) for rule in rules]
-        lengths = f"{known['right']:.1f} | {known['wrong']:.1f}"
-        # less than half of the last digit shown is 0, without a sign
-        lines.append(
-            f"| {name} | {lengths} | {' | '.join(f'{round(n, 2) + 0.0:.2f}' for n in net)} |"
-        )
+    lines += [f"| {model} | {' | '.join(own.values())} |" for model, own in before.items()]
     return "\n".join([*lines, ""])
 
 

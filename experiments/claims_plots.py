@@ -3,7 +3,8 @@
 Every run is a dot or a line of its own, never a mean alone.
 """
 
-import re
+import itertools
+import math
 import textwrap
 
 import matplotlib
@@ -28,17 +29,12 @@ def draw(folder, found, tables):
     """All pictures into `folder`; `tables` holds {kind: rows as claims_page.table returns them}.
     A table's picture has its kind's name. Returns the pictures' names."""
     folder.mkdir(parents=True, exist_ok=True)
-    own = {"worlds": worlds, "field": field, "real": real}
-    figures = {k: own[k](found) if k in own else effects(rows) for k, rows in tables.items()}
-    figures["curves"] = curves(found)
-    names = [save(figure, folder / f"{kind}.png") for kind, figure in figures.items() if figure]
-    rows = [row for own in tables.values() for row in own]
-    others = {id(row[0]): row[0] for row in rows if not in_its_tables_picture(row[0])}
-    for claim in others.values():
-        name = re.sub("[^a-z0-9]+", "_", str(claim["id"]).lower())
-        own = [row for row in rows if row[0] is claim]
-        names.append(save(dots(claim, own), folder / f"claim_{name}.png"))
-    return names
+    special = {"worlds": worlds, "field": field, "real": real}
+    figures = {"curves": curves(found)}
+    for kind, rows in tables.items():
+        figures[kind] = special[kind](found) if kind in special else effects(rows)
+    figures["others"] = others(itertools.chain(*tables.values()))
+    return [save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure]
 
 
 def save(figure, path):
@@ -47,18 +43,22 @@ def save(figure, path):
     return path.name
 
 
-def dots(claim, rows):
-    """One panel a comparison: the two arms of every seed, joined."""
-    size = (3 * len(rows), 3)
-    figure, axes = plt.subplots(1, len(rows), figsize=size, squeeze=False, sharey=True)
-    for axis, (_, pair, _, _, values) in zip(axes[0], rows):
+def others(rows):
+    """A panel for each comparison that `effects` leaves out: the two arms of every seed, joined."""
+    shown = [row for row in rows if not in_its_tables_picture(row[0])]
+    if not shown:
+        return None
+    high = math.ceil(len(shown) / 4)
+    figure, axes = plt.subplots(high, 4, figsize=(12, 2.8 * high), squeeze=False)
+    for axis, (claim, pair, _, _, values) in zip(axes.flat, shown):
         for ours, theirs in values:
             axis.plot([0, 1], [theirs, ours], "o-", color="tab:blue", alpha=0.5, markersize=4)
         axis.set_xticks([0, 1], [pair[1] if pair[0] != pair[1] else "first", pair[0]])
         axis.set_xlim(-0.3, 1.3)
-    axes[0][0].set_ylabel(claim["metric"])
-    title = f"{claim['id']}. {claim['claim']}"
-    figure.suptitle(textwrap.fill(title, 42 * len(rows)), fontsize=9)
+        axis.set_ylabel(claim["metric"], fontsize=8)
+        axis.set_title(textwrap.fill(f"{claim['id']}. {claim['claim']}", 34), fontsize=8)
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
     figure.tight_layout()
     return figure
 

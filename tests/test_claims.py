@@ -586,8 +586,9 @@ def test_the_page_s_parts(tools):
 
 
 def test_notes_name_their_numbers(tools):
-    from claims_page import with_numbers
+    from claims_page import ready_numbers, with_numbers
 
+    ready = ready_numbers({"short": {"right": "10.0", "B": "0"}}, {1: 0.025})
     run = lambda end: {
         "eval_accuracy": [[0, 0.2], [48, end]],
         "eval_greedy": [[48, 0.9]],
@@ -604,10 +605,11 @@ def test_notes_name_their_numbers(tools):
         "arms": dict.fromkeys(("dapo", "hapo", "edge"), {}),
         "common": {"seeds": range(101, 104)},
     }
-    said = lambda text: with_numbers(text, plan, found, {}, {"1": 0.025})
+    said = lambda text: with_numbers(text, plan, found, {}, ready)
     # differences 10, 20 and -10 points: mean 6.67, deviation 15.28, t(2) 4.3027 x 15.28 / sqrt(3)
     assert said("at {hapo - dapo}.") == "at +6.7 [−31.3, +44.6]."
     assert said("{hapo > dapo} seeds, p {Holm 1}") == "2 of 3 seeds, p 0.025"
+    assert said("{short: right} tokens, {short: B}") == "10.0 tokens, 0"
     assert said("{hapo, final}, {dapo, entropy}; {edge, final}") == "0.67, 0.12; –"
     assert said("{hapo - start} {edge - dapo}") == "+46.7 [+18.0, +75.4] –"
     with pytest.raises(BadInput, match=r"claims_notes.md: \{hapo - dopa\} names no arm"):
@@ -624,8 +626,10 @@ def test_the_notes_numbers_are_there(tools):
     found, times, _ = tools.main.results(named, chosen, made_of.pop(), True)
     page = tools.main.claims_page
     text = page.NOTES.read_text(encoding="utf-8")
-    ps = {str(claim["id"]): 1.0 for kind in page.TITLES for claim in named.get(kind, [])}
-    filled = page.with_numbers(text, named, found, times, ps)
+    before = page.before_training(tools.runs.read_json(page.MASSES))
+    ps = {claim["id"]: 1.0 for kind in page.TITLES for claim in named.get(kind, [])}
+    ready = page.ready_numbers(before, ps)
+    filled = page.with_numbers(text, named, found, times, ready)
     assert "{" in text and "{" not in filled and " –" not in filled
 
 
@@ -640,38 +644,37 @@ def test_effects_on_accuracy_are_shown_in_points(tools):
     assert bar({"metric": "seconds", "at_most": 0.03}) == "below +0.03"
 
 
-def test_only_what_its_tables_picture_leaves_out_has_one_of_its_own(tools):
-    pytest.importorskip("matplotlib")
-    from claims_plots import in_its_tables_picture
-
-    assert in_its_tables_picture({"metric": "final", "smallest": 0.01})
-    assert in_its_tables_picture({"metric": "final", "no_worse_by": 0.01})
-    assert not in_its_tables_picture({"metric": "final"})  # a control
-    assert not in_its_tables_picture({"metric": "entropy", "smallest": 0.005})
-
-
-def test_a_tables_picture_shows_its_own_comparisons_alone(tools, tmp_path, monkeypatch):
+def test_every_comparison_is_in_its_tables_picture_or_among_the_others(
+    tools, tmp_path, monkeypatch
+):
     pytest.importorskip("matplotlib")
     import claims_plots
 
-    def row(name, metric="final"):
-        claim = {"id": name, "claim": "", "metric": metric, "smallest": 0.01}
+    def row(name, metric="final", **bar):
+        claim = {"id": name, "claim": "", "metric": metric} | bar
         return claim, ("a", "b"), tools.paired.effect([0.1, 0.3]), 2, [(0.5, 0.4), (0.6, 0.3)]
 
-    labels = {}
+    said = {}
 
     def keep(figure, path):
-        labels[path.name] = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        first = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        said[path.name] = [a.get_title() for a in figure.axes if a.get_title()] or first
         claims_plots.plt.close(figure)
         return path.name
 
     monkeypatch.setattr(claims_plots, "save", keep)
     monkeypatch.setattr(claims_plots, "curves", lambda found: None)
-    tables = {"claims": [row(1), row(4, "entropy")], "own": [row("15 own")], "controls": []}
-    names = claims_plots.draw(tmp_path, {}, tables)
-    assert names == ["claims.png", "own.png", "claim_4.png"] == list(labels)
-    assert labels["claims.png"] == ["1. a over b"]
-    assert labels["own.png"] == ["15 own. a over b"]
+    tables = {
+        "claims": [row(1, smallest=0.01), row(4, "entropy", smallest=0.005)],
+        "own": [row("15 own", no_worse_by=0.01)],
+        "controls": [row("chance")],
+    }
+    assert claims_plots.draw(tmp_path, {}, tables) == list(said)
+    assert said == {
+        "claims.png": ["1. a over b"],
+        "own.png": ["15 own. a over b"],
+        "others.png": ["4.", "chance."],
+    }
 
 
 def test_what_is_no_result_is_named_with_its_line(tools, tmp_path):
@@ -708,16 +711,19 @@ def test_a_run_during_which_the_sources_change_is_no_result(laid_out, tools, mon
 
 
 def test_the_mass_table_by_hand(tools):
-    from claims_page import mass_table
+    from claims_page import before_training, mass_table
 
-    # 0.5 up and 0.25 + 0.35 down: net -0.10; and what cancels shows no sign
+    # 0.5 up and 0.25 + 0.35 down: net -0.10; and what cancels to the digits shown is 0
     grpo = {"3": [0.5, -0.25], "5": [0.0, -0.35]}
     known = {
         "right": 3.04,
         "wrong": 5,
         "mass": {"GRPO's advantages": grpo, "B": {"3": [0.5, -0.504]}},
     }
-    assert mass_table({"short": known}).splitlines()[-1] == "| short | 3.0 | 5.0 | -0.10 | 0.00 |"
+    *_, head, _, row = mass_table(before_training({"short": known})).splitlines()
+    assert head == "| model | right | wrong | GRPO's advantages | B |"
+    assert row == "| short | 3.0 | 5.0 | −0.10 | 0 |"
+    assert mass_table({}) == ""
 
 
 def test_advantage_mass_by_length_by_hand(tools):

@@ -102,10 +102,13 @@ def test_the_readme_is_short_and_its_files_exist():
             if not link.startswith("http"):
                 there = page.parent / link if link else page
                 assert there.exists(), f"{page.name}: {link}"
-                text_there = there.read_text(encoding="utf-8") if anchor else ""
-                titles = re.findall(r"^#+ (.*)", text_there, re.M)
-                slugs = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
-                assert not anchor or anchor in slugs, f"{page.name}: {link}#{anchor}"
+                assert not anchor or anchor in anchors(there), f"{page.name}: {link}#{anchor}"
+
+
+def anchors(page):
+    """Of a page's headings, as a link names them."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_the_marks_are_counted_right():
