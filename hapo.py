@@ -25,7 +25,7 @@ Departures from the released code (starriver030515/HAPO, 7671dde), which `releas
    of a wider lower one, and never damped.
 2. The neutral zone is closed and built from the base clip values here. The release builds it, open,
    from adapted ones.
-3. Eq. 9 is used as printed here. The release replaces a whole group by its GRPO advantages wherever
+3. Here Eq. 9 is used as printed. The release replaces a whole group by its GRPO advantages wherever
    some |A| >= 5.
 Not switchable: statistics are computed once per rollout batch from the old policy (the release
 refits them in every micro-batch from the current one, so its objective depends on the micro-batch
@@ -59,16 +59,18 @@ def log_entropy(entropy: Tensor) -> Tensor:
 
 def entropy_stats(entropy: Tensor, mask: Tensor, rho: float = 0.8) -> EntropyStats:
     """Eq. 5: pivot and spread of the log-entropy over the valid tokens of one rollout batch.
-    entropy of the *old* policy, mask (B, T). The pivot has the nearest rank, round(rho (n - 1))."""
+    entropy of the *old* policy, mask of the same shape. The pivot has the nearest rank."""
     if not 0 <= rho <= 1:
         raise ValueError(f"rho is a quantile and must lie in [0, 1], not {rho}")
     x = log_entropy(entropy[mask.bool()])
     if x.numel() == 0:
         raise ValueError("entropy statistics need at least one valid token")
-    pivot = x.sort().values[round(rho * (x.numel() - 1))]
-    h = x - pivot
-    sigma = h.square().mean().clamp_min(SPREAD_FLOOR).sqrt()
-    h_max, h_min = h.max().clamp_min(SPREAD_FLOOR), h.min().clamp_max(-SPREAD_FLOOR)
+    rank = round(rho * (x.numel() - 1))
+    pivot = x.sort().values[rank]
+    distance = x - pivot
+    sigma = distance.square().mean().clamp_min(SPREAD_FLOOR).sqrt()
+    h_max = distance.max().clamp_min(SPREAD_FLOOR)
+    h_min = distance.min().clamp_max(-SPREAD_FLOOR)
     return EntropyStats(pivot, sigma, h_max, h_min)
 
 
@@ -77,9 +79,12 @@ def modulation(
 ) -> Tensor:
     """Eq. 6: h = (x - pivot) / h_max above the pivot, (x - pivot) / |h_min| below.
     In [-1, 1], 0 where `mask` is 0. The clamp only bites with another batch's statistics."""
-    h = log_entropy(entropy) - stats.pivot
-    below = h / stats.h_min if released else -h / stats.h_min  # -1 ... 0; released: 0 ... 1
-    h = torch.where(h > 0, h / stats.h_max, below).clamp(-1.0, 1.0)
+    distance = log_entropy(entropy) - stats.pivot
+    above = distance / stats.h_max
+    below = distance / stats.h_min.abs()  # -1 ... 0
+    if released:
+        below = distance / stats.h_min  # 0 ... 1
+    h = torch.where(distance > 0, above, below).clamp(-1.0, 1.0)
     return h if mask is None else torch.where(mask.bool(), h, 0.0)
 
 
@@ -113,13 +118,15 @@ def token_group_advantages(
     A long response weighs more. (B,), (B, T) -> (B, T), 0 where a group's rewards are equal."""
     groups = split_groups(rewards, group_size)
     lengths = mask.to(rewards.dtype).sum(1).view_as(groups)  # in tokens
+    # all tokens of a response carry its reward: a sum over tokens is one over responses by length
     tokens = lengths.sum(1, keepdim=True).clamp_min(1)
     mean = (groups * lengths).sum(1, keepdim=True) / tokens
     variance = ((groups - mean).square() * lengths).sum(1, keepdim=True) / tokens
     advantages = (groups - mean) / (variance.sqrt() + 1e-6)
     # equal rewards (of responses that have tokens) mean exactly 0, whatever the mean's rounding
-    highest = groups.masked_fill(lengths == 0, -torch.inf).amax(1, keepdim=True)
-    lowest = groups.masked_fill(lengths == 0, torch.inf).amin(1, keepdim=True)
+    counts = lengths > 0
+    highest = torch.where(counts, groups, -torch.inf).amax(1, keepdim=True)
+    lowest = torch.where(counts, groups, torch.inf).amin(1, keepdim=True)
     advantages = torch.where(highest > lowest, advantages, 0.0)
     if released:
         advantages = _released_fallback(advantages, lengths, rewards, group_size)
@@ -149,12 +156,15 @@ def redistribute_advantages(
     inside = (ratio >= low) & (ratio <= high)
     if released:
         inside = (ratio > low) & (ratio < high)
-    return torch.where((h > 0) ^ inside, advantages * (1 + h), advantages)
+    uncertain, moved = h > 0, ~inside
+    chosen = (uncertain & moved) | (~uncertain & ~moved)
+    return torch.where(chosen, advantages * (1 + h), advantages)
 
 
 def adaptive_clip(h: Tensor, clip_low: float = 0.2, clip_high: float = 0.28) -> tuple:
     """D, Eq. 12-13: per-token clip distances (low, high), each (B, T).
     low  = clip_low (1 - h)  where h <= 0: sure tokens may fall further
     high = clip_high (1 + h) where h > 0:  uncertain tokens may rise further"""
-    h = h.detach()
-    return clip_low * (1 - h.clamp_max(0.0)), clip_high * (1 + h.clamp_min(0.0))
+    sure = h.detach().clamp_max(0.0)  # h where h <= 0, elsewhere 0
+    uncertain = h.detach().clamp_min(0.0)
+    return clip_low * (1 - sure), clip_high * (1 + uncertain)

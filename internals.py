@@ -143,6 +143,7 @@ def answer_states(
     ids, mask, positions, predecessors, tokens = layout(rollout, rows)
     with first_layers(model, layer, norm):
         out = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    # the head was off: what is called logits are states
     return out.logits.flatten(0, 1).index_select(0, predecessors), tokens
 
 

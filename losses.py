@@ -19,7 +19,7 @@ from torch import Tensor
 from fast.logprobs import chunked_logprobs_and_entropy
 from fast.rows import NEVER  # -1e30: e to it is 0, and so is 0 times it
 
-LOG_RATIO_LIMIT = 20.0  # beyond it exp overflows, and even a clipped token's gradient is NaN
+LOG_RATIO_LIMIT = 20.0  # from 89 on exp overflows, and even a clipped token's gradient is NaN
 
 # ---------------------------------------------- log-probability and entropy of the taken tokens
 
@@ -72,7 +72,8 @@ def row_logprobs_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, T
         z = (logits - logits.gather(-1, top)).clamp_min(NEVER)
         others = z.exp().scatter(-1, top, 0.0)
         s = others.sum(-1)
-        log_z = torch.log1p(s) + z.gather(-1, top).squeeze(-1)  # + 0; or + NaN, which must show
+        # log Z less the top logit, whose z is 0; or NaN, where that logit is infinite: it must show
+        log_z = torch.log1p(s) + z.gather(-1, top).squeeze(-1)
         entropy = log_z - (others * z).sum(-1) / (1 + s)
         logp = z.gather(-1, targets[..., None]).squeeze(-1) - log_z
         return logp, entropy

@@ -1,9 +1,9 @@
 """Drawing answers: what a batch of them holds, and the decoder in its readable form.
 
-Each step draws one token for every row from softmax(logits / T), and from nothing else: no top-k,
-no top-p, no repetition penalty, whatever the model's generation_config says. T is a number, or a
-function from the entropy of the step's raw logits to a temperature (HAPO's Eq. 8, for example; this
-module does not know it).
+Each step draws one token for every row from softmax(logits / temperature), and from nothing else:
+no top-k, no top-p, no repetition penalty, whatever the model's generation_config says. The
+temperature is a number, or a function of the entropy of the step's raw logits (HAPO's Eq. 8, for
+example; this module does not know it).
 
 `generate` is for reading, and what --plain runs. fast/decoding.py has one of the same signature
 that reads every prompt once, lets rows that have ended leave, and copies nothing. Both draw the
@@ -28,7 +28,7 @@ from program.models import cache_argument
 from questions.prompts import end_of_turn
 
 Rows = slice | list[int]  # of a rollout's answers
-Temperature = float | Callable[[Tensor], Tensor]  # T, or entropies (R,) -> temperatures (R,)
+Temperature = float | Callable[[Tensor], Tensor]  # or entropies (R,) -> temperatures (R,)
 
 # ----------------------------------------------------------------------------------------- answers
 
@@ -42,7 +42,7 @@ class Rollout:
     tokens: Tensor  # (B, T) int64, 0 after the end
     mask: Tensor  # (B, T) bool, true up to and including the end-of-sequence token
     temperature: Tensor  # (B, T) what each token was drawn at, 0 after the end
-    logp: Tensor  # (B, T) its log-probability under the distribution it was drawn from
+    logp: Tensor  # (B, T) its log-probability at that temperature (greedy: at 1)
     entropy: Tensor  # (B, T) of that step's raw logits, nats; NaN where it was not measured
     finished: Tensor  # (B,) bool, false where the length cap cut the answer
 
@@ -66,7 +66,7 @@ class Rollout:
         return rows
 
     def sequences(self, rows: Rows) -> tuple:
-        """Some rows as lines padded on the right: ids, mask, and whose next one is an answer's."""
+        """Some rows as lines padded on the right: ids, mask, and whether an answer's id is next."""
         prompts = torch.arange(len(self.tokens), device=self.mask.device)[rows] // self.group_size
         padded = torch.cat([self.prompt[prompts], self.tokens[rows]], 1)
         start = self.prompt_mask[prompts].sum(1, keepdim=True)
@@ -176,13 +176,13 @@ class Drawn(NamedTuple):
 
     tokens: Tensor
     temperature: Tensor
-    logp: Tensor  # under the distribution it was drawn from
+    logp: Tensor  # at that temperature (greedy: at 1)
     entropy: Tensor  # of the raw logits, in nats; NaN where it was not measured
 
 
 def draw(logits: Tensor, temperature: Temperature, uniform: Tensor) -> Drawn:
     """One token a row from softmax(logits / T), (R, V): its inverse CDF at `uniform`, (R,) < 1."""
-    _, entropy = row_logprobs_and_entropy(logits, logits.argmax(-1))
+    entropy = entropy_of(logits)
     heat = temperature
     if callable(temperature):
         heat = temperature(entropy)

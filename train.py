@@ -5,15 +5,16 @@
 
 Read `train_step` first: six paragraphs, in the order in which things happen, and the functions that
 they call, in the same order. HAPO differs from its baseline DAPO in four mechanisms, marked HAPO A
-to D: C and D read the h of paragraph 4, A one of the batch before. BuPO differs at the places
-marked BuPO 1 to 10, here and elsewhere (grep -rn "# BuPO").
+to D: C and D read the h of paragraph 4; A makes one as it draws, by the statistics of the batch
+before. BuPO differs at the places marked BuPO 1 to 10, here and elsewhere (grep -rn "# BuPO").
 
 What the two papers do not speak of was chosen when the run opened (run/choices.py) and hangs behind
-names: run.rounds (dynamic sampling), run.arms and run.movers (comparisons), run.ranks (processes),
-run.weights (precisions), run.generate, run.layout and run.scorer (fast or, with --plain, readable).
+names, which run/state.py lists: run.rounds (dynamic sampling), run.arms, run.movers and run.rival
+(comparisons), run.ranks (processes), run.weights (precisions), run.generate, run.layout and
+run.scorer (fast or, with --plain, readable).
 
-A run is a function of its options and its seed: every random draw is seeded by (seed, step). On a
-CPU nothing else is random; a GPU may add in another order.
+A run is a function of its options and its seed: every random draw is seeded by (seed, step). With
+the same processor and threads nothing else is random; a GPU may add in another order.
 
 Shapes: P prompts a step, G answers each, B = P G answers, T positions of the longest answer.
 """
@@ -46,7 +47,7 @@ from scale import memory
 from scale.shard import open_ranks
 
 # whose policy: layer l's, counted from 1 ("auto" until step 1 has measured it), or the model's own
-Layer = int | None
+Layer = int | str | None
 
 # ---------------------------------------------------------------------------------------- one step
 
@@ -67,17 +68,20 @@ def train_step(step: int, run: Run) -> Step:
         layer = run.schedule(step)
 
     # 3. Score every token under the policy that learns: the ratio's denominator (rollout.logp is at
-    # the sampler's T). A part: one update's answers. The first one's ratios are exactly 1 so.
+    # the temperature of each draw). A part: the answers of one update, scored in the very passes
+    # that it will make, so that the first one's ratios are exactly 1.
     size = len(batch.texts) // options.updates_per_rollout
     parts = [slice(i, i + size) for i in range(0, len(batch.texts), size)]
     batch.old_logp, batch.trained_entropy = score(run.policy, batch.rollout, parts, layer, run)
-    # BuPO 4: phase 1 scores layer l alone; the full policy's entropy is the sampler's, at T = 1
+    # BuPO 4: phase 1 scores layer l alone; the full policy's entropy was measured while sampling
     batch.entropy = batch.trained_entropy if layer is None else batch.rollout.entropy
     run.check_finite(batch.old_logp + batch.entropy, "an old log-probability or entropy")
     if run.reference is not None and layer is None:  # BuPO 5: no KL to the initial model in phase 1
         batch.ref_logp, _ = score(run.reference, batch.rollout, parts, None, run)
 
     # 4. One h in [-1, 1] a token, from the statistics of the batch: how sure, how uncertain?
+    if "A" in run.mechanisms:  # what the next batch's HAPO A reads: entropies of raw logits
+        run.sampler_stats = statistics(batch.rollout.entropy, batch, run)
     if options.algo == "hapo":
         batch.stats = statistics(batch.entropy, batch, run)
         batch.h = hapo.modulation(batch.entropy, batch.stats, batch.loss_mask, options.released)
@@ -90,8 +94,6 @@ def train_step(step: int, run: Run) -> Step:
     clock.lap("score")
 
     # 6. Update the policy on each part of the batch in turn.
-    if "A" in run.mechanisms:  # what the next batch's HAPO A reads, at the sampler's T = 1
-        run.sampler_stats = statistics(batch.rollout.entropy, batch, run)
     prepare_updates(step, run)
     updates = [update(batch, part, layer, run) for part in parts]
     clock.lap("update")
@@ -106,7 +108,7 @@ def collect(step: int, layer: Layer, run: Run, attempt: int = 0) -> Batch:
     options, G = run.options, run.options.answers_per_prompt
     problems, prompts = zip(*run.draw_items())
     temperature = options.temperature
-    if "A" in run.mechanisms:  # HAPO A: no longer a number, a function of each step's entropy
+    if "A" in run.mechanisms:  # HAPO A: no longer a number, a function of an entropy
         temperature = lambda entropy: run.temperature(entropy, run.sampler_stats)
     rollout = run.generate(
         run.actor(),
@@ -121,11 +123,13 @@ def collect(step: int, layer: Layer, run: Run, attempt: int = 0) -> Batch:
     )
     texts = answer_texts(rollout.answers(), run.tokenizer)
     grades = [grade(problems[row // G], text) for row, text in enumerate(texts)]
-    strict, lenient = rollout.mask.new_tensor(grades).T
+    strict, lenient = torch.tensor(grades, device=rollout.mask.device).unbind(1)
+    # the first of equal answers speaks for all: paid differently, say by chance, their gradients
+    # would cancel but for rounding, and AdamW makes a whole step of any gradient
     first = [texts.index(text, row // G * G) for row, text in enumerate(texts)]
-    right = run.verdict(Grade(strict, lenient), step, attempt)[first]  # equal answers, equal pay
+    right = run.verdict(Grade(strict, lenient), step, attempt)[first]
     rewards = run.pay(right, problems, texts)[first]  # by default 1 if right, else 0
-    live = losses.differ(rewards, G)  # before a length penalty, which would wake dead groups
+    live = losses.differ(rewards, G)  # a dead group teaches nothing; no length penalty wakes it
     if options.overlong_buffer:
         cap, buffer = options.max_new_tokens, options.overlong_buffer
         rewards = rewards + losses.overlong_penalty(rollout.lengths, cap, buffer)
@@ -185,9 +189,9 @@ def token_scores(
     norm = layer is None or run.options.bupo_norm  # BuPO 6: an internal policy has no final norm
     with run.autocast():
         states, tokens = internals.answer_states(model, rollout, rows, layer, norm, run.layout)
-        weight = internals.unembedding(model)[: run.vocab_size]  # padding ids: probability 0
+        weight = internals.unembedding(model)[: run.vocab_size]  # the tokenizer's ids alone
         scores = run.scorer(states, weight, tokens, temperature, measure_entropy=measure_entropy)
-    blank = torch.zeros_like(rollout.logp[rows])
+    blank = torch.zeros_like(rollout.logp[rows])  # filled answer by answer, as the scores come
     logp, entropy = [blank if x is None else blank.masked_scatter(mask, x) for x in scores]
     return logp, entropy.detach()
 
@@ -196,7 +200,7 @@ def token_scores(
 
 
 def statistics(entropy: Tensor, batch: Batch, run: Run) -> hapo.EntropyStats:
-    """Of every token of the batch, over all processes; dead groups in it count, too."""
+    """Of every token of the batch, over all processes; a dead group's are as sure as others."""
     pool = run.ranks.gather(entropy[batch.rollout.mask])
     return hapo.entropy_stats(pool, torch.ones_like(pool), run.options.rho)
 
@@ -240,14 +244,15 @@ def share_of_peak(step: int, options: Options) -> float:
 
 def update(batch: Batch, part: Rows, layer: Layer, run: Run) -> Update:
     """One optimiser step on a part of the batch; no step at all, not even weight decay, where no
-    token learns (a KL teaches any). The loss is divided by the tokens of the whole update."""
+    token learns (with a KL all do). The loss is divided by the tokens of the whole update."""
     mask = batch.loss_mask[part]
     learns = mask if batch.ref_logp is not None else batch.advantages[part] != 0
     sums = (mask.sum(), batch.in_loss[part].sum(), learns.any())
     tokens, answers, learning = run.ranks.total(*sums)
     if not learning:
         return Update()
-    total, passes, rule = 0.0, [], run.rival or policy_loss  # a rival: of a comparison
+    rule = run.rival or policy_loss  # a rival: of a comparison
+    total, passes = 0.0, []
     for rows in run.passes(batch.rollout, part):
         logp, _ = token_scores(run.policy, batch.rollout, rows, layer, run, measure_entropy=False)
         per_token, ratio, advantage = rule(logp, batch, rows, run)
@@ -360,14 +365,11 @@ def inspect_group(step: Step, run: Run) -> dict:
     G = run.options.answers_per_prompt
     right = batch.right.view(-1, G)
     share_right = right.float().mean(1)
-    centred = share_right - 0.5
-    distance = centred.abs()
+    distance = (share_right - 0.5).abs()
     most_mixed = int(distance.argmin())
     first = G * most_mixed
-    last = first + G
-    rows = slice(first, last)
-    parts = [rows]
-    logp, _ = score(run.policy, batch.rollout, parts, step.layer, run)
+    rows = slice(first, first + G)
+    logp, _ = score(run.policy, batch.rollout, [rows], step.layer, run)
     rule = run.rival or policy_loss
     _, ratio, advantage = rule(logp[rows], batch, rows, run)
     lowest = 1 - batch.clip_low[rows]

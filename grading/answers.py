@@ -59,7 +59,9 @@ def explicit_answer(text):
         read = _on_line if mark[0][0] == "#" else _boxed
         if stated := read(text[mark.end() :]):
             return stated
-    return None if marks or "\n" in text else text or None
+    if marks or "\n" in text:
+        return None
+    return text or None
 
 
 def _on_line(text):

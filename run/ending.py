@@ -7,6 +7,7 @@ import torch
 from program.errors import BadInput
 from run import checkpoint
 from run.report import samples_of, write_lines
+from scripts.page import write_page
 
 
 def finish(run):
@@ -28,8 +29,6 @@ def finish(run):
         )
     else:
         run.say(f"curves: {plot([run.out])}")
-    from scripts.page import write_page
-
     try:
         run.say(f"every token of a group a step: open {write_page([run.out])} in a browser")
     except BadInput as error:  # a run that an older version began

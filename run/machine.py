@@ -28,7 +28,7 @@ class OneProcess:
         """The same of a tensor."""
         return torch.as_tensor(x, device=self.device)
 
-    max = sum
+    max = sum  # of one process: the number itself
 
     def any(self, flag):
         return bool(flag)

@@ -16,7 +16,7 @@ FILES = sorted(
 # files of a room lie below the rest of it, for others to build upon.
 FLOORS = [
     {"program"},
-    {"questions"},
+    {"questions", "scripts/page"},
     {"fast/rows", "grading"},
     {"fast/logprobs"},
     {"losses", "tasks"},
@@ -30,7 +30,7 @@ FLOORS = [
     {"train"},
     {"bridges"},
 ]
-# python internals.py and the end of a run start a program of scripts/, guarded
+# python internals.py and the curves of a run start a program of scripts/, guarded
 GUARDED = {("internals", "scripts"), ("run", "scripts")}
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}
 
