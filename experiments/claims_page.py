@@ -28,6 +28,7 @@ TITLES = {  # of the kinds of comparisons, in the page's order
     "controls": "Controls",
     "added": "Added later",
 }
+FRONT = ("worlds", "field", "real")  # told first, in words and a picture; their tables come later
 CANNOT = "What cannot be told"
 HEADS = "| claim | verdict | compared | bar | effect (95 %) | p | p, Holm | improves | seeds |"
 ACCURACIES = ("final", "half-way")  # shown in points, hundredths
@@ -39,12 +40,6 @@ HEAD = """# What holds: the papers' claims, tested again on a toy
 about 7 billion that learn mathematics. What a verdict here can show is whether an effect is so
 general that it appears even in the smallest case.
 A clear "no" or "cannot be told here" is a result.
-
-**How to read a table.** *Effect*: the mean difference of paired seeds and its 95 % interval, in
-the claim's direction (above 0 speaks for it); accuracies in points (hundredths). *Bar*: the
-smallest effect that counts; *contradicted* says that the whole interval lies below it, not that
-the effect is reversed. *p, Holm*: one a claim, corrected for the table's claims. *Improves*:
-the chance that a run of the first arm, of whatever seed, beats a run of the second.
 {mixed}"""
 RULES = """## How it was tested
 
@@ -54,6 +49,12 @@ later. Tables and pictures are made by the command, other text by hand in
 `experiments/claims_notes.md`.
 
 {what}
+
+**How to read a table.** *Effect*: the mean difference of paired seeds and its 95 % interval, in
+the claim's direction (above 0 speaks for it); accuracies in points (hundredths). *Bar*: the
+smallest effect that counts; *contradicted* says that the whole interval lies below it, not that
+the effect is reversed. *p, Holm*: one a claim, corrected for the table's claims. *Improves*:
+the chance that a run of the first arm, of whatever seed, beats a run of the second.
 
 *Holds*: the mean paired difference is at least the smallest effect of interest (*bar*), and its
 exact sign-flip p, corrected by Holm over the claims of a table, is below 0.05. *Contradicted*: the
@@ -274,10 +275,14 @@ def write(plan, pilot, found, times, other):
     shown = lambda name: f"![{name}](../assets/evidence/{name})\n" if name in pictures else ""
     note = said_of_others(other) if other else ""
     parts = [HEAD.format(mixed=note)]
-    for kind, title in TITLES.items():
-        if kind == "claims":  # what decides stands above, how it was told below
-            parts += [f"## {CANNOT}\n\n{notes.pop(CANNOT, '')}", rules(plan, pilot, found, times)]
-        if plan.get(kind):
+    planned = {kind: title for kind, title in TITLES.items() if plan.get(kind)}
+    for kind in filter(planned.get, FRONT):
+        parts += [f"## {TITLES[kind]}\n", notes.pop(TITLES[kind], ""), shown(f"{kind}.png")]
+    parts += [f"## {CANNOT}\n\n{notes.pop(CANNOT, '')}", rules(plan, pilot, found, times)]
+    for kind, title in planned.items():
+        if kind in FRONT:
+            parts += [f"## {title}: the numbers\n", tables[kind]]
+        else:
             parts += [f"## {title}\n", notes.pop(title, ""), tables[kind], shown(f"{kind}.png")]
     parts += [mass_table(before), rates_table(plan, pilot)]
     parts += arms_tables(plan, found, times)

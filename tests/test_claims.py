@@ -244,6 +244,11 @@ def test_only_what_is_missing_runs_and_comes_out_the_same(laid_out, capsys):
     claim = next(line for line in page.splitlines() if line.startswith("| 1. HAPO beats DAPO"))
     assert "**holds**" in claim and "+30.0 [+30.0, +30.0]" in claim and claim.endswith("| 10 |")
     assert "| 8. BuPO beats GRPO | no runs yet" in page and "**Mixed**" not in page
+    front, details = page.split("## How it was tested")  # words and pictures first, then tables
+    titles = ("Two worlds: when B helps", "The field's rivals", "A real model")
+    assert re.findall("^## (.*)", front, re.M) == [*titles, "What cannot be told"]
+    assert "\n| " not in front
+    assert all(f"## {title}: the numbers\n\n| claim |" in details for title in titles)
     run("--only", "8", "--dry-run")
     assert len(trained) == 30 and "20 runs missing" in capsys.readouterr().out
 
