@@ -69,7 +69,7 @@ def row_logprobs_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, T
     z <= 0; with s, the sum of e^z over the *others*, H = log1p(s) + sum p (-z), none negative."""
     with torch.autocast(logits.device.type, enabled=False):
         top = logits.argmax(-1, keepdim=True)
-        z = (logits - logits.gather(-1, top)).clamp_min(NEVER)
+        z = clip(logits - logits.gather(-1, top), NEVER, torch.inf)
         others = z.exp().scatter(-1, top, 0.0)
         s = others.sum(-1)
         # log Z less the top logit, whose z is 0; or NaN, where that logit is infinite: it must show
@@ -129,9 +129,20 @@ def differ(rewards: Tensor, group_size: int) -> Tensor:
 # -------------------------------------------------------------------------------- surrogate and KL
 
 
+def clip(values: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """Return min(max(values, low), high), bounds numbers or tensors that broadcast to `values`.
+
+    The gradient is 1 inside the closed interval [low, high], its two ends included, and 0 outside.
+    The papers leave the gradient at a bound open, and torch.clamp gives 1, 0.5 or 0 there: it
+    depends on the version and on whether the bound is a tensor. NaN stays NaN.
+    """
+    values = torch.where(values < low, low, values)
+    return torch.where(values > high, high, values)
+
+
 def likelihood_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
     """r = exp(logp - old_logp), its exponent within +-20; beyond that there is no gradient."""
-    return torch.exp((logp - old_logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    return torch.exp(clip(logp - old_logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
 def clipped_surrogate(
@@ -142,21 +153,29 @@ def clipped_surrogate(
     dual_clip: float | None = None,
 ) -> Tensor:
     """PPO's clipped surrogate, as a loss:  -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
-    All (B, T), bounds too or numbers. Dual clip c > 1: a token with A < 0 costs at most -c A."""
+    All (B, T), bounds too or numbers. Dual clip c > 1: a token with A < 0 costs at most -c A.
+
+    Gradients at equality, which the papers leave open, are those of HAPO's released code with the
+    torch of its time. A token whose ratio lies exactly on a clip bound learns at full strength:
+    where both sides of the minimum are equal, the unclipped side counts. A token that lies exactly
+    on the dual clip learns at half strength: there the mean of both sides counts.
+    """
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip must be larger than 1, not {dual_clip}")
-    clipped = ratio.clamp(min=1 - clip_low).clamp(max=1 + clip_high)
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    unclipped = -advantages * ratio
+    clipped = -advantages * clip(ratio, 1 - clip_low, 1 + clip_high)
+    loss = torch.where(clipped > unclipped, clipped, unclipped)
     if dual_clip is not None:
-        bounded = torch.minimum(loss, -advantages * dual_clip)
+        bound = -advantages * dual_clip
+        bounded = torch.where(loss > bound, bound, loss)
+        bounded = torch.where(loss == bound, (loss + bound) / 2, bounded)
         loss = torch.where(advantages < 0, bounded, loss)
     return loss
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """k3 estimate of KL(policy || reference) a token: exp(d) - d - 1 >= 0, d = ref_logp - logp."""
-    d = ref_logp - logp
-    d = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    d = clip(ref_logp - logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return torch.exp(d) - d - 1
 
 

@@ -385,8 +385,10 @@ def update(policy, optimizer, old, lines, mask, A, layer=None):
     """One optimiser step on some rows: loss, and the norm of each weight's gradient."""
     r = (score(policy, lines, mask, layer) - old).exp()
     A = A[:, None]
-    clipped = r.clamp(1 - EPS, 1 + EPS)
-    loss = -torch.minimum(r * A, clipped * A) * mask
+    clipped = torch.where(r < 1 - EPS, 1 - EPS, r)
+    clipped = torch.where(r > 1 + EPS, 1 + EPS, clipped)
+    smaller = torch.where(clipped * A < r * A, clipped * A, r * A)
+    loss = -smaller * mask
     loss = (loss.sum(1) / mask.sum(1)).mean()
     loss.backward()
     norms = {}

@@ -556,10 +556,11 @@ def redistribute(A, h, r, eps_high=EPS_HIGH):
 
 
 def surrogate(r, A, lowest, highest):
-    """What each token adds to the loss."""
-    clipped = torch.maximum(r, lowest)
-    clipped = torch.minimum(clipped, highest)
-    return -torch.minimum(r * A, clipped * A)
+    """What each token adds to the loss. A token exactly on a bound still learns."""
+    clipped = torch.where(r < lowest, lowest, r)
+    clipped = torch.where(r > highest, highest, clipped)
+    smaller = torch.where(clipped * A < r * A, clipped * A, r * A)
+    return -smaller
 
 
 one = torch.tensor([1.0, 1.0])

@@ -152,6 +152,15 @@ def test_a_notebook_is_its_page(page):
             assert cell["outputs"], source
 
 
+@pytest.mark.parametrize("page", MARKED)
+def test_a_notebook_holds_no_warning_and_no_path_of_its_machine(page):
+    for cell in notebook(page):
+        for output in cell.get("outputs", ()):
+            assert output.get("name") != "stderr", output["text"]
+            text = "".join(output.get("text", ()))
+            assert not re.search(r"site-packages|/home/|/tmp/|/root/|[A-Z]:\\\\", text), text
+
+
 def test_there_are_figures_and_each_says_what_to_see():
     shown = titles = 0
     for page in PAGES:

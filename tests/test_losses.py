@@ -139,6 +139,51 @@ def test_surrogate_gradient_vanishes_where_clipped_and_has_the_right_sign():
     assert ratio.grad.tolist() == [[0.0, 1.0, -1.0, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("tensor_bounds", [False, True], ids=["numbers", "tensors"])
+def test_a_token_exactly_on_a_bound_still_learns(tensor_bounds):
+    """1 - 0.25 and 1 + 0.5 are exact in binary, so these ratios lie on their bounds: the gradient
+    is -A for both signs of A, as inside, and not 0 or half of it."""
+    ratio = torch.tensor([[0.75, 0.75, 1.5, 1.5]], dtype=F64, requires_grad=True)
+    advantages = torch.tensor([[1.0, -3.0, 1.0, -3.0]], dtype=F64)
+    bounds = (0.25, 0.5)
+    if tensor_bounds:
+        bounds = [torch.full_like(advantages, bound) for bound in bounds]
+    loss = losses.clipped_surrogate(ratio, advantages, *bounds)
+    assert loss.tolist() == [[-0.75, 2.25, -1.5, 4.5]]
+    loss.sum().backward()
+    assert ratio.grad.tolist() == [[-1.0, 3.0, -1.0, 3.0]]
+
+
+def test_a_token_exactly_on_the_dual_clip_learns_at_half_strength():
+    # A = -1, dual clip 2: the loss is r up to r = 2 and 2 beyond; the released code halves r = 2
+    ratio = torch.tensor([[1.75, 2.0, 2.25]], dtype=F64, requires_grad=True)
+    advantages = torch.full_like(ratio, -1.0)
+    loss = losses.clipped_surrogate(ratio, advantages, 0.25, 0.5, dual_clip=2.0)
+    assert loss.tolist() == [[1.75, 2.0, 2.0]]
+    loss.sum().backward()
+    assert ratio.grad.tolist() == [[1.0, 0.5, 0.0]]
+
+
+def test_gradients_at_the_limit_of_the_log_ratio():
+    limit, inside = losses.LOG_RATIO_LIMIT, torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=F64)
+    difference = torch.tensor([-limit, limit, -limit - 1, limit + 1], dtype=F64)
+    logp = difference.clone().requires_grad_()
+    losses.likelihood_ratio(logp, torch.zeros(4, dtype=F64)).sum().backward()
+    torch.testing.assert_close(logp.grad, inside * difference.exp())
+    logp = (-difference).requires_grad_()  # k3's d is ref_logp - logp
+    losses.kl_k3(logp, torch.zeros(4, dtype=F64)).sum().backward()
+    torch.testing.assert_close(logp.grad, inside * (1 - difference.exp()))
+
+
+def test_clip_by_hand():
+    values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, math.nan, math.inf], requires_grad=True)
+    clipped = losses.clip(values, -1.0, torch.tensor(1.0))
+    assert clipped.tolist()[:5] == [-1.0, -1.0, 0.0, 1.0, 1.0]
+    assert clipped[5].isnan() and clipped[6] == 1
+    clipped.sum().backward()
+    assert values.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+
+
 def test_per_token_bounds_agree_with_a_nested_loop():
     ratio, advantages = torch.rand(3, 4, dtype=F64) * 2, torch.randn(3, 4, dtype=F64)
     low, high = torch.rand(3, 4, dtype=F64) / 2, torch.rand(3, 4, dtype=F64) / 2

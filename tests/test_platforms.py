@@ -136,6 +136,8 @@ def test_memory_where_nobody_tells(monkeypatch):
 
 @pytest.fixture
 def no_proxy(monkeypatch):
+    """The network is asked, whatever the user's environment says of it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     for name in list(os.environ):
         if name.lower() in ("https_proxy", "all_proxy"):
             monkeypatch.delenv(name)
