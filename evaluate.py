@@ -19,22 +19,22 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import program.threads  # before torch
+import common.threads  # before torch
 
 # isort: split
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from fast.decoding import generate
-from grading.answers import Grade, answer_texts, grade
-from grading.latex import LATEX
-from program.command import OneLineParser, run_main
-from program.devices import check_device, default_device, default_dtype
-from program.errors import BadInput
-from program.models import load_model, run_config, vocabulary
-from questions.files import Form
-from questions.prompts import (
+from common.command import OneLineParser, run_main
+from common.devices import check_device, default_device, default_dtype
+from common.errors import UserError
+from common.models import load_model, run_config, vocabulary
+from engine.decoding import generate
+from problems.files import DatasetSpec
+from problems.grading import Grade, grade, response_texts
+from problems.latex import LATEX
+from problems.prompts import (
     FILE_INSTRUCTION,
     default_instruction,
     fit_context,
@@ -69,7 +69,7 @@ class Accuracy(NamedTuple):
     length: float  # mean tokens of an answer
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     text: str
     grade: Grade
     tokens: int
@@ -77,48 +77,49 @@ class Answer(NamedTuple):
     reward: float | None = None  # of a function of one's own
 
 
-def sample_answers(
-    model: nn.Module,
+def decoder_of(model: nn.Module, tokenizer: object) -> Callable:
+    """Return (prompts, group size, length cap, temperature, random numbers) -> Rollout."""
+    eos_ids, vocab_size = eos_ids_of(model, tokenizer), vocabulary(tokenizer)
+
+    def generate_with_the_model(prompts, group_size, max_new_tokens, temperature, uniform):
+        sizes = (group_size, max_new_tokens)
+        return generate(model, prompts, *sizes, eos_ids, temperature, vocab_size, uniform)
+
+    return generate_with_the_model
+
+
+def sample_responses(
+    generate: Callable,
     tokenizer: object,
     problems: list[Problem],
     samples: int,
     max_new_tokens: int,
-    eos_ids: list[int],
     temperature: float = 1.0,
     seed: int = 0,
     rows_at_once: int = 512,
     progress: str | None = None,
-    generate: Callable = generate,
     numbers: Sequence[int] | None = None,
-) -> list[list[Answer]]:
+) -> list[list[Response]]:
     """For each problem a list of `samples` Answers. `progress` names a bar, or None; `generate` is
     as sampling.generate.
 
     Problem i draws with random numbers of its own, a function of `seed` and numbers[i] (default i):
     how many are answered together, and in which process, changes no draw.
     """
-    answers, chunk, vocab_size = [], max(1, rows_at_once // samples), vocabulary(tokenizer)
+    answers, chunk = [], max(1, rows_at_once // samples)
     numbers = range(len(problems)) if numbers is None else numbers
     with tqdm(total=len(problems), desc=progress, disable=not progress or None, leave=False) as bar:
         for i in range(0, len(problems), chunk):
             part = problems[i : i + chunk]
             prompts = [render_prompt(p.question, tokenizer, p.history)[1] for p in part]
             draws = [draws_of(seed, n, max_new_tokens, samples) for n in numbers[i : i + chunk]]
-            rollout = generate(
-                model,
-                prompts,
-                samples,
-                max_new_tokens,
-                eos_ids,
-                temperature,
-                vocab_size,
-                uniform=torch.cat(draws, 1),
-            )
-            texts = answer_texts(rollout.answers(), tokenizer)
+            uniform = torch.cat(draws, 1)
+            rollout = generate(prompts, samples, max_new_tokens, temperature, uniform)
+            texts = response_texts(rollout.responses(), tokenizer)
             rows = list(zip(texts, rollout.lengths.tolist(), rollout.finished.tolist()))
             for j, problem in enumerate(part):
                 own = rows[j * samples : (j + 1) * samples]
-                answers.append([Answer(text, grade(problem, text), *more) for text, *more in own])
+                answers.append([Response(text, grade(problem, text), *more) for text, *more in own])
             bar.update(len(part))
     return answers
 
@@ -136,8 +137,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
 
 
-def summarise(answers: list[list[Answer]]) -> Accuracy:
-    """Accuracy over problems from sample_answers' lists."""
+def summarise(answers: list[list[Response]]) -> Accuracy:
+    """Accuracy over problems from sample_responses' lists."""
     flat = [a for row in answers for a in row]
     strict, lenient = (
         mean_and_error([sum(getattr(a.grade, verdict) for a in row) / len(row) for row in answers])
@@ -200,23 +201,23 @@ def parse(argv: list[str] | None) -> object:
         value, high = getattr(args, name), 256 if name == "samples" else math.inf
         if value is not None and not 1 <= value <= high:
             limit = "" if high == math.inf else f" and at most {high}"
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1{limit}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1{limit}")
     check_device(args.device)
-    program.threads.use_threads(args.threads)
+    common.threads.use_threads(args.threads)
     out = pathlib.Path(args.out or "result.json")
     if out.is_dir() or out.parent.is_file():
-        raise BadInput(f"--out {args.out}: not a file that can be written; name one")
+        raise UserError(f"--out {args.out}: not a file that can be written; name one")
     if not 0 <= args.temperature <= 100:
-        raise BadInput(f"--temperature {args.temperature}: must lie between 0 (greedy) and 100")
+        raise UserError(f"--temperature {args.temperature}: must lie between 0 (greedy) and 100")
     if args.temperature == 0 and args.samples > 1:
-        raise BadInput(
+        raise UserError(
             f"--samples {args.samples}: greedy decoding (--temperature 0) has one answer a "
             "question; use --samples 1"
         )
     return args
 
 
-def accuracy_table(answers: list[list[Answer]], samples: int) -> tuple[dict, str]:
+def accuracy_table(answers: list[list[Response]], samples: int) -> tuple[dict, str]:
     """avg@k and pass@k as numbers by name, and as a table for people."""
     result = summarise(answers)._asdict()
     lines = [f"{'':14s}{'strict':>16s}{'lenient':>18s}"]
@@ -243,7 +244,7 @@ class Asked(NamedTuple):
     eval_data: str
     instruction: str
     max_new_tokens: int
-    form: Form  # of the file
+    form: DatasetSpec  # of the file
 
 
 def asked_of(args: object, run: dict | None) -> Asked:
@@ -262,14 +263,14 @@ def asked_of(args: object, run: dict | None) -> Asked:
     if held_out:
         form = form._replace(split=own.get("eval_split", "test"))
     if args.data:
-        form = Form(args.data_split, args.question_column, args.answer_column)
+        form = DatasetSpec(args.data_split, args.question_column, args.answer_column)
     return Asked(task, None if data else level, data, held_out, instruction, cap, form)
 
 
-def form_of(run: dict) -> Form:
+def form_of(run: dict) -> DatasetSpec:
     """What a run's options say of its data."""
     columns = (run.get(f"{name}_column", "") for name in ("question", "answer"))
-    return Form(run.get("data_split", "train"), *columns)
+    return DatasetSpec(run.get("data_split", "train"), *columns)
 
 
 def trained_on(model: str, problems: list[Problem]) -> str | None:
@@ -285,7 +286,7 @@ def trained_on(model: str, problems: list[Problem]) -> str | None:
             else:
                 asked = (run["task"], run["data"] or None, run["difficulty"])
                 train_set, _ = load_problems(*asked, form, own)
-        except BadInput as error:
+        except UserError as error:
             return f"cannot tell which questions {model} was trained on ({error})"
         known.update(map(key_of, train_set))
         model = run["model"]
@@ -322,13 +323,12 @@ def main(argv: list[str] | None = None) -> dict:
         f"{args.samples} answers each, at most {cap} tokens; "
         f"the first prompt ({len(ids)} tokens):\n{text}"
     )
-    answers = sample_answers(
-        model,
+    answers = sample_responses(
+        decoder_of(model, tokenizer),
         tokenizer,
         problems,
         args.samples,
         cap,
-        eos_ids_of(model, tokenizer),
         args.temperature,
         args.seed,
         args.rows_at_once,

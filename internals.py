@@ -27,49 +27,54 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import program.threads  # noqa: F401 - before torch
+if __name__ == "__main__":
+    import common.threads  # noqa: F401 - before torch
 
-# isort: split
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from losses import token_logprobs_and_entropy
-from program.errors import BadInput
 from sampling import Rollout, Rows, position_ids
+
+# (states (N, D), weight (V, D), targets (N,)) -> (log-probabilities, entropies), (N,) each
+Scorer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # --------------------------------------------------------------------------- the parts of a decoder
 
 
 def decoder_body(model: nn.Module) -> nn.Module:
-    """The module that holds `layers` and `norm`, or BadInput naming what is missing."""
+    """Return the module that holds `layers` and `norm`; ValueError names what is missing."""
     body = model.base_model
-    name, need = type(model).__name__, "internal policies need"
+    name = type(model).__name__
     for part in ("layers", "norm", "embed_tokens"):
         if not hasattr(body, part):
-            raise BadInput(
+            raise ValueError(
                 f"{name}: no '{part}' in its decoder; "
-                f"{need} blocks laid out as in Qwen2, Qwen3 and Llama"
+                "internal policies need blocks laid out as in Qwen2, Qwen3 and Llama"
             )
     for part in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
         if not hasattr(body.layers[0], part):
-            raise BadInput(
+            raise ValueError(
                 f"{name}: its blocks have no '{part}'; "
-                f"{need} pre-norm blocks as in Qwen2, Qwen3 and Llama"
+                "internal policies need pre-norm blocks as in Qwen2, Qwen3 and Llama"
             )
     return body
 
 
 def layer_count(model: nn.Module) -> int:
+    """Return L, the number of decoder layers."""
     return len(decoder_body(model).layers)
 
 
 def check_layer(model: nn.Module, layer: int, name: str = "layer") -> None:
+    """Raise ValueError if the model has no such layer."""
     if not 1 <= layer <= layer_count(model):
-        raise BadInput(f"{name} {layer}: this model has the layers 1 to {layer_count(model)}")
+        raise ValueError(f"{name} {layer}: this model has the layers 1 to {layer_count(model)}")
 
 
 def unembedding(model: nn.Module) -> Tensor:
+    """Return E_u, (V, D)."""
     return model.get_output_embeddings().weight
 
 
@@ -83,7 +88,7 @@ def first_layers(model: nn.Module, layer: int | None, norm: bool, head: bool = F
     body, unembed = model.base_model, model.get_output_embeddings()
     layers, final_norm = body.layers, body.norm
     try:
-        if layer is not None:  # BuPO 6: nothing above layer l runs, nor gets a gradient
+        if layer is not None:  # BuPO 5: nothing above layer l runs, nor gets a gradient
             check_layer(model, layer)
             body.layers = layers[:layer]
         if not norm:
@@ -111,40 +116,41 @@ def policy_hidden(
         return model(input_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
 
 
-class Lines(NamedTuple):
-    """How some answers are laid out for one forward pass."""
+class PackedBatch(NamedTuple):
+    """Some responses with their prompts, laid out in rows for one forward pass."""
 
-    ids: Tensor  # (lines, width)
-    mask: Tensor | None  # the attention's; None: causal, with padding on the right alone
+    ids: Tensor  # (rows, width)
+    mask: Tensor | None  # of the attention; None: causal, with padding on the right alone
     positions: Tensor | None  # None: 0, 1, 2, ...
-    predecessors: Tensor  # (N,) where in the flattened lines the state before each token stands
-    tokens: Tensor  # (N,) the tokens themselves, those of every answer in turn
+    predecessors: Tensor  # (N,) for each response token the flat index of the state before it
+    tokens: Tensor  # (N,) the response tokens themselves, one response after the other
 
 
-def one_line_each(rollout: Rollout, rows: Rows) -> Lines:
-    """The plain layout: every answer behind its prompt, in a line of its own."""
+def unpacked(rollout: Rollout, rows: Rows) -> PackedBatch:
+    """Return the plain layout: one response per row, after its prompt."""
     ids, _, predicts = rollout.sequences(rows)
     # the last column predicts nothing; states of prompt tokens are computed and never projected
     predecessors = predicts[:, :-1].flatten().nonzero().squeeze(1)
     tokens = ids[:, 1:].flatten()[predecessors]
-    return Lines(ids[:, :-1], None, None, predecessors, tokens)
+    return PackedBatch(ids[:, :-1], None, None, predecessors, tokens)
 
 
-def answer_states(
-    model: nn.Module,
-    rollout: Rollout,
-    rows: Rows,
-    layer: int | None = None,
-    norm: bool = True,
-    layout: Callable[[Rollout, Rows], Lines] = one_line_each,
-) -> tuple[Tensor, Tensor]:
-    """The states that predict the answer tokens of some rows, (N, D), and these tokens, (N,), as in
-    rollout.mask[rows]. The layout changes none of them."""
-    ids, mask, positions, predecessors, tokens = layout(rollout, rows)
+def response_states(
+    model: nn.Module, packed: PackedBatch, layer: int | None = None, norm: bool = True
+) -> Tensor:
+    """Return the states that predict the response tokens, (N, D), in the order of packed.tokens.
+
+    layer None: of the model's last layer. The layout changes none of them.
+    """
     with first_layers(model, layer, norm):
-        out = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    # the head was off: what is called logits are states
-    return out.logits.flatten(0, 1).index_select(0, predecessors), tokens
+        out = model(
+            packed.ids,
+            attention_mask=packed.mask,
+            position_ids=packed.positions,
+            use_cache=False,
+        )
+    # first_layers has taken the head off: what the model calls logits are states
+    return out.logits.flatten(0, 1).index_select(0, packed.predecessors)
 
 
 def layer_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
@@ -174,7 +180,7 @@ def residual_stream(
     keep: Callable[[Tensor], Tensor] = lambda states: states,
 ) -> ResidualStream:
     """One forward pass, the whole residual stream; of every state what `keep` leaves of it, (...,
-    D). BadInput if the blocks are not pre-norm."""
+    D). UserError if the blocks are not pre-norm."""
     body, stream, hooks = decoder_body(model), ResidualStream([], [], [], [], []), []
 
     def keep_input(block, args, kwargs):
@@ -212,7 +218,7 @@ def _check_sum(stream, name, layers):
         before, after = stream.hidden[l - 1], stream.hidden[l]
         error = (after - before - a - f).abs().max()
         if len(stream.feed_forward) != layers or error > 0.02 * after.abs().max():
-            raise BadInput(
+            raise ValueError(
                 f"{name}: H^{l} is not H^{l - 1} + A^{l} + F^{l} (off by {error:.2g}); "
                 "internal policies need pre-norm residual blocks"
             )
@@ -249,14 +255,22 @@ class InternalEntropy(NamedTuple):
         return self.feed_forward - self.feed_forward_input
 
 
-DIAGNOSED = 2**12  # tokens that are measured together, padding included; at least a sequence
-KL_CHUNK = 2**24  # numbers of one layer's log-probabilities that exist together
+DIAGNOSED_TOKENS = 2**12  # measured in one pass, padding included; at least one sequence
+LOGITS_CHUNK = 2**24  # logits that exist at a time
 
 
-def together(width: int) -> int:
-    """How many sequences of a width are measured together. Of a sharded model, processes must agree
-    on it: every pass is a collective call."""
-    return max(1, DIAGNOSED // width)
+def diagnostic_batch_size(width: int) -> int:
+    """Return how many sequences of a width are measured in one pass.
+
+    The processes of a sharded model must agree on it: every pass is a collective call.
+    """
+    return max(1, DIAGNOSED_TOKENS // width)
+
+
+def chunked_scores(states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return token_logprobs_and_entropy of many tokens, with bounded memory."""
+    chunk = max(1, LOGITS_CHUNK // len(weight))
+    return token_logprobs_and_entropy(states, weight, targets, chunk_tokens=chunk)
 
 
 def predicting(states: Tensor, response_mask: Tensor) -> Tensor:
@@ -273,14 +287,15 @@ def internal_entropy(
     vocab_size: int | None = None,
     batch: int | None = None,
     progress: str | None = None,
+    token_scores: Scorer = chunked_scores,
 ) -> InternalEntropy:
-    """Entropy of every internal policy, averaged over response tokens.
+    """Return the entropy of every internal policy, averaged over response tokens.
 
     All masks (B, S); `batch` sequences at a time; ids from vocab_size on (a padded vocabulary) do
-    not count. `progress` names a bar.
+    not count. `progress` names a bar. `token_scores` may be a faster function with the same result.
     """
     total, count = None, 0
-    batch = batch or together(input_ids.shape[1])
+    batch = batch or diagnostic_batch_size(input_ids.shape[1])
     starts = range(0, len(input_ids), batch)
     for i in tqdm(starts, desc=progress, disable=not progress or None, leave=False):
         rows = slice(i, i + batch)
@@ -289,9 +304,10 @@ def internal_entropy(
         weight = unembedding(model)[:vocab_size]  # a sharded model has gathered it by now
         own = decoder_body(model).norm(parts.hidden[-1])
         before_ffn = [h + a for h, a in zip(parts.hidden, parts.attention)]
-        sums = [torch.stack([_entropy_sum(x, weight) for x in part]) for part in parts]
+        entropy_sum = lambda states: _entropy_sum(states, weight, token_scores)
+        sums = [torch.stack([entropy_sum(states) for states in part]) for part in parts]
         sums += [_cosine_sums(parts.attention, parts.hidden)]
-        sums += [_cosine_sums(parts.feed_forward, before_ffn), _entropy_sum(own, weight)]
+        sums += [_cosine_sums(parts.feed_forward, before_ffn), entropy_sum(own)]
         total = sums if total is None else [t + s for t, s in zip(total, sums)]
         count += len(own)
     if not count:
@@ -299,9 +315,9 @@ def internal_entropy(
     return InternalEntropy(*((t / count).cpu() for t in total))
 
 
-def _entropy_sum(states, weight):
+def _entropy_sum(states, weight, token_scores):
     targets = torch.zeros(len(states), dtype=torch.long, device=states.device)
-    _, entropy = token_logprobs_and_entropy(states, weight, targets)
+    _, entropy = token_scores(states, weight, targets)
     return entropy.cpu().double().sum()
 
 
@@ -339,7 +355,7 @@ def layer_similarity(
     kl      mean KL(policy_l || policy_k) in nats, the internal policies of Eq. 5
     """
     count, sums = 0, torch.zeros(2, layer_count(model) - layer, dtype=torch.float64)
-    batch = batch or together(input_ids.shape[1])
+    batch = batch or diagnostic_batch_size(input_ids.shape[1])
     for i in range(0, len(input_ids) if sums.numel() else 0, batch):
         rows = slice(i, i + batch)
         of_answers = functools.partial(predicting, response_mask=response_mask[rows])
@@ -361,16 +377,19 @@ def perplexity(
     response_mask: Tensor,
     vocab_size: int | None = None,
     batch: int | None = None,
+    token_scores: Scorer = chunked_scores,
 ) -> float:
-    """exp of the mean negative log-probability of the response tokens under the model's policy;
-    `batch` sequences at a time."""
+    """Return exp of the mean negative log-probability of the response tokens, full policy.
+
+    `batch` sequences at a time; `token_scores` as in internal_entropy.
+    """
     total, count = 0.0, 0
-    batch = batch or together(input_ids.shape[1])
+    batch = batch or diagnostic_batch_size(input_ids.shape[1])
     for i in range(0, len(input_ids), batch):
         ids, response = input_ids[i : i + batch], response_mask[i : i + batch]
         states = predicting(policy_hidden(model, ids, attention_mask[i : i + batch]), response)
         tokens = ids[:, 1:][response[:, 1:].bool()]
-        logp, _ = token_logprobs_and_entropy(states, unembedding(model)[:vocab_size], tokens)
+        logp, _ = token_scores(states, unembedding(model)[:vocab_size], tokens)
         total, count = total + logp.cpu().double().sum(), count + len(logp)
     return float((-total / count).exp())
 
@@ -380,7 +399,7 @@ def policy_kl(
     states: Tensor, others: Tensor, weight: Tensor, chunk_tokens: int | None = None
 ) -> Tensor:
     """Mean KL(softmax(states E^T) || softmax(others E^T)) over N tokens; (N, D) twice -> ()."""
-    chunk = chunk_tokens or max(1, KL_CHUNK // weight.shape[0])
+    chunk = chunk_tokens or max(1, LOGITS_CHUNK // weight.shape[0])
     total = 0.0
     with torch.autocast(states.device.type, enabled=False):
         for p, q in zip(states.split(chunk), others.split(chunk)):
@@ -391,7 +410,7 @@ def policy_kl(
 
 
 if __name__ == "__main__":
-    from program.command import run_main
+    from common.command import run_main
     from scripts.internal_report import main
 
     run_main(main)

@@ -16,12 +16,10 @@ Sources   GRPO (Shao et al. 2024, arXiv 2402.03300), DAPO (Yu et al. 2025, 2503.
 import torch
 from torch import Tensor
 
-from fast.logprobs import chunked_logprobs_and_entropy
-from fast.rows import NEVER  # -1e30: e to it is 0, and so is 0 times it
-
 LOG_RATIO_LIMIT = 20.0  # from 89 on exp overflows, and even a clipped token's gradient is NaN
+NEVER = -1e30  # a finite stand-in for -inf: exp(NEVER) and 0 * NEVER are both 0
 
-# ---------------------------------------------- log-probability and entropy of the taken tokens
+# ------------------------------------- log-probability and entropy of the tokens of a response
 
 
 def token_logprobs_and_entropy(
@@ -30,49 +28,44 @@ def token_logprobs_and_entropy(
     targets: Tensor,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
-    measure_entropy: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each target and entropy of the whole distribution, both differentiable.
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each target and the entropy of the whole distribution.
 
         p = softmax(hidden @ unembedding.T / temperature)
         logp = log p[target],   entropy = -sum_v p_v log p_v
 
-    hidden (..., D), unembedding (V, D) cut to the tokenizer's ids, targets (...). In chunks, so
-    that the logits never exist all at once; measure_entropy=False saves a pass over them and
-    returns no entropy.
+    hidden (..., D), unembedding (V, D) cut to the tokenizer's ids, targets (...); both results
+    (...) and differentiable. The logits of `chunk_tokens` tokens exist at a time (default: of all).
+    engine/logprobs.py computes the same with less memory.
     """
     if targets.shape != hidden.shape[:-1]:
         shapes = f"{tuple(targets.shape)}, hidden {tuple(hidden.shape)}"
         raise ValueError(f"targets must have the shape of hidden without its last axis: {shapes}")
-    return chunked_logprobs_and_entropy(
-        hidden,
-        unembedding,
-        targets,
-        temperature,
-        chunk_tokens,
-        measure_entropy,
-    )
-
-
-def plain_logprobs_and_entropy(
-    hidden: Tensor, unembedding: Tensor, targets: Tensor, temperature: float = 1.0, **unused: bool
-) -> tuple[Tensor, Tensor]:
-    """The same from whole logits: for reading, and for small models. The entropy always comes."""
-    logits = hidden @ unembedding.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return row_logprobs_and_entropy(logits / temperature, targets)
+    states, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    size = chunk_tokens or max(1, len(states))
+    logps, entropies = [], []
+    for chunk, chunk_ids in zip(states.split(size), ids.split(size)):
+        logits = chunk @ unembedding.T
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logp, entropy = row_logprobs_and_entropy(logits / temperature, chunk_ids)
+        logps.append(logp)
+        entropies.append(entropy)
+    return torch.cat(logps).view(targets.shape), torch.cat(entropies).view(targets.shape)
 
 
 def row_logprobs_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p[target] and entropy of softmax(logits): (..., V), (...) -> two tensors (...).
-    log Z - E[logit] would cancel, and HAPO steers by log H. Relative to the likeliest id every
-    z <= 0; with s, the sum of e^z over the *others*, H = log1p(s) + sum p (-z), none negative."""
+    """Return log p[target] and the entropy of p = softmax(logits): (..., V), (...) -> (...) twice.
+
+    HAPO steers by log H, so H must be exact where it is small, and H = log Z - E[logit] cancels.
+    Subtract the largest logit, so that every z <= 0. Let s be the sum of e^z over all other ids.
+    Then H = log1p(s) + sum p (-z): a sum of terms that are never negative.
+    """
     with torch.autocast(logits.device.type, enabled=False):
         top = logits.argmax(-1, keepdim=True)
         z = clip(logits - logits.gather(-1, top), NEVER, torch.inf)
         others = z.exp().scatter(-1, top, 0.0)
         s = others.sum(-1)
-        # log Z less the top logit, whose z is 0; or NaN, where that logit is infinite: it must show
+        # log Z, less the largest logit. Its z is 0, or NaN if it was infinite: that must show
         log_z = torch.log1p(s) + z.gather(-1, top).squeeze(-1)
         entropy = log_z - (others * z).sum(-1) / (1 + s)
         logp = z.gather(-1, targets[..., None]).squeeze(-1) - log_z
@@ -83,8 +76,10 @@ def row_logprobs_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, T
 
 
 def grpo_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """GRPO: A[b] = (R[b] - mean_group) / (std_group + 1e-6), sample standard deviation (n - 1).
-    (B,) -> (B,), 0 in a group of one and where a group's rewards are all equal."""
+    """Return GRPO's advantages: A[b] = (R[b] - mean_group) / (std_group + 1e-6), (B,) -> (B,).
+
+    The deviation is the sample's (n - 1). A group of one, or of equal rewards, has advantage 0.
+    """
     groups = split_groups(rewards, group_size)
     if group_size == 1:
         return torch.zeros_like(rewards)
@@ -92,13 +87,14 @@ def grpo_advantages(rewards: Tensor, group_size: int) -> Tensor:
     std = groups.std(1, keepdim=True)
     advantages = (groups - mean) / (std + 1e-6)
     # rounding of the mean must not turn "all equal" into noise divided by 1e-6
-    return torch.where(differ(rewards, group_size), advantages.view(-1), 0.0)
+    return torch.where(has_reward_variance(rewards, group_size), advantages.view(-1), 0.0)
 
 
 def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """RLOO: A[b] = R[b] - mean of the group's other rewards. (B,) -> (B,); a group of one gets 0.
+    """Return RLOO's advantages: A[b] = R[b] - mean of the group's other rewards, (B,) -> (B,).
 
-    The baseline of an answer does not contain the answer, so it is unbiased.
+    The baseline does not contain the response's own reward, so it is unbiased. A group of one has
+    advantage 0.
     """
     groups = split_groups(rewards, group_size)
     if group_size == 1:
@@ -106,22 +102,21 @@ def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
     total = groups.sum(1, keepdim=True)
     others = (total - groups) / (group_size - 1)
     advantages = (groups - others).view(-1)
-    return torch.where(differ(rewards, group_size), advantages, 0.0)
-
-
-# --advantage NAME: a new rule is one function (rewards, group_size) -> (B,) and one entry here
-GROUP_RULES = {"grpo": grpo_advantages, "rloo": rloo_advantages}
+    return torch.where(has_reward_variance(rewards, group_size), advantages, 0.0)
 
 
 def split_groups(rewards: Tensor, group_size: int) -> Tensor:
-    """(B,) -> (B / G, G); refuses a batch that is not made of whole groups."""
+    """Return rewards by group, (B,) -> (B / G, G). ValueError if a group is not whole."""
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} responses: not a multiple of the group size {group_size}")
     return rewards.view(-1, group_size)
 
 
-def differ(rewards: Tensor, group_size: int) -> Tensor:
-    """Whether the rewards of an answer's group differ, (B,) -> (B,) bool; if not, it is dead."""
+def has_reward_variance(rewards: Tensor, group_size: int) -> Tensor:
+    """Return for each response whether the rewards of its group differ, (B,) -> (B,) bool.
+
+    A group whose rewards are all equal has advantage 0: nothing is learned from it.
+    """
     groups = split_groups(rewards, group_size)
     return (groups.amax(1) > groups.amin(1)).repeat_interleave(group_size)
 
@@ -141,7 +136,7 @@ def clip(values: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
 
 
 def likelihood_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
-    """r = exp(logp - old_logp), its exponent within +-20; beyond that there is no gradient."""
+    """Return r = exp(logp - old_logp), its exponent clipped to +-20: no gradient beyond."""
     return torch.exp(clip(logp - old_logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
@@ -152,8 +147,11 @@ def clipped_surrogate(
     clip_high: float | Tensor,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """PPO's clipped surrogate, as a loss:  -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
-    All (B, T), bounds too or numbers. Dual clip c > 1: a token with A < 0 costs at most -c A.
+    """Return PPO's clipped surrogate as a loss: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
+
+    All (B, T); the bounds may be numbers. With a dual clip c > 1, a token with A < 0 costs at most
+    -c A. Past its bound a token has no gradient in the advantage's direction; it still counts in
+    the denominator of the mean.
 
     Gradients at equality, which the papers leave open, are those of HAPO's released code with the
     torch of its time. A token whose ratio lies exactly on a clip bound learns at full strength:
@@ -174,19 +172,22 @@ def clipped_surrogate(
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """k3 estimate of KL(policy || reference) a token: exp(d) - d - 1 >= 0, d = ref_logp - logp."""
+    """Return the k3 estimate of KL(policy || reference) per token, (B, T).
+
+    exp(d) - d - 1 >= 0, with d = ref_logp - logp.
+    """
     d = clip(ref_logp - logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return torch.exp(d) - d - 1
 
 
-# ------------------------------------------------------------------------------ three ways to mean
-# The normaliser belongs to the whole optimiser batch. When that batch is cut into micro-batches the
-# caller passes the whole batch's number, and the parts add up to the same loss and gradient.
-# Padding is filled with 0: a product with the mask would let a NaN in it survive.
+# --------------------------------------------------------------------------- three kinds of mean
+# The normalizer belongs to the whole mini-batch of an update. Where it is cut into micro-batches,
+# the caller passes the whole mini-batch's number, and the parts add up to the same loss and
+# gradient. Padding is filled with 0: multiplying by the mask would keep a NaN that stands there.
 
 
 def masked_mean(values: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
-    """Token mean (DAPO): sum over valid tokens / their number (or `normalizer`). (B, T) -> ()."""
+    """Return the token mean (DAPO): sum over valid tokens / their number, or / `normalizer`."""
     count = mask.sum() if normalizer is None else normalizer
     return values.masked_fill(mask == 0, 0.0).sum() / max(count, 1)
 
@@ -196,9 +197,10 @@ def sequence_mean(
     mask: Tensor,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Sequence mean (GRPO): each response's mean over its tokens, then the mean over responses.
+    """Return the sequence mean (GRPO): each response's mean over its tokens, then over responses.
 
-    Or / `normalizer`. A response without a valid token adds 0 and still counts as a response.
+    `normalizer` replaces the number of responses. A response without a valid token adds 0 and still
+    counts as a response.
     """
     count = len(values) if normalizer is None else normalizer
     sums = values.masked_fill(mask == 0, 0.0).sum(1)
@@ -212,7 +214,7 @@ def fixed_length_mean(
     length: int,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Dr. GRPO: each response's sum / a constant `length`, then the mean over responses."""
+    """Return Dr. GRPO's mean: each response's sum / a constant `length`, then over responses."""
     count = len(values) if normalizer is None else normalizer
     total = values.masked_fill(mask == 0, 0.0).sum()
     return total / (length * max(count, 1))
@@ -222,9 +224,9 @@ def fixed_length_mean(
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """DAPO's soft overlong punishment: 0 up to max_length - buffer, then linear to -1 at the cap.
+    """Return DAPO's soft overlong penalty, added to the reward: (B,) tokens -> (B,).
 
-    Added to the reward. lengths (B,) in tokens; returns (B,).
+    0 up to max_length - buffer, then linear down to -1 at max_length.
     """
     if not 0 < buffer <= max_length:
         raise ValueError(f"the overlong buffer must lie in 1..{max_length}, not {buffer}")

@@ -1,19 +1,21 @@
-"""Drawing answers: what a batch of them holds, and the decoder in its readable form.
+"""Sampling: a batch of responses (`Rollout`) and a readable decoder (`generate`).
 
-Each step draws one token for every row from softmax(logits / temperature), and from nothing else:
-no top-k, no top-p, no repetition penalty, whatever the model's generation_config says. The
-temperature is a number, or a function of the entropy of the step's raw logits (HAPO's Eq. 8, for
-example; this module does not know it).
+Each decoding step draws one token per row from softmax(logits / temperature), and from nothing
+else: no top-k, no top-p, no repetition penalty, whatever the model's generation_config says. The
+temperature is a number, or a rule: a function of the entropies of the step's raw logits and of the
+tokens' positions in the response. HAPO's Eq. 8 is such a rule; this module does not know it.
 
-`generate` is for reading, and what --plain runs. fast/decoding.py has one of the same signature
-that reads every prompt once, lets rows that have ended leave, and copies nothing. Both draw the
-same tokens.
+`generate` is the readable decoder, which --plain runs. engine/decoding.py has the fast one: the
+same arguments and the same tokens.
 
-Shapes: P prompts, G answers each, B = P G rows (answers of a prompt adjacent), S prompt positions
-(left-padded), T answer positions (right-padded), V vocabulary, R rows in flight.
+Shapes: P prompts, G responses to each, B = P G rows (the responses to a prompt are adjacent), S
+prompt positions (left-padded), T response positions (right-padded), V vocabulary, R rows that are
+being decoded.
 """
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,28 +25,41 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor
 
 from losses import row_logprobs_and_entropy
-from program.errors import NonFinite
-from program.models import cache_argument
-from questions.prompts import end_of_turn
 
-Rows = slice | list[int]  # of a rollout's answers
-Temperature = float | Callable[[Tensor], Tensor]  # or entropies (R,) -> temperatures (R,)
+Rows = slice | list[int]  # rows of a rollout
+# a number, or a rule: entropies in nats and positions in the response -> temperatures, (R,) each
+Temperature = float | Callable[[Tensor, Tensor], Tensor]
 
-# ----------------------------------------------------------------------------------------- answers
+
+class NonFinite(FloatingPointError):
+    """A logit, a reward, a loss or a weight is NaN or infinite."""
+
+
+# --------------------------------------------------------------------------------------- responses
+
+
+class TokenScores(NamedTuple):
+    """The log-probability and entropy of every response token, and where they come from."""
+
+    logp: Tensor  # (B, T), 0 at padding
+    entropy: Tensor | None  # (B, T) in nats, 0 at padding; None where it was not computed
+    policy: str  # whose distribution: "sampler", "full policy", "layer 3", "reference"
+    temperature: float | Tensor  # of logp: a number, or one per token where the sampler adapts it
+    entropy_temperature: float  # of the distribution that the entropy belongs to
 
 
 @dataclass(kw_only=True)
 class Rollout:
-    """A batch of answers. Masks come from lengths, never from token values."""
+    """A batch of responses. Masks come from lengths, never from token values."""
 
     prompt: Tensor  # (P, S) int64, left-padded
     prompt_mask: Tensor  # (P, S) bool
     tokens: Tensor  # (B, T) int64, 0 after the end
     mask: Tensor  # (B, T) bool, true up to and including the end-of-sequence token
-    temperature: Tensor  # (B, T) what each token was drawn at, 0 after the end
+    temperature: Tensor  # (B, T) at which each token was drawn, 0 after the end
     logp: Tensor  # (B, T) its log-probability at that temperature (greedy: at 1)
     entropy: Tensor  # (B, T) of that step's raw logits, nats; NaN where it was not measured
-    finished: Tensor  # (B,) bool, false where the length cap cut the answer
+    finished: Tensor  # (B,) bool, false where the length cap cut the response
 
     @property
     def group_size(self) -> int:
@@ -54,19 +69,24 @@ class Rollout:
     def lengths(self) -> Tensor:
         return self.mask.sum(1)
 
-    def answers(self) -> list[list[int]]:
-        """The answers as lists of ids, end-of-sequence token included."""
-        tokens, mask = self.tokens.cpu(), self.mask.cpu()
-        return [ids[own].tolist() for ids, own in zip(tokens, mask)]
+    @property
+    def scores(self) -> TokenScores:
+        """Return what the sampler recorded: logp at each token's temperature, entropies at 1."""
+        return TokenScores(self.logp, self.entropy, "sampler", self.temperature, 1.0)
 
-    def listed(self, rows: Rows) -> list[int]:
+    def responses(self) -> list[list[int]]:
+        """Return the responses as lists of ids, end-of-sequence token included."""
+        tokens, mask = self.tokens.cpu(), self.mask.cpu()
+        return [ids[kept].tolist() for ids, kept in zip(tokens, mask)]
+
+    def row_list(self, rows: Rows) -> list[int]:
+        """Return rows as a list of their numbers."""
         if isinstance(rows, slice):
-            count = len(self.tokens)
-            rows = list(range(count))[rows]
+            return list(range(len(self.tokens))[rows])
         return rows
 
-    def sequences(self, rows: Rows) -> tuple:
-        """Some rows as lines padded on the right: ids, mask, and whether an answer's id is next."""
+    def sequences(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return some rows padded on the right: (ids, mask, whether a response token is next)."""
         prompts = torch.arange(len(self.tokens), device=self.mask.device)[rows] // self.group_size
         padded = torch.cat([self.prompt[prompts], self.tokens[rows]], 1)
         start = self.prompt_mask[prompts].sum(1, keepdim=True)
@@ -78,19 +98,18 @@ class Rollout:
         predicts = (place >= start - 1) & (place < end - 1)
         return ids, attention, predicts
 
-    def with_response_mask(self, cap: int) -> tuple:
-        """At most `cap` answers spread over the batch: ids, attention and response mask."""
+    def with_response_mask(self, cap: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return at most `cap` rows, spread over the batch: (ids, attention, response mask)."""
         total = len(self.tokens)
         count = min(cap, total)
-        places = range(count)
-        rows = [i * total // count for i in places]
+        rows = [i * total // count for i in range(count)]
         ids, attention, predicts = self.sequences(rows)
-        response = predicts.roll(1, 1)  # a token stands right of what predicts it
+        response = predicts.roll(1, 1)  # a token stands one place right of what predicts it
         return ids, attention, response
 
 
-def pad_prompts(prompts: list, device: str = "cpu") -> tuple:
-    """Lists of ids -> (P, S) ids and mask, padded on the left with 0; only the mask tells."""
+def pad_prompts(prompts: list, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Return lists of ids as (ids, mask), (P, S) each, padded on the left with 0."""
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
     width = max(map(len, prompts))
@@ -101,7 +120,7 @@ def pad_prompts(prompts: list, device: str = "cpu") -> tuple:
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count real tokens only: a left-padded row sees those of an unpadded one."""
+    """Return positions that count real tokens only: padding on the left changes none of them."""
     count = attention_mask.long().cumsum(-1)
     return (count - 1).clamp_min(0)
 
@@ -112,7 +131,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 def generate(
     model: nn.Module,
     prompts: list,
-    answers_per_prompt: int = 1,
+    group_size: int = 1,
     max_new_tokens: int = 32,
     eos_ids: Iterable[int] = (),
     temperature: Temperature = 1.0,
@@ -120,48 +139,49 @@ def generate(
     uniform: Tensor | None = None,
     measure_entropy: bool = False,
 ) -> Rollout:
-    """Draw `answers_per_prompt` answers to each prompt (lists of token ids, of any lengths).
+    """Draw `group_size` responses to each prompt (lists of token ids, of any lengths).
 
-    eos_ids          every id that ends an answer (see eos_ids_of)
+    eos_ids          every id that ends a response (see eos_ids_of)
     temperature      0 for greedy; see Temperature
     vocab_size       ids from here on (a padded vocabulary) have probability 0
     uniform          the random numbers, (max_new_tokens, B) in [0, 1)
-    measure_entropy  of every step, also where no temperature asks for it (here it always is)"""
+    measure_entropy  at every step, also where no rule asks for it (this decoder always does)
+    """
     device = model.get_input_embeddings().weight.device
     prompt, prompt_mask = pad_prompts(prompts, device)
-    ids = prompt.repeat_interleave(answers_per_prompt, 0)
-    visible = prompt_mask.repeat_interleave(answers_per_prompt, 0)
+    ids = prompt.repeat_interleave(group_size, 0)
+    visible = prompt_mask.repeat_interleave(group_size, 0)
     position = position_ids(visible)
     if uniform is None:
         uniform = torch.rand(max_new_tokens, len(ids))
     ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
-    alive = torch.ones(len(ids), dtype=torch.bool, device=device)
+    unfinished = torch.ones(len(ids), dtype=torch.bool, device=device)
     inputs = {"use_cache": True, cache_argument(type(model)): DynamicCache()}
     steps = []
     with rollout_mode(model):
         for t, draws in enumerate(uniform.to(device)):
             inputs |= {"attention_mask": visible, "position_ids": position}
             logits = model(ids, logits_to_keep=1, **inputs).logits[:, -1, :vocab_size]
-            drawn = draw(logits.float(), temperature, draws)
-            if not bool(drawn.logp[alive].isfinite().all()):
-                raise NonFinite(f"the model's logits are NaN or infinite at answer position {t}")
-            steps.append((alive, *drawn))
-            # a row that has ended runs on beside the others, and what it draws does not count
-            alive = alive & ~torch.isin(drawn.tokens, ends)
-            if not bool(alive.any()):
+            drawn = draw(logits.float(), temperature, draws, torch.full_like(ids[:, 0], t))
+            if not bool(drawn.logp[unfinished].isfinite().all()):
+                raise NonFinite(f"the model's logits are NaN or infinite at response position {t}")
+            steps.append((unfinished, *drawn))
+            # finished rows stay in the batch; their later tokens are masked out
+            unfinished = unfinished & ~torch.isin(drawn.tokens, ends)
+            if not bool(unfinished.any()):
                 break
             ids = drawn.tokens[:, None]
             position = position[:, -1:] + 1
             visible = nn.functional.pad(visible, (0, 1), value=True)
     mask, *columns = [torch.stack(column, 1) for column in zip(*steps)]
     columns = [torch.where(mask, column, 0) for column in columns]
-    kept = dict(zip(Drawn._fields, columns))
-    return Rollout(prompt=prompt, prompt_mask=prompt_mask, mask=mask, finished=~alive, **kept)
+    drawn = dict(zip(Drawn._fields, columns))
+    return Rollout(prompt=prompt, prompt_mask=prompt_mask, mask=mask, finished=~unfinished, **drawn)
 
 
 @contextlib.contextmanager
 def rollout_mode(model: nn.Module) -> Iterator[None]:
-    """No gradient, and eval: in training mode gradient checkpointing silently drops the cache."""
+    """Switch to eval without gradients, and back: checkpointing drops the cache in train mode."""
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
@@ -172,7 +192,7 @@ def rollout_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Drawn(NamedTuple):
-    """One step's tokens and what is kept of each, (R,)."""
+    """The tokens of one decoding step and what is kept of each, (R,)."""
 
     tokens: Tensor
     temperature: Tensor
@@ -180,66 +200,103 @@ class Drawn(NamedTuple):
     entropy: Tensor  # of the raw logits, in nats; NaN where it was not measured
 
 
-def draw(logits: Tensor, temperature: Temperature, uniform: Tensor) -> Drawn:
-    """One token a row from softmax(logits / T), (R, V): its inverse CDF at `uniform`, (R,) < 1."""
+def draw(logits: Tensor, temperature: Temperature, uniform: Tensor, positions: Tensor) -> Drawn:
+    """Draw one token per row from softmax(logits / T), (R, V), by its inverse CDF at `uniform`.
+
+    uniform (R,) in [0, 1); positions (R,): each token's position in its response, from 0.
+    """
     entropy = entropy_of(logits)
-    heat = temperature
-    if callable(temperature):
-        heat = temperature(entropy)
-    heat = torch.zeros_like(entropy) + heat  # one a row
-    if bool((heat == 0).all()):  # greedy: the distribution is a single token
+    temperatures = temperature(entropy, positions) if callable(temperature) else temperature
+    temperatures = torch.zeros_like(entropy) + temperatures  # one per row
+    if bool((temperatures == 0).all()):  # greedy: the distribution is a single token
         token = logits.argmax(-1)
     else:
-        logits = logits / heat[:, None]
+        logits = logits / temperatures[:, None]
         token = invert_cdf(logits.softmax(-1), uniform)
     logp, _ = row_logprobs_and_entropy(logits, token)
-    return Drawn(token, heat, logp, entropy)
+    return Drawn(token, temperatures, logp, entropy)
 
 
 def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The smallest index whose cumulative probability exceeds `uniform`; (R, V), (R,) -> (R,)."""
+    """Return the smallest index whose cumulative probability exceeds `uniform`; (R, V), (R,)."""
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
     # rounding may carry the threshold up to the total; below it, no id of probability 0 is drawn
     below = torch.nextafter(total, torch.zeros_like(total))
-    threshold = uniform[:, None] * total
-    threshold = torch.minimum(threshold, below)
+    threshold = torch.minimum(uniform[:, None] * total, below)
     index = torch.searchsorted(cumulative, threshold, right=True)
     return index.squeeze(1).clamp_max(probs.shape[1] - 1)
 
 
 def entropy_of(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits), (R, V) -> (R,). Logits of -inf have probability 0."""
+    """Return the entropy in nats of softmax(logits), (R, V) -> (R,). -inf is probability 0."""
     _, entropy = row_logprobs_and_entropy(logits, logits.argmax(-1))
     return entropy
 
 
 class AdaptiveTemperature(LogitsProcessor):
-    """The same rule for transformers' own generate: divides a row's logits by rule(their entropy).
+    """Apply a temperature rule in transformers' own generate: divide each row's logits by it.
 
-    rule = lambda entropy: hapo.adaptive_temperature(entropy, stats)
+    rule = lambda entropies, positions: hapo.adaptive_temperature(entropies, stats)
     model.generate(..., do_sample=True, top_k=0, logits_processor=[AdaptiveTemperature(rule)])
+
+    Positions count from the first token that `generate` draws. The width of the prompts is that of
+    the first call; a width that has not grown since the last call begins another generation.
     """
 
-    def __init__(self, rule: Callable[[Tensor], Tensor]):
+    def __init__(self, rule: Callable[[Tensor, Tensor], Tensor]):
         self.rule = rule
+        self.prompt_width = self.last_width = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        width = input_ids.shape[1]
+        if self.last_width is None or width <= self.last_width:
+            self.prompt_width = width
+        self.last_width = width
         logits = scores.float()
-        entropy = entropy_of(logits)
-        temperature = self.rule(entropy)
-        logits = logits / temperature[:, None]
-        return logits.to(scores.dtype)
+        positions = torch.full_like(input_ids[:, 0], width - self.prompt_width)
+        temperatures = self.rule(entropy_of(logits), positions)
+        return (logits / temperatures[:, None]).to(scores.dtype)
+
+
+# ------------------------------------------------------------------------ what models are asked
+
+
+@functools.cache
+def cache_argument(kind: type) -> str:
+    """Return the name under which a class of models takes its keys and values.
+
+    past_key_values, or cache since transformers 5.24, which will refuse the old name in 5.40.
+    """
+    forwards = [vars(k)["forward"] for k in kind.__mro__ if "forward" in vars(k)]
+    known = {name for forward in forwards for name in inspect.signature(forward).parameters}
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def eos_ids_of(model: nn.Module, tokenizer: object) -> list[int]:
-    """Every id that ends an answer: of generation_config, of config, the tokenizer's own, and the
-    one that the chat template puts behind an answer."""
+    """Return every id that ends a response.
+
+    They are those of generation_config, of config and of the tokenizer, and the one that the chat
+    template puts after a response.
+    """
     found = {end_of_turn(tokenizer)}
     for source in (model.generation_config, model.config, tokenizer):
         ids = getattr(source, "eos_token_id", None)
-        several = isinstance(ids, (list, tuple))
-        if not several:
-            ids = [ids]
-        found.update(ids)
+        found.update(ids if isinstance(ids, (list, tuple)) else [ids])
     return sorted(found - {None})
+
+
+def end_of_turn(tokenizer: object) -> int | None:
+    """Return the special token that the chat template puts after a response, if there is one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "xyz"}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        return None  # the template knows no responses, and so no end of one
+    after = tokenizer(text.rpartition("xyz")[2], add_special_tokens=False).input_ids[:1]
+    added = tokenizer.added_tokens_decoder
+    return after[0] if after and after[0] in added and added[after[0]].special else None

@@ -1,8 +1,8 @@
 """Prompts and verifiable rewards: a question goes in, a text comes out, and a check says 0 or 1.
 
-Built-in tasks stand in BUILT_IN; what files and data sets may look like, in questions/files.py.
+Built-in tasks stand in BUILT_IN; what files and data sets may look like, in problems/files.py.
 
-The same `grade` (grading/answers.py) serves as reward and as evaluation. It returns two verdicts,
+The same `grade` (problems/grading.py) serves as reward and as evaluation. It returns two verdicts,
 strict and lenient. Parsers alone can move a score by tens of points, so both are always reported.
 """
 
@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from grading.answers import explicit_answer, kind_of
-from grading.latex import has_math_verify
-from program.errors import BadInput
-from questions.countdown import random_expression
-from questions.files import AS_USUAL, Form, Row, Unusable, row_of, rows_of
+from common.errors import UserError
+from problems.countdown import random_expression
+from problems.files import DEFAULT_SPEC, DatasetSpec, Row, Unusable, row_of, rows_of
+from problems.grading import explicit_answer, kind_of
+from problems.latex import has_math_verify
 
 FILE_CAP = 512  # tokens an answer to a file's question may have where nobody says
 QUESTIONS = 20_000  # drawn for a built-in task; many are equal
@@ -25,7 +25,7 @@ HELD_OUT = 512  # rows of a file that are kept apart, at most a fifth of it
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `kind` says how an answer is checked: an entry of grading.answers.CHECKS."""
+    """One question. `kind` says how an answer is checked: an entry of problems.grading.CHECKS."""
 
     question: str
     answer: str  # the number, the words, the LaTeX answer, or Countdown's target
@@ -121,13 +121,13 @@ def load_problems(
     task: str = "addition",
     data: str | None = None,
     difficulty: int | None = None,
-    form: Form = AS_USUAL,
+    form: DatasetSpec = DEFAULT_SPEC,
     any_answer: bool = False,
 ) -> tuple[list[Problem], list[Problem]]:
     """(training problems, held-out problems), disjoint by key_of, and the same in every run.
 
     Built-in tasks draw QUESTIONS questions and hold out a fifth of the different ones. A file's
-    rows are shuffled, and the last HELD_OUT of them (at most a fifth) are kept apart. BadInput says
+    rows are shuffled, and the last HELD_OUT of them (at most a fifth) are kept apart. UserError says
     in one line what to do.
     """
     rng = random.Random(f"{task} 0")
@@ -138,7 +138,7 @@ def load_problems(
             print(f"{data}: {repeated} of {len(rows)} rows ask what another does; left out")
         rng.shuffle(problems)
         if len(problems) < 2:
-            raise BadInput(
+            raise UserError(
                 f"--data {data}: one usable row; training and held-out evaluation need at least 2"
             )
         keep = max(1, min(HELD_OUT, len(problems) // 5))
@@ -146,7 +146,7 @@ def load_problems(
     levels = BUILT_IN[task].levels
     difficulty = next(iter(levels)) if difficulty is None else difficulty
     if difficulty not in levels:
-        raise BadInput(
+        raise UserError(
             f"--difficulty {difficulty}: {task} has the levels {', '.join(map(str, levels))}"
         )
     drawn = list(dict.fromkeys(BUILT_IN[task].draw(rng, difficulty) for _ in range(QUESTIONS)))
@@ -168,7 +168,7 @@ def key_of(problem: Problem) -> tuple:
 
 
 def read_problems(
-    path: str, flag: str = "--data", form: Form = AS_USUAL, any_answer: bool = False
+    path: str, flag: str = "--data", form: DatasetSpec = DEFAULT_SPEC, any_answer: bool = False
 ) -> list[Problem]:
     """All usable rows of a file or data set; `any_answer`: also those whose answer cannot be
     checked. The others are counted and reported, by reason, with the first of each."""
@@ -182,7 +182,7 @@ def read_problems(
     if not problems:
         first = next((f"{places[0]}: {reason}" for reason, places in unusable.items()), "")
         what = f"none of its {total} rows can be used; {first}" if unusable else "it holds no rows"
-        raise BadInput(f"{flag} {path}: {what}")
+        raise UserError(f"{flag} {path}: {what}")
     for reason, places in unusable.items():
         print(f"{path}: {len(places)} of {total} rows left out, the first is {places[0]}: {reason}")
     return problems

@@ -15,7 +15,7 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import program.threads  # noqa: F401 - before torch
+import common.threads  # noqa: F401 - before torch
 
 # isort: split
 from datasets import Dataset
@@ -28,8 +28,8 @@ from bridges.trl_trainers import (
     HAPOConfig,
     HAPOTrainer,
 )
-from grading.answers import grade
-from program.command import run_main
+from common.command import run_main
+from problems.grading import grade
 from tasks import load_problems
 
 TINY = str(pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen3")

@@ -34,15 +34,15 @@ import bupo
 import hapo
 import internals
 import losses
-from program.errors import BadInput
-from program.models import vocabulary
+from common.errors import UserError
+from common.models import vocabulary
 from sampling import AdaptiveTemperature
 
 try:
     from trl import GRPOConfig, GRPOTrainer
 except (ImportError, RuntimeError) as error:  # RuntimeError: TRL lacks a package of its own
     reason = str(error).splitlines()[-1]
-    raise BadInput(f"this needs TRL ({reason}); pip install 'trl>=1.0'") from error
+    raise UserError(f"this needs TRL ({reason}); pip install 'trl>=1.0'") from error
 
 SCORE = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
 IDLE = (
@@ -91,7 +91,7 @@ class HAPOConfig(GRPOConfig):
             (not named, f"bupo_layer {layer}: must be auto or a layer from 1 to the last"),
         ):
             if wrong:
-                raise BadInput(why)
+                raise UserError(why)
 
 
 def text_of(batch):
@@ -124,12 +124,12 @@ class Bridge:
     def __init__(self, model, reward_funcs, args=None, *more, **kwargs):
         bottom_up, hapo = isinstance(self, BuPO), isinstance(self, HAPO)
         if not isinstance(args, HAPOConfig):
-            raise BadInput(f"{type(self).__name__}: args must be a HAPOConfig")
+            raise UserError(f"{type(self).__name__}: args must be a HAPOConfig")
         if bottom_up != (args.bupo_layer is not None):
             wants = "a bupo_layer: 1 ... L, or auto" if bottom_up else "no bupo_layer"
-            raise BadInput(f"{type(self).__name__} takes {wants}, not {args.bupo_layer}")
+            raise UserError(f"{type(self).__name__} takes {wants}, not {args.bupo_layer}")
         if hapo and args.use_vllm and args.adaptive_temperature:
-            raise BadInput("adaptive_temperature True: vLLM has one temperature; set it to False")
+            raise UserError("adaptive_temperature True: vLLM has one temperature; set it to False")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self.add_callback(Kept)
         a = self.args

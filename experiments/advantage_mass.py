@@ -23,26 +23,26 @@ import claims_runs  # noqa: E402
 import hapo  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
-from program.command import run_main  # noqa: E402
+from common.command import run_main  # noqa: E402
+from engine.engine import SingleProcess  # noqa: E402
 from run import options  # noqa: E402
-from run.machine import OneProcess  # noqa: E402
-from run.opening import open_run  # noqa: E402
+from run.setup import open_run  # noqa: E402
 
-OPTIONS = "--prompts-per-step 128 --answers-per-prompt 8 --algo dapo --device cpu"
+OPTIONS = "--prompts-per-step 128 --num-generations 8 --algo dapo --device cpu"
 
 
 def masses(given):
     """{"right", "wrong": mean tokens, "mass": {rule: {length: [share above 0, share below 0]}}} of
     the answers of a world's model."""
     with tempfile.TemporaryDirectory() as out:
-        run, _ = open_run(options.parse([*given.split(), "--out", out], ""), OneProcess("cpu"))
-        batch, G = train.collect(1, None, run), run.options.answers_per_prompt
+        run, _ = open_run(options.parse([*given.split(), "--out", out], ""), SingleProcess("cpu"))
+        batch, G = train.collect(1, None, run), run.options.num_generations
     mask, lengths = batch.rollout.mask, batch.rollout.lengths
     rules = {
         "GRPO's advantages": losses.grpo_advantages(batch.rewards, G)[:, None] * mask,
         "B": hapo.token_group_advantages(batch.rewards, mask, G),
     }
-    right = batch.right.bool()
+    right = batch.correct.bool()
     found = {"right": lengths[right].float().mean().item(), "mass": {}}
     found["wrong"] = lengths[~right].float().mean().item()
     for rule, advantages in rules.items():

@@ -39,8 +39,8 @@ from claims_plan import groups_of, options_of, wanted  # noqa: E402
 from claims_runs import differs, read_json, read_runs, replace, same_as_now  # noqa: E402
 from paired import effect  # noqa: E402
 
-from program.command import run_main  # noqa: E402
-from program.errors import BadInput  # noqa: E402
+from common.command import run_main  # noqa: E402
+from common.errors import UserError  # noqa: E402
 
 COST = claims_runs.HERE / "claims_cost.json"
 
@@ -57,7 +57,9 @@ def main():
     a, plan = parser.parse_args(), read_json(claims_plan.PLAN)
     chosen = read_json(claims_plan.PILOT)
     if not chosen and (a.real or not a.pilot):
-        raise BadInput(f"{claims_plan.PILOT} is missing: experiments/claims.py --pilot comes first")
+        raise UserError(
+            f"{claims_plan.PILOT} is missing: experiments/claims.py --pilot comes first"
+        )
     if a.pilot:
         return claims_pilot.pilot(plan, a.real)
     made_of = claims_runs.commit()
@@ -102,9 +104,9 @@ def runnable(plan, chosen, only, real):
     """What is wanted, less the real model's runs where no folder holds it."""
     jobs, arms = wanted(plan, only), plan["arms"]
     if real and "real" not in chosen:
-        raise BadInput(f"--real {real}: its learning rates come first: --pilot --real {real}")
+        raise UserError(f"--real {real}: its learning rates come first: --pilot --real {real}")
     if only and not real and any("real" in arms[arm] for arm, _ in jobs):
-        raise BadInput(f"--only {' '.join(only)}: needs --real DIR, {plan['real model']['what']}")
+        raise UserError(f"--only {' '.join(only)}: needs --real DIR, {plan['real model']['what']}")
     return [(arm, seed) for arm, seed in jobs if real or "real" not in arms[arm]]
 
 
@@ -121,14 +123,14 @@ def results(plan, chosen, made_of, mixed):
         for what, value in differs(runs[name], **now).items():
             other.setdefault(what, set()).add(arm)
             if not mixed:
-                raise BadInput(
+                raise UserError(
                     f"{claims_runs.RUNS.name}, run {name}: made with other {what} than now "
                     f"({value}); run it again with --anew, or use it with --mixed"
                 )
     for a, b in unlike_pairs(plan, found):  # a world's model, made again on another machine
         other.setdefault("weights", set()).update((a, b))
         if not mixed:
-            raise BadInput(
+            raise UserError(
                 f"{claims_runs.RUNS.name}: of a pair of runs {a} and {b} started from different "
                 "weights; run both again with --anew, or use them with --mixed"
             )
@@ -171,11 +173,11 @@ def time_steps(plan, chosen):
     for seed in plan["common"]["seeds"]:
         options = options_of(plan, "hapo", chosen)
         half = str(plan["common"]["steps"] // 2)
-        command = [sys.executable, "benchmarks/hapo_cost.py", "--json", "--after", half]
+        command = [sys.executable, "experiments/benchmarks/hapo_cost.py", "--json", "--after", half]
         command += ["--rounds", "25", "--options", f"{options} --seed {seed}"]
         done = claims_runs.one_thread(command)
         if done.returncode:
-            raise BadInput(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
+            raise UserError(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
         for arm, median in json.loads(done.stdout.splitlines()[-1]).items():
             seconds[f"{arm}-{seed}, same answers"] = round(median, 4)
         print(f"seed {seed}: {done.stdout.splitlines()[-1]}", flush=True)

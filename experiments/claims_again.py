@@ -17,7 +17,7 @@ import sys
 import claims_runs
 from claims_plan import options_of
 
-from program.errors import BadInput
+from common.errors import UserError
 
 AGAIN = claims_runs.ROOT / "runs" / "claims" / "again.json"  # the arms that are the same so far
 SHORT = 8  # steps, two updates each; a first phase is run to its end and a step beyond it
@@ -34,7 +34,7 @@ def run_again(plan, chosen, jobs, real=None):
         seeds.setdefault(arm, []).append(seed)
     made_of = {runs[f"{arm}-{seed}"]["commit"] for arm, seed in jobs if f"{arm}-{seed}" in runs}
     if len(made_of) != 1:
-        raise BadInput(f"the results are of {len(made_of)} commits: {', '.join(sorted(made_of))}")
+        raise UserError(f"the results are of {len(made_of)} commits: {', '.join(sorted(made_of))}")
     (before,) = made_of
     short = [
         (f"{arm}-{own[i % len(own)]}", short_options(plan, arm, chosen, real), own[i % len(own)])
@@ -53,14 +53,14 @@ def run_again(plan, chosen, jobs, real=None):
                 (was, is_now), name = future.result(), waiting[future]
                 for what in was.keys() | is_now.keys():
                     if was.get(what) != is_now.get(what):
-                        raise BadInput(f"{name}: {what} is not what it was at {before[:7]}")
+                        raise UserError(f"{name}: {what} is not what it was at {before[:7]}")
                 same["arms"].append(name)
                 claims_runs.replace(AGAIN, json.dumps(same) + "\n")
                 print(f"{n}/{len(short)}  {name}  the same", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
     if claims_runs.last_commit() != now:
-        raise BadInput("the sources were changed while they ran")
+        raise UserError("the sources were changed while they ran")
     known = claims_runs.read_json(claims_runs.SAME) | {now: before}
     claims_runs.replace(claims_runs.SAME, json.dumps(known, indent=0) + "\n")
     AGAIN.unlink()
@@ -97,7 +97,7 @@ def short_run(code, name, options, seed):
     command = [sys.executable, "train.py", *shlex.split(options), "--seed", str(seed)]
     done = claims_runs.one_thread([*command, "--out", str(out), "--overwrite"], code)
     if done.returncode:
-        raise BadInput(f"run {name} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+        raise UserError(f"run {name} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     weights = (out / "final" / "model.safetensors").read_bytes()
     left = {"weights": hashlib.sha256(weights).hexdigest()}
     for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():

@@ -12,7 +12,7 @@ from statistics import mean
 import paired
 from claims_runs import read_json
 
-from program.errors import BadInput
+from common.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE, PLOTS = ROOT / "docs" / "evidence.md", ROOT / "assets" / "evidence"
@@ -186,7 +186,7 @@ def whole(verdicts):
 
 
 def table(plan, found, times, claims):
-    """Lines of a table, and [(claim, pair, effect, seeds, values)] for the plots."""
+    """PackedBatch of a table, and [(claim, pair, effect, seeds, values)] for the plots."""
     rows = []
     for claim in claims:
         for pair in claim["compare"]:
@@ -322,7 +322,7 @@ def with_numbers(text, plan, found, times, ready):
         pair, _, metric = named[1].partition(", ")
         arms, claim = re.split(" [->] ", pair), {"metric": metric or "final"}
         if not plan["arms"].keys() >= set(arms) - {"start"}:
-            raise BadInput(f"{NOTES.name}: {named[0]} names no arm of claims.json")
+            raise UserError(f"{NOTES.name}: {named[0]} names no arm of claims.json")
         if len(arms) == 1:
             values = values_of(plan, found, times, pair, metric).values()
             return f"{mean(values):.2f}" if values else "–"

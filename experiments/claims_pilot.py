@@ -9,7 +9,7 @@ import claims_runs
 from claims_plan import inherited, options_of, tuned_claims
 from claims_runs import read_json, read_runs, same_as_now
 
-from program.errors import BadInput
+from common.errors import UserError
 
 
 def pilot(plan, real=None):
@@ -38,7 +38,7 @@ def level_and_rates(plan, made_of):
         if fits(level, table, rates):
             break
     else:
-        raise BadInput(f"no level of {p['difficulties']} leaves room for a comparison: {table}")
+        raise UserError(f"no level of {p['difficulties']} leaves room for a comparison: {table}")
     chosen = {"difficulty": level, "rates": rates, "commit": made_of}
     before = read_json(claims_plan.PILOT)
     if "real" in before:  # has a pilot of its own

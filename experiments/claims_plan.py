@@ -4,7 +4,7 @@ import pathlib
 
 import claims_page
 
-from program.errors import BadInput
+from common.errors import UserError
 
 HERE = pathlib.Path(__file__).resolve().parent
 PLAN, PILOT = HERE / "claims.json", HERE / "claims_pilot.json"
@@ -50,7 +50,7 @@ def tuned_claims(plan):
 def at_its_own(plan, arm, chosen):
     rate = chosen["own"].get(arm)
     if rate is None:
-        raise BadInput(f"{PILOT.name} has no learning rate for {arm}: run --pilot again")
+        raise UserError(f"{PILOT.name} has no learning rate for {arm}: run --pilot again")
     return arm if rate == inherited(plan["arms"][arm], chosen) else f"{arm}@{rate}"
 
 
@@ -74,6 +74,6 @@ def groups_of(plan, only=None):
         known = {str(group["id"]): group for group in groups}
         for name in only:
             if name not in known:
-                raise BadInput(f"--only {name}: no claim of that number or name in {PLAN}")
+                raise UserError(f"--only {name}: no claim of that number or name in {PLAN}")
         groups = [known[name] for name in only]
     return groups

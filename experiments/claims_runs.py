@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from program.errors import BadInput
+from common.errors import UserError
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -35,19 +35,21 @@ CURVES = (
 
 
 def git(*command):
-    """What git says of the project; BadInput where it says nothing."""
+    """What git says of the project; UserError where it says nothing."""
     done = subprocess.run(
         ["git", *command], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
     )
     if done.returncode:
-        raise BadInput(f"git {command[0]}: {done.stderr.strip()}; a result names its commit")
+        raise UserError(f"git {command[0]}: {done.stderr.strip()}; a result names its commit")
     return done.stdout
 
 
 def last_commit():
-    """The last commit that touched the sources; BadInput where they are not committed."""
+    """The last commit that touched the sources; UserError where they are not committed."""
     if git("status", "--porcelain", "--", *SOURCES).strip():
-        raise BadInput("the sources have changes that are not committed; a result names its commit")
+        raise UserError(
+            "the sources have changes that are not committed; a result names its commit"
+        )
     return git("log", "-1", "--format=%H", "--", *SOURCES).strip()
 
 
@@ -100,7 +102,7 @@ def read_runs(path):
             run = json.loads(line)
             runs[run.pop("name")] = run
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise BadInput(f"{path.name}:{n}: no result; delete the line and run again") from None
+            raise UserError(f"{path.name}:{n}: no result; delete the line and run again") from None
     return runs
 
 
@@ -173,7 +175,7 @@ def make_models(plan, names):
             command = [sys.executable, "scripts/pretrain_tiny.py", "--out", str(folder)]
             done = one_thread([*command, *options.split()])
             if done.returncode:
-                raise BadInput(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
+                raise UserError(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
 
 
 def one_thread(command, code=None):
@@ -215,16 +217,16 @@ def run_one(name, options, seed, made_of, real):
     started = time.time()
     done = one_thread(command)
     if done.returncode:
-        raise BadInput(f"run {name} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+        raise UserError(f"run {name} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     lines = [
         json.loads(line)
         for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     asked = int(re.findall(r"--steps (\d+)", options)[-1])  # the last one is the one that counts
     if lines[-1]["step"] != asked:  # a run that is told to stop ends with 0 all the same
-        raise BadInput(f"run {name} was stopped at step {lines[-1]['step']} of {asked}")
+        raise UserError(f"run {name} was stopped at step {lines[-1]['step']} of {asked}")
     if commit() != made_of:
-        raise BadInput(f"run {name}: the sources were changed while it ran")
+        raise UserError(f"run {name}: the sources were changed while it ran")
     shutil.rmtree(out)
     made_with = {"options": options, "commit": made_of, "machine": machine(), "seed": seed}
     return {**made_with, **started_from, **curves(lines)}, time.time() - started

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from run.checkpoint import newest_whole
 
 SMALL = (
-    "--prompts-per-step 4 --answers-per-prompt 4 --updates-per-rollout 2 --eval-prompts 16 "
+    "--prompts-per-step 4 --num-generations 4 --updates-per-rollout 2 --eval-prompts 16 "
     "--device cpu --max-bad-steps 3"
 ).split()
 
@@ -45,7 +45,7 @@ train.collect = new
 old = train.update
 def new(batch, rows, layer, run):
     result = old(batch, rows, layer, run)
-    if run.drawn >= 12:
+    if run.prompts_consumed >= 12:
         next(run.policy.parameters()).data[5] = float('nan')
     return result
 train.update = new
@@ -76,7 +76,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})
 import train
-from program.command import run_main
+from common.command import run_main
 {patch}
 sys.argv[0] = 'train.py'
 run_main(train.main)

@@ -2,7 +2,7 @@
 
 Runs one step of the default run with --plain and prints every function of ours that it enters, with
 its length in lines, file by file: `train_step`, from the prompts to the updated weights. Not
-counted: packages, the standard library, and the one-line lambdas of run/choices.py, which a reader
+counted: packages, the standard library, and the one-line lambdas of run/build.py, which a reader
 of the step meets as names. More options go to train.py:
 
     python experiments/tracer.py --no-plain --algo grpo
@@ -17,9 +17,9 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train
-from run.machine import OneProcess
-from run.opening import open_run
+from engine.engine import SingleProcess
 from run.options import parse
+from run.setup import open_run
 
 
 def entered(function):
@@ -44,7 +44,7 @@ def entered(function):
 def main():
     with tempfile.TemporaryDirectory() as folder:
         options = ["--plain", "--device", "cpu", "--out", folder, *sys.argv[1:]]
-        run, _ = open_run(parse(options, ""), OneProcess("cpu"))
+        run, _ = open_run(parse(options, ""), SingleProcess("cpu"))
         train.train_step(1, run)  # the second step samples with the statistics of the first
         codes = entered(lambda: train.train_step(2, run))
     by_file, lines = collections.defaultdict(list), set()

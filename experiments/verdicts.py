@@ -10,7 +10,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from grading.answers import grade
+from problems.grading import grade
 from tasks import read_problems
 
 FORMS = {  # form: (the text, the verdict)

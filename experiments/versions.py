@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TORCH = ["newest", "2.14.1", "2.13.0", "2.11.0"]
 TRANSFORMERS = ["newest", "5.12.0", "5.0.0"]
 STEPS = (
-    "--steps 2 --prompts-per-step 8 --answers-per-prompt 4 --updates-per-rollout 2 --threads 1 "
+    "--steps 2 --prompts-per-step 8 --num-generations 4 --updates-per-rollout 2 --threads 1 "
     "--eval-prompts 16 --warmup-steps 1 --save-every 2 --device cpu"
 ).split()
 RUNS = {

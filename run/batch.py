@@ -1,4 +1,4 @@
-"""The answers of one step on their way from sampling to the update, and what came of them."""
+"""The responses of one step on their way from sampling to the update, and what the updates did."""
 
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -7,62 +7,78 @@ import torch
 from torch import Tensor
 
 import hapo
-from sampling import Rollout, Rows, pad_prompts
+from sampling import Rollout, Rows, TokenScores, pad_prompts
 
 
 @dataclass(kw_only=True)
 class Batch:
-    """One value an answer (B,) or a token (B, T); `problems` one a prompt. A new quantity is one
-    line here: `select` and `join` carry it along."""
+    """One value per response (B,) or token (B, T); `problems` holds one per prompt.
+
+    A new quantity is one line here: `select` and `join` carry it along.
+    """
 
     problems: list  # (P,)
-    texts: list  # (B,) decoded answers
+    texts: list  # (B,) decoded responses
     rollout: Rollout
-    strict: Tensor  # (B,) bool, the two verdicts of every answer
+    strict: Tensor  # (B,) bool, the two verdicts on each response
     lenient: Tensor  # (B,) bool
-    right: Tensor  # (B,) bool, the verdict used as reward (--reward)
-    rewards: Tensor  # (B,) what the advantages are made of: the verdict, less any length penalty
-    # which tokens count: rollout.mask has all that were drawn, loss_mask those in the loss and its
-    # denominator, of the answers `in_loss` (without groups that dynamic sampling could not
-    # replace). Answers that are not `live` stay in the denominator with advantage 0
-    live: Tensor = None  # (B,) bool, whether the group's rewards differ, before any length penalty
-    in_loss: Tensor = None  # (B,) bool, false in groups that stayed dead under dynamic sampling
-    loss_mask: Tensor = None  # (B, T) bool, tokens in the loss
+    correct: Tensor  # (B,) bool, the verdict that --reward names
+    rewards: Tensor  # (B,) what the advantages are computed from
+    has_reward_variance: Tensor  # (B,) bool, whether the outcomes of the response's group differ
+    # rollout.mask has all tokens that were drawn; loss_mask those in the loss and its denominator.
+    # Zero-variance groups stay in the denominator, with advantage 0. Under dynamic sampling those
+    # that could not be replaced leave it.
+    in_loss: Tensor  # (B,) bool, false in groups that dynamic sampling could not replace
+    loss_mask: Tensor  # (B, T) bool, tokens in the loss
 
-    # what follows is there once the step has got to it
+    # The fields below are None until the step sets them.
     all_drawn: "Batch" = None  # where dynamic sampling has replaced groups: all that were drawn
-    old_logp: Tensor = None  # (B, T) of the trained policy before the first update
-    trained_entropy: Tensor = None  # (B, T) of the trained policy at T_base
-    entropy: Tensor = None  # (B, T) of the full policy: the same, in BuPO's phase 1 the sampler's
-    ref_logp: Tensor = None  # (B, T) of the initial model
-    stats: hapo.EntropyStats = None  # what h is made of
+    old: TokenScores = None  # of the policy that is trained, before the first update
+    full: TokenScores = None  # of the full policy: h is computed from its entropies
+    reference: TokenScores = None  # of the initial model
+    stats: hapo.EntropyStats = None  # h is computed with them
     h: Tensor = None  # (B, T) HAPO's modulation
-    clip_low: Tensor = None  # (B, T) how far a ratio may fall below 1
-    clip_high: Tensor = None  # (B, T) how far it may rise above 1
     advantages: Tensor = None  # (B, T)
-    weight: Tensor = None  # (B, T) --sampler-correction
+    importance_weights: Tensor = None  # (B, T) --sampler-correction
 
 
-class Pass(NamedTuple):
-    """One forward pass of an update: some answers at the policy as it was then, (rows, T) each."""
+class PolicyLoss(NamedTuple):
+    """The loss of some responses, and what it was computed from, (rows, T) each."""
 
-    rows: Rows
-    logp: Tensor
+    per_token: Tensor
     ratio: Tensor
+    clip_low: Tensor  # how far the ratio may fall below 1
+    clip_high: Tensor  # how far it may rise above 1
     advantages: Tensor  # after HAPO's redistribution
 
 
-class Update(NamedTuple):
-    """What one update did. The defaults are those of a dead one."""
+class MicroBatchResult(NamedTuple):
+    """One forward pass of an update: some responses at the policy as it was then."""
 
-    # applied; skipped: NaN or infinity; rescaled: float16 overflowed; dead: nothing to learn from
-    outcome: str = "dead"
+    rows: Rows
+    logp: Tensor  # (rows, T), as all that follow
+    ratio: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+    advantages: Tensor  # after HAPO's redistribution
+
+    @classmethod
+    def of(cls, rows, logp, loss):
+        """Return what is kept of a PolicyLoss once its gradient has been computed."""
+        return cls(rows, logp.detach(), loss.ratio.detach(), *loss[2:])
+
+
+class Update(NamedTuple):
+    """What one update did. The defaults are those of an update from which nothing is learned."""
+
+    # applied; skipped: NaN or infinite; rescaled: float16 overflowed; no_signal: no advantage
+    outcome: str = "no_signal"
     loss: float = 0.0  # over all processes
     grad_norm: float = 0.0  # before clipping
-    passes: list[Pass] = ()
+    micro_batches: list[MicroBatchResult] = ()
 
 
-class Step(NamedTuple):
+class StepRecord(NamedTuple):
     """What a step did: run/report.py makes a line of metrics.jsonl of it."""
 
     number: int

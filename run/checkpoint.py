@@ -25,9 +25,10 @@ import time
 import torch
 from safetensors import SafetensorError, safe_open
 
-from program.errors import BadInput
+from common import renamed
+from common.errors import UserError
+from engine.processes import full_tensor
 from run.options import MAY_CHANGE
-from scale.shard import whole
 
 SHAPE = (
     "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -46,13 +47,13 @@ def write_file(path, text):
 
 
 def save(run, step):
-    """Write checkpoint-`step` and remove all but the newest --keep.
+    """Write checkpoint-`step` and remove all but the newest --save-total-limit.
 
     Every process must call it; process 0 writes.
     """
     started = time.perf_counter()
     weights, moments = gather(run)
-    if not run.ranks.main:
+    if not run.dist.main:
         return
     folder = run.out / f"checkpoint-{step}"
     aside = run.out / f".checkpoint-{step}.tmp"
@@ -60,8 +61,8 @@ def save(run, step):
     with disk_faults_in_one_line(run.out, f"checkpoint {step}", aside):
         save_model(run, aside, weights)
         torch.save(moments, aside / "optimizer.pt")
-        made_of = fingerprint(run.policy.config, run.tokenizer)
-        settings = sum_of_settings(run.options)
+        made_of = model_fingerprint(run.policy.config, run.tokenizer)
+        settings = settings_hash(run.options)
         state = {"step": step, "fingerprint": made_of, "settings": settings, **run.state()}
         (aside / "run.json").write_text(json.dumps(state), encoding="utf-8")
         files = sorted(p for p in aside.iterdir() if p.is_file())
@@ -74,7 +75,7 @@ def save(run, step):
             shutil.rmtree(folder)
         os.replace(aside, folder)
         _flush(run.out)
-    for old in folders(run.out, step)[run.options.keep :]:
+    for old in folders(run.out, step)[run.options.save_total_limit :]:
         shutil.rmtree(old)
     run.saves.append((started, time.perf_counter()))
     say_what_saving_costs(run)
@@ -105,7 +106,7 @@ def disk_faults_in_one_line(out, what, unfinished):
     except (OSError, RuntimeError, SafetensorError) as error:  # ours, torch.save's, safetensors'
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
-        raise BadInput(
+        raise UserError(
             f"--out {out}: {what} cannot be written ({reason}); what was saved before is intact. "
             "Free space, then --resume"
         ) from error
@@ -142,19 +143,19 @@ def check_written(folder, weights):
 def gather(run):
     """(weights by name, AdamW state by weight name) as whole tensors in main memory, of process 0;
     the others take part and let go of each tensor at once."""
-    kept = run.ranks.main
+    kept = run.dist.main
     every = {name for name, _ in run.policy.named_parameters(remove_duplicate=False)}
     tied = every - {name for name, _ in run.policy.named_parameters()}
     weights, moments = {}, {}
     parameters = dict(run.policy.named_parameters())
     for name, value in run.policy.state_dict().items():
         if name not in tied:
-            gathered = run.weights.whole(parameters[name]) if name in parameters else value
+            gathered = run.engine.full_tensor(parameters[name]) if name in parameters else value
             if kept:
                 weights[name] = gathered.cpu()
     for name, p in run.policy.named_parameters():
-        for key, value in run.weights.optimizer.state.get(p, {}).items():
-            gathered = whole(value)
+        for key, value in run.engine.optimizer.state.get(p, {}).items():
+            gathered = full_tensor(value)
             if kept:
                 moments.setdefault(name, {})[key] = gathered.cpu()
     return weights, moments
@@ -182,11 +183,11 @@ def newest_whole(out, say):
 
 
 def to_resume(out, say):
-    """The newest whole checkpoint; None where a run had made none yet. BadInput where there are
+    """The newest whole checkpoint; None where a run had made none yet. UserError where there are
     checkpoints and none is whole: they may be readable again tomorrow, and nothing is deleted."""
     found = newest_whole(out, say)
     if found is None and folders(out):
-        raise BadInput(
+        raise UserError(
             f"--resume: none of the {len(folders(out))} checkpoints in {out} is whole (see above); "
             "nothing was changed. Mend the disk, or start again with --overwrite or another --out"
         )
@@ -207,26 +208,36 @@ def _fault(folder):
     return None if listed else "it lists no run.json or optimizer.pt"
 
 
-def sum_of_settings(options):
+def settings_hash(options):
     """SHA-256 of the options that a resumed run may not change, where they are not the default: an
     option that is new since says nothing about a run of before."""
+    return _sum(given_settings(options))
+
+
+def given_settings(options):
+    """Return the options that a resumed run may not change, where they are not the default."""
     default = {f.name: f.default for f in dataclasses.fields(options)}
     given = {k: v for k, v in dataclasses.asdict(options).items() if v != default[k]}
-    kept = {k: v for k, v in given.items() if k not in MAY_CHANGE}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return {k: v for k, v in given.items() if k not in MAY_CHANGE}
+
+
+def _sum(settings):
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def restore(run, folder):
     """Put back everything but the weights; returns the step the checkpoint was written at."""
     state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    own = sum_of_settings(run.options)
-    if state.get("settings", own) != own:
-        raise BadInput(
+    state = renamed.with_new_names(state, renamed.STATE)
+    given = given_settings(run.options)
+    known = (_sum(given), _sum(renamed.with_old_names(given, renamed.OPTIONS)))
+    if state.get("settings", known[0]) not in known:
+        raise UserError(
             f"--resume: {folder} is of a run with other options than {run.out / 'config.json'}; "
             "move away what does not belong there, or start a new run in another --out"
         )
     if lacking := run.state().keys() - state.keys():
-        raise BadInput(
+        raise UserError(
             f"--resume: {folder} is of an older version of this code (no {min(lacking)} in its "
             f"run.json) and cannot be continued; start a new run from it with --model {folder} and "
             "another --out"
@@ -236,9 +247,9 @@ def restore(run, folder):
     for name, p in run.policy.named_parameters():
         if name in moments:
             kept = moments[name].items()
-            beside = run.weights.beside(p)
-            run.weights.optimizer.state[p] = {
-                key: _placed_like(value, beside) for key, value in kept
+            template = run.engine.moment_template(p)
+            run.engine.optimizer.state[p] = {
+                key: _placed_like(value, template) for key, value in kept
             }
     return state["step"]
 
@@ -256,7 +267,7 @@ def _placed_like(value, parameter):
     return value.to(parameter.device, copy=True)
 
 
-def fingerprint(config, tokenizer):
+def model_fingerprint(config, tokenizer):
     """What must agree between a checkpoint and the model that a user names beside --resume."""
     shape = {name: getattr(config, name, None) for name in SHAPE}
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))

@@ -8,7 +8,7 @@ WATCHED = {  # name, what to do where it jumps up, where it falls
     "grad_norm": (
         "gradient norm",
         "one such step is harmless, since it is clipped; if they go on, lower --lr",
-        "look at dead_groups: little is left to learn from",
+        "look at zero_std_groups: little is left to learn from",
     ),
     "entropy": (
         "entropy",
@@ -27,7 +27,7 @@ WATCHED = {  # name, what to do where it jumps up, where it falls
 
 class Guard:
     """Jumps are reported; bad steps in a row end the run. (That a loss or gradient which is not
-    finite never reaches the optimiser is run/machine.py's business.)"""
+    finite never reaches the optimiser is engine/engine.py's business.)"""
 
     def __init__(self, say):
         self.say, self.bad_in_a_row, self.means = say, 0, {}

@@ -6,16 +6,17 @@ import json
 import os
 import pathlib
 import re
+import sys
 from dataclasses import dataclass
 
-from bupo import target_layer
-from fast.decoding import PREFILL_TOKENS
-from losses import GROUP_RULES
-from program.command import OneLineParser
-from program.devices import check_device, default_device, default_dtype
-from program.errors import BadInput
-from questions.files import Form
-from questions.prompts import FILE_INSTRUCTION, default_instruction
+from common import renamed
+from common.command import OneLineParser, refuse_old_names
+from common.devices import check_device, default_device, default_dtype
+from common.errors import UserError
+from engine.decoding import PREFILL_TOKENS
+from problems.files import DatasetSpec
+from problems.prompts import FILE_INSTRUCTION, default_instruction
+from run import schedules
 from tasks import BUILT_IN, FILE_CAP, default_cap
 
 FORMS = ["bounded", "zscore", "two"]
@@ -74,7 +75,7 @@ class Options:
 
     # the batch
     prompts_per_step: int = opt(32, "P, prompts a step")
-    answers_per_prompt: int = opt(8, "G, answers a prompt")
+    num_generations: int = opt(8, "G, answers a prompt")
     updates_per_rollout: int = opt(4, "optimiser steps on one batch of answers")
     micro_batch: int = opt(0, "sequences in one pass; 0: all at once (never changes the result)")
     micro_tokens: int = opt(0, "instead of --micro-batch: tokens in one pass")
@@ -100,7 +101,7 @@ class Options:
     advantage_redistribution: bool = opt(True, "HAPO C: advantage redistribution (Eq. 10-11)")
     adaptive_clip: bool = opt(True, "HAPO D: asymmetric adaptive clipping (Eq. 12-13)")
     released: bool = opt(False, "as HAPO's released code where it departs from the paper's text")
-    advantage: str = opt("grpo", "group rule where HAPO's B is off", sorted(GROUP_RULES))
+    advantage: str = opt("grpo", "group rule where HAPO's B is off", ["grpo", "rloo"])
     rho: float = opt(0.8, "rho, quantile of the entropy pivot")
     tau: float = opt(None, "tau of the adaptive temperature; default 0.05, zscore 0.1")
     temperature_form: str = opt("bounded", "form of Eq. 8, or a simple rival", FORMS)
@@ -112,7 +113,7 @@ class Options:
     )
     kl: float = opt(0.0, "coefficient of the k3 KL to the initial model (phase 2)")
     sampler_correction: bool = opt(False, "weigh tokens by min(exp(old - sampler logp), 2)")
-    comparison: str = opt(
+    baseline: str = opt(
         "none",
         "another use of entropy, trust region, baseline or ratio, for comparison",
         "none forking archer entropy-advantage edge dppo quantile cispo gspo".split(),
@@ -122,7 +123,7 @@ class Options:
     bupo_layer: str = opt("", "align this layer's policy first: 1 ... L, or auto: the boundary")
     bupo_steps: int = opt(30, "s_inter, steps of the first phase")
     bupo_norm: bool = opt(False, "final norm on the internal policy too")
-    bupo_arm: str = opt(
+    bupo_baseline: str = opt(
         "align",
         "align: BuPO; comparison arms: freeze layers 1 ... l in the first phase, or train but "
         "one-layer, l; or layer-lr: upper layers learn at 0.1 x lr",
@@ -150,21 +151,21 @@ class Options:
     eval_prompts: int = opt(512, "held-out answers an evaluation")
     eval_every: int = opt(25, "steps; step 0 and the last are always evaluated")
     save_every: int = opt(1, "steps between checkpoints: what a killed run may lose")
-    keep: int = opt(2, "checkpoints that are kept")
+    save_total_limit: int = opt(2, "checkpoints that are kept")
     max_bad_steps: int = opt(5, "stop after so many steps in a row with NaN or infinity")
 
     @property
-    def answers_per_step(self):
-        return self.prompts_per_step * self.answers_per_prompt
+    def responses_per_step(self):
+        return self.prompts_per_step * self.num_generations
 
     @property
-    def answers_per_update(self):
-        return self.answers_per_step // self.updates_per_rollout
+    def responses_per_update(self):
+        return self.responses_per_step // self.updates_per_rollout
 
     @property
     def form(self):
         """What was said of --data."""
-        return Form(self.data_split, self.question_column, self.answer_column)
+        return DatasetSpec(self.data_split, self.question_column, self.answer_column)
 
     @property
     def verdict(self):
@@ -182,14 +183,19 @@ class Options:
         }
         return "".join(part for part in on if on[part] and self.algo == "hapo")
 
+    def uses(self, mechanism):
+        """Return whether HAPO's mechanism A, B, C or D is on."""
+        return mechanism in self.hapo_mechanisms
+
     @property
-    def masters_apart(self):
-        """Whether the model's weights are bfloat16 and their float32 masters elsewhere."""
+    def keeps_masters(self):
+        """Return whether the model's weights are bfloat16 and their float32 masters elsewhere."""
         return self.split_master or (self.offload and "WORLD_SIZE" not in os.environ)
 
 
 def parse(argv, description):
-    """Options from the command line, a resumed run's config.json, and each other."""
+    """Return Options from the command line, a resumed run's config.json, and each other."""
+    refuse_old_names(sys.argv[1:] if argv is None else argv, renamed.OPTIONS)
     given = vars(_parser(description).parse_args(argv))
     options = Options(**given)
     name = options.task
@@ -199,20 +205,20 @@ def parse(argv, description):
     options = dataclasses.replace(options, out=options.out or f"runs/{options.algo}-{name}")
     held = pathlib.Path(options.out) / "config.json"
     if any(p.exists() and not p.is_dir() for p in (held.parent, *held.parent.parents)):
-        raise BadInput(f"--out {options.out}: leads through a file; name another folder")
+        raise UserError(f"--out {options.out}: leads through a file; name another folder")
     if options.resume and not held.exists() and not given.keys() - {"resume", "out"}:
-        raise BadInput(f"--out {options.out}: holds no run that --resume could go on with")
+        raise UserError(f"--out {options.out}: holds no run that --resume could go on with")
     taken = held.exists() and not options.estimate
     if taken and "prompts_per_step" not in held.read_text(errors="replace", encoding="utf-8"):
-        raise BadInput(
+        raise UserError(
             f"--out {options.out}: holds something that is not a run (its config.json is another "
             "program's); name another folder"
         )
     if taken and options.resume:
-        return complete(resumed_options(held, given, options))
+        return complete(resumed_options(given, options))
     options = complete(options)  # a setting that cannot work is named before the folder is
     if taken and not options.overwrite:
-        raise BadInput(
+        raise UserError(
             f"--out {options.out}: already holds a run; --resume continues it, --overwrite deletes "
             "it, or name another folder"
         )
@@ -259,7 +265,7 @@ MAY_CHANGE = {  # on resume: these change no result
         "prefill_tokens",
         "eval_every",
         "save_every",
-        "keep",
+        "save_total_limit",
         "max_bad_steps",
         "diagnose_every",
     ),
@@ -268,22 +274,29 @@ MAY_CHANGE = {  # on resume: these change no result
 }
 
 
-def resumed_options(held, given, options):
-    """A resumed run's own options; those given again must agree, unless they change no result."""
+def stored_options(out):
+    """Return the Options that a run's folder was last started or resumed with."""
+    path = pathlib.Path(out) / "config.json"
     try:
-        stored = json.loads(held.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BadInput(f"{held}: not a run's config.json ({error})") from None
-    names = {f.name for f in dataclasses.fields(Options)} & stored.keys()
+        raise UserError(f"{path}: not a run's config.json ({error})") from None
+    stored = renamed.with_new_names(stored, renamed.OPTIONS)
+    names = {f.name for f in dataclasses.fields(Options)}
+    return Options(**{name: value for name, value in stored.items() if name in names})
+
+
+def resumed_options(given, options):
+    """Return a resumed run's options; those given again must agree, or change no result."""
+    stored = stored_options(options.out)
     for key, value in given.items():
-        if key not in MAY_CHANGE and stored.get(key) != value:
-            raise BadInput(
+        if key not in MAY_CHANGE and getattr(stored, key) != value:
+            raise UserError(
                 f"{flag_of(key)} {value}: the run in {options.out} was started with "
-                f"{stored.get(key)}; leave the option out, or start a new run in another --out"
+                f"{getattr(stored, key)}; leave the option out, or start a new run in another --out"
             )
-    kept = {name: stored[name] for name in names}
     changed = {name: value for name, value in given.items() if name in MAY_CHANGE}
-    return Options(**kept | changed | {"resume": True, "overwrite": False})
+    return dataclasses.replace(stored, **changed | {"resume": True, "overwrite": False})
 
 
 def complete(options):
@@ -291,7 +304,7 @@ def complete(options):
     grpo = options.algo == "grpo"
     defaults = dict(
         device=default_device(),
-        loss_mean="sequence" if grpo or options.comparison == "gspo" else "token",
+        loss_mean="sequence" if grpo or options.baseline == "gspo" else "token",
         max_new_tokens=default_cap(options.task, options.data),
         difficulty=None if options.data else next(iter(BUILT_IN[options.task].levels)),
         clip_high=0.2 if grpo else 0.28,
@@ -303,18 +316,18 @@ def complete(options):
     options = dataclasses.replace(options, **missing)
     check_device(options.device)
     if not options.dtype and not options.estimate:  # which is of a GPU, wherever it is made
-        dtype = "bfloat16" if options.masters_apart else default_dtype(options.device)
+        dtype = "bfloat16" if options.keeps_masters else default_dtype(options.device)
         options = dataclasses.replace(options, dtype=dtype)
     check_ranges(options)
     faults = [
         *impossible(options),
         *without_effect(options),
-        *beside_a_rival(options),
+        *with_a_baseline(options),
         *without_data(options),
     ]
     for wrong, name, why in faults:
         if wrong:
-            raise BadInput(f"{flag_of(name)} {getattr(options, name)}: {why}")
+            raise UserError(f"{flag_of(name)} {getattr(options, name)}: {why}")
     return options
 
 
@@ -323,7 +336,7 @@ AT_LEAST = dict.fromkeys(
     0,
 ) | dict.fromkeys(
     "steps prompts_per_step updates_per_rollout max_new_tokens max_rounds eval_prompts eval_every "
-    "save_every keep max_bad_steps bupo_steps prefill_tokens".split(),
+    "save_every save_total_limit max_bad_steps bupo_steps prefill_tokens".split(),
     1,
 )
 WITHIN = dict(
@@ -342,21 +355,21 @@ WITHIN = dict(
 def check_ranges(options):
     for name, low in AT_LEAST.items():
         if getattr(options, name) < low:
-            raise BadInput(f"{flag_of(name)} {getattr(options, name)}: must be at least {low}")
+            raise UserError(f"{flag_of(name)} {getattr(options, name)}: must be at least {low}")
     for name, (low, high) in WITHIN.items():
         value = getattr(options, name)
         if not low <= value <= high:
-            raise BadInput(f"{flag_of(name)} {value}: must lie between {low:g} and {high:g}")
+            raise UserError(f"{flag_of(name)} {value}: must lie between {low:g} and {high:g}")
 
 
 def impossible(options):
     """(is it so, option, what to do) of settings that cannot work together."""
     o = options
-    P, G, updates = o.prompts_per_step, o.answers_per_prompt, o.updates_per_rollout
+    P, G, updates = o.prompts_per_step, o.num_generations, o.updates_per_rollout
     layer = o.bupo_layer and o.bupo_layer != "auto"
     token_average = o.algo == "hapo" and o.token_group_average
     few = f"{o.algo} compares the answers to one prompt, so it needs at least 2"
-    yield G < 2, "answers_per_prompt", few
+    yield G < 2, "num_generations", few
     yield (
         P % updates,
         "prompts_per_step",
@@ -364,9 +377,9 @@ def impossible(options):
         "groups",
     )
     yield (
-        o.micro_batch and o.answers_per_update % o.micro_batch,
+        o.micro_batch and o.responses_per_update % o.micro_batch,
         "micro_batch",
-        f"must divide the {o.answers_per_update} answers of an update ({P} x {G} / {updates})",
+        f"must divide the {o.responses_per_update} answers of an update ({P} x {G} / {updates})",
     )
     both = o.micro_batch and o.micro_tokens
     yield both, "micro_tokens", "give --micro-batch or --micro-tokens, not both"
@@ -384,10 +397,9 @@ def impossible(options):
     yield alone, "eval_data", "goes with --data; built-in tasks hold out problems of their own"
     wrong = layer and not o.bupo_layer.isdecimal()
     yield wrong, "bupo_layer", "must be auto or a layer from 1 to the model's last"
-    steps = range(1, o.steps + 1)
-    whole = (target_layer(step, o.bupo_steps, o.bupo_layer) is None for step in steps)
+    one_phase = len(schedules.phase_1_steps(o)) == o.steps
     yield (
-        o.bupo_layer and o.bupo_arm not in ("layer-lr", "one-layer") and not any(whole),
+        o.bupo_layer and o.bupo_baseline != "one-layer" and one_phase,
         "bupo_steps",
         f"the first phase must be shorter than the run (--steps {o.steps})",
     )
@@ -400,9 +412,13 @@ def impossible(options):
 
 def impossible_sampler(o):
     """As `impossible`, of how answers are drawn."""
-    G = o.answers_per_prompt
-    few_rows = o.decode_rows and o.decode_rows < G
-    yield few_rows, "decode_rows", f"the {G} answers to a prompt are drawn together: at least {G}"
+    G = o.num_generations
+    onednn_linear = o.decode_rows and o.decode_rows < G
+    yield (
+        onednn_linear,
+        "decode_rows",
+        f"the {G} answers to a prompt are drawn together: at least {G}",
+    )
     yield (
         o.sampler_correction and o.bupo_layer,
         "sampler_correction",
@@ -414,7 +430,7 @@ def impossible_precision(o):
     """As `impossible`, of the dtypes and of where weights are kept."""
     shared, half = "WORLD_SIZE" in os.environ, o.dtype == "float16"
     yield (
-        half and (shared or o.masters_apart),
+        half and (shared or o.keeps_masters),
         "dtype",
         "its loss scaling is for one process with float32 weights; take bfloat16, or one GPU "
         "without --offload and --split-master",
@@ -425,7 +441,7 @@ def impossible_precision(o):
         "is for one process with everything on the card; leave out torchrun and --offload",
     )
     yield (
-        o.masters_apart and o.dtype not in ("bfloat16", ""),
+        o.keeps_masters and o.dtype not in ("bfloat16", ""),
         "dtype",
         "--offload and --split-master keep the model's weights in bfloat16; leave --dtype out",
     )
@@ -435,8 +451,8 @@ def without_effect(options):
     """The same of settings that another setting makes void: config.json would say what was not."""
     o, default = options, {f.name: f.default for f in dataclasses.fields(Options)}
     yield (
-        o.comparison != "none" and o.algo == "hapo",
-        "comparison",
+        o.baseline != "none" and o.algo == "hapo",
+        "baseline",
         "another use of entropy stands in place of HAPO's; add --algo dapo or --algo grpo",
     )
     bounded = o.temperature_form == default["temperature_form"]
@@ -458,31 +474,38 @@ def without_effect(options):
     yield not steered and o.rho != default["rho"], "rho", "does nothing without HAPO's A, C and D"
     unused = o.max_rounds != default["max_rounds"] and not o.dynamic_sampling
     yield unused, "max_rounds", "does nothing without --dynamic-sampling"
-    for name in ("bupo_norm", "bupo_arm", "bupo_steps"):
+    for name in ("bupo_norm", "bupo_baseline", "bupo_steps"):
         unused = not o.bupo_layer and getattr(o, name) != default[name]
         yield unused, name, "does nothing without --bupo-layer"
-    timeless = o.bupo_arm == "layer-lr" and o.bupo_steps != default["bupo_steps"]
-    yield timeless, "bupo_steps", "does nothing with --bupo-arm layer-lr, which has no phases"
+    usual = dataclasses.replace(o, bupo_steps=default["bupo_steps"])
+    steps = range(1, max(o.bupo_steps, usual.bupo_steps) + 2)
+    phases = [[schedules.in_phase_1(step, options) for step in steps] for options in (o, usual)]
+    ignored = o.bupo_steps != usual.bupo_steps and phases[0] == phases[1]
     yield (
-        o.bupo_norm and o.bupo_arm != "align",
+        ignored,
+        "bupo_steps",
+        f"does nothing with --bupo-baseline {o.bupo_baseline}: the phases do not depend on it",
+    )
+    yield (
+        o.bupo_norm and o.bupo_baseline != "align",
         "bupo_norm",
-        f"no internal policy is trained with --bupo-arm {o.bupo_arm}",
+        f"no internal policy is trained with --bupo-baseline {o.bupo_baseline}",
     )
 
 
-def beside_a_rival(o):
-    """The same of what a comparison has of its own."""
+def with_a_baseline(o):
+    """As `without_effect`, of what a baseline brings itself."""
     default = {f.name: f.default for f in dataclasses.fields(Options)}
     moved = o.clip_low != 0.2 or o.clip_high not in (0.2, 0.28)
-    own_bounds = o.comparison in ("archer", "dppo", "gspo") and moved
-    yield own_bounds, "comparison", "has bounds of its own; leave --clip-low and --clip-high out"
-    lower = o.comparison == "cispo" and o.clip_low != 0.2
-    yield lower, "clip_low", "does nothing with --comparison cispo, which has an upper bound alone"
-    other_rule = o.comparison == "quantile" and o.advantage != "grpo"
-    yield other_rule, "advantage", "--comparison quantile is a rule in place of it"
+    own_bounds = o.baseline in ("archer", "dppo", "gspo") and moved
+    yield own_bounds, "baseline", "has bounds of its own; leave --clip-low and --clip-high out"
+    lower = o.baseline == "cispo" and o.clip_low != 0.2
+    yield lower, "clip_low", "does nothing with --baseline cispo, which has an upper bound alone"
+    other_rule = o.baseline == "quantile" and o.advantage != "grpo"
+    yield other_rule, "advantage", "--baseline quantile is a rule in place of it"
     for name in ("kl", "sampler_correction", "dual_clip"):
-        unused = o.comparison in ("cispo", "gspo") and getattr(o, name) != default[name]
-        yield unused, name, f"does nothing with --comparison {o.comparison}, whose loss is its own"
+        unused = o.baseline in ("cispo", "gspo") and getattr(o, name) != default[name]
+        yield unused, name, f"does nothing with --baseline {o.baseline}, whose loss is its own"
 
 
 def without_data(o):

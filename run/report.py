@@ -4,12 +4,16 @@ import random
 
 import torch
 
+import bupo
 import hapo
 import internals
-from evaluate import sample_answers, summarise, valid_json
-from grading.latex import LATEX
+from common.devices import widest_float_dtype
+from engine.engine import autocast
+from engine.logprobs import chunked_logprobs_and_entropy
+from evaluate import sample_responses, summarise, valid_json
 from losses import LOG_RATIO_LIMIT, kl_k3
-from program.devices import widest
+from problems.latex import LATEX
+from run import schedules
 from run.state import seed_of
 
 
@@ -18,7 +22,7 @@ def weight_sample(run):
     """About a thousand entries of every weight, to see what share of them a step really changes."""
     parts = []
     for p in run.policy.parameters():
-        parts.append(run.weights.some(p, max(1, p.numel() // 1000)))
+        parts.append(run.engine.strided_sample(p, max(1, p.numel() // 1000)))
     return torch.cat(parts).cpu()
 
 
@@ -31,24 +35,24 @@ def weight_norms(run):
 
 def tally(batch):
     """Sums over the answers of a batch."""
-    rollout, right = batch.rollout, batch.right
-    groups, done = right.view(-1, rollout.group_size), rollout.finished
+    rollout, correct = batch.rollout, batch.correct
+    groups, done = correct.view(-1, rollout.group_size), rollout.finished
     sums = {
-        "dead": ~batch.live.view(-1, rollout.group_size)[:, 0],
-        "all_right": groups.all(1),
+        "dead": ~batch.has_reward_variance.view(-1, rollout.group_size)[:, 0],
+        "all_correct": groups.all(1),
         "all_wrong": ~groups.any(1),
-        "right": right,
+        "correct": correct,
         "strict": batch.strict,
         "lenient": batch.lenient,
         "finished": done,
-        "finished_right": right & done,
+        "finished_correct": correct & done,
         "finished_tokens": rollout.lengths * done,
         "tokens": rollout.lengths,
     }
     totals = torch.stack([values.sum() for values in sums.values()]).tolist()
     sums = dict(zip(sums, totals))
     rewards = float(batch.rewards.cpu().double().sum())
-    return {"answers": len(right), "groups": len(groups), "rewards": rewards, **sums}
+    return {"answers": len(correct), "groups": len(groups), "rewards": rewards, **sums}
 
 
 def step_metrics(step, weights_before, run):
@@ -59,15 +63,15 @@ def step_metrics(step, weights_before, run):
     # those of this process since the line before: a resumed run has none of its own to add
     latex_failures, LATEX.failures = LATEX.failures, 0
 
-    means = {entropy_name(batch, run): batch.entropy, "temperature": batch.rollout.temperature}
+    means = {"entropy": batch.full.entropy, "temperature": batch.rollout.temperature}
     if layer is None:
-        means["logp"] = batch.old_logp
-    else:  # BuPO 7: in phase 1 both policies, each under its own name
+        means["logp"] = batch.old.logp
+    else:  # BuPO 9: in phase 1 both policies, each under its own name
         means["sampler_logp"] = batch.rollout.logp
-        means["internal_entropy"] = batch.trained_entropy
-        means["internal_logp"] = batch.old_logp
+        means["internal_entropy"] = batch.old.entropy
+        means["internal_logp"] = batch.old.logp
     sums = [(values * mask).sum() for values in means.values()]
-    *sums, tokens = run.ranks.total(*sums, mask.sum())
+    *sums, tokens = run.dist.all_reduce_sum(*sums, mask.sum())
 
     metrics = {
         "step": step.number,
@@ -76,25 +80,18 @@ def step_metrics(step, weights_before, run):
         **{name: sum / tokens for name, sum in zip(means, sums)},
         **update_metrics(step, run),
         **signal_metrics(batch, layer, run),
-        "lr": run.weights.optimizer.param_groups[0]["lr"],
+        "lr": run.engine.optimizer.param_groups[0]["lr"],
         "weights_changed": share_changed(run, weights_before),
-        "latex_failures": int(run.ranks.total(latex_failures)[0]),
+        "latex_failures": int(run.dist.all_reduce_sum(latex_failures)[0]),
         "tokens_per_second": counts["tokens"] / step.seconds["generate"],
         **{f"seconds_{name}": seconds for name, seconds in step.seconds.items()},
     }
     if run.options.dynamic_sampling:  # groups that stayed dead
-        stayed_dead = int(run.ranks.sum((~batch.in_loss).sum()))
-        metrics["not_filled"] = stayed_dead // run.options.answers_per_prompt
+        (unfilled,) = run.dist.all_reduce_sum((~batch.in_loss).sum())
+        metrics["unfilled_groups"] = int(unfilled) // run.options.num_generations
     if layer is not None:
         metrics["layer"] = layer
     return metrics
-
-
-def entropy_name(batch, run):
-    """`entropy` is the full policy's at T_base. BuPO's phase 1 has the sampler's alone, of the raw
-    logits: at T_base = 1 the same quantity, at any other one of its own name."""
-    scored = batch.entropy is not None and batch.entropy is batch.trained_entropy
-    return "entropy" if scored or run.options.temperature == 1 else "sampler_entropy"
 
 
 def answer_metrics(counts):
@@ -102,23 +99,23 @@ def answer_metrics(counts):
     answers, finished = counts["answers"], max(1, counts["finished"])
     return {
         "reward": counts["rewards"] / answers,
-        "right": counts["right"] / answers,
+        "correct": counts["correct"] / answers,
         "strict": counts["strict"] / answers,
         "lenient": counts["lenient"] / answers,
         "response_length": counts["tokens"] / answers,
         "finished_length": counts["finished_tokens"] / finished,
-        "finished_accuracy": counts["finished_right"] / finished,
+        "finished_accuracy": counts["finished_correct"] / finished,
         "clipped_ratio": 1 - counts["finished"] / answers,
         "groups": int(counts["groups"]),
-        "dead_groups": int(counts["dead"]),
-        "all_right": int(counts["all_right"]),
+        "zero_std_groups": int(counts["dead"]),
+        "all_correct": int(counts["all_correct"]),
         "all_wrong": int(counts["all_wrong"]),
     }
 
 
 def over_processes(numbers, run):
     """A dictionary of numbers, summed over processes."""
-    return dict(zip(numbers, run.ranks.total(*numbers.values())))
+    return dict(zip(numbers, run.dist.all_reduce_sum(*numbers.values())))
 
 
 def update_metrics(step, run):
@@ -148,34 +145,37 @@ def update_metrics(step, run):
         "outside_before_update": share("outside", "before"),
         "ratio_off_before_update": off_before,
         "updates": applied,
-        "needed_share": needed_share(updates, step.batch, run),
+        "useful_token_fraction": useful_token_fraction(updates, step.batch, run),
         "skipped_updates": skipped,
-        "dead_updates": outcomes.count("dead"),
+        "no_signal_updates": outcomes.count("dead"),
         **({"rescaled_updates": rescaled} if rescaled else {}),
     }
 
 
-def needed_share(updates, batch, run):
+def useful_token_fraction(updates, batch, run):
     """Of the tokens that the updates' passes computed, the share that was needed: those that
     predict an answer's, and each prompt once a pass; the others pad or repeat a prompt."""
     rollout, needed, computed = batch.rollout, 0, 0
     lengths, prompts = rollout.lengths.tolist(), rollout.prompt_mask.sum(1).tolist()
-    for some in (p.rows for u in updates for p in u.passes):
-        rows = rollout.listed(some)
+    for some in (part.rows for update in updates for part in update.micro_batches):
+        rows = rollout.row_list(some)
         needed += sum(lengths[row] - 1 for row in rows)
         needed += sum(prompts[p] for p in {row // rollout.group_size for row in rows})
-        computed += run.layout(rollout, some).ids.numel()
-    needed, computed = run.ranks.total(needed, computed)
+        computed += run.engine.pack(rollout, some).ids.numel()
+    needed, computed = run.dist.all_reduce_sum(needed, computed)
     return needed / computed if computed else 1.0
 
 
 def clip_counts(updates, batch):
     """Sums over the tokens of some updates, none where they were dead; they stay on the device."""
     names = ("tokens", "clip_low", "clip_high", "outside", "clamped", "kl_old")
-    sums = torch.zeros(len(names), dtype=widest(batch.rewards.device), device=batch.rewards.device)
-    for rows, logp, ratio, advantages in (p for update in updates for p in update.passes):
-        valid, old_logp = batch.loss_mask[rows], batch.old_logp[rows]
-        below, above = ratio < 1 - batch.clip_low[rows], ratio > 1 + batch.clip_high[rows]
+    sums = torch.zeros(
+        len(names), dtype=widest_float_dtype(batch.rewards.device), device=batch.rewards.device
+    )
+    for part in (part for update in updates for part in update.micro_batches):
+        rows, logp, ratio, clip_low, clip_high, advantages = part
+        valid, old_logp = batch.loss_mask[rows], batch.old.logp[rows]
+        below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
         kl = kl_k3(old_logp, logp)  # of KL(old || new): the answers are old's
         counts = (
             valid,
@@ -194,11 +194,11 @@ def largest_ratios(updates, batch, run):
     found = []
     for update in updates:
         largest = torch.zeros(2, device=batch.rewards.device)
-        for rows, _, ratio, _ in update.passes:
-            ratio = torch.where(batch.loss_mask[rows], ratio, 1.0)
+        for part in update.micro_batches:
+            ratio = torch.where(batch.loss_mask[part.rows], part.ratio, 1.0)
             largest = torch.maximum(largest, torch.stack([ratio.max(), (ratio - 1).abs().max()]))
         found.append(largest)
-    return run.ranks.max(torch.stack(found)).tolist()
+    return run.dist.all_reduce_max(torch.stack(found)).tolist()
 
 
 def say_skipped(updates, run):
@@ -215,22 +215,24 @@ def signal_metrics(batch, layer, run):
     on tokens drawn at T_base, under the model's own policy."""
     metrics, mask = {}, batch.rollout.mask
     same = mask & (batch.rollout.temperature == run.options.temperature)
-    floor = (batch.entropy <= hapo.ENTROPY_FLOOR) & mask
-    new, drawn = batch.old_logp, batch.rollout.logp
+    floor = (batch.full.entropy <= hapo.ENTROPY_FLOOR) & mask
+    new, drawn = batch.old.logp, batch.rollout.logp
     kl, off = (torch.where(same, x, 0.0) for x in (kl_k3(drawn, new), (new - drawn).abs()))
-    floors, tokens, alike, kl = run.ranks.total(floor.sum(), mask.sum(), same.sum(), kl.sum())
+    floors, tokens, alike, kl = run.dist.all_reduce_sum(
+        floor.sum(), mask.sum(), same.sum(), kl.sum()
+    )
     if batch.stats is not None:
         metrics = dict(zip(batch.stats._fields, torch.stack(batch.stats).tolist()))
         metrics["at_floor"] = floors / tokens
-    if layer is None and alike:  # BuPO 7: an internal policy is not what the sampler drew from
+    if layer is None and alike:  # BuPO 9: the sampler does not draw from an internal policy
         metrics["sampler_kl"] = kl / alike
-        metrics["sampler_off"] = float(run.ranks.max(off.max()))
+        metrics["sampler_off"] = float(run.dist.all_reduce_max(off.max()))
     return metrics
 
 
 def share_changed(run, weights_before):
     changed = weight_sample(run) != weights_before
-    moved, seen = run.ranks.total(changed.sum(), len(changed))
+    moved, seen = run.dist.all_reduce_sum(changed.sum(), len(changed))
     return moved / seen
 
 
@@ -244,7 +246,7 @@ def console_line(m, options):
         f"grad {m['grad_norm']:.2f}",
         *(f"{k.replace('_', ' ')} {m[k]:.3f}" for k in ("entropy", "sampler_entropy") if k in m),
         f"length {m['response_length']:.1f}",
-        f"dead {m['dead_groups']}/{m['groups']} ({m['all_right']} right, {m['all_wrong']} wrong)",
+        f"dead {m['zero_std_groups']}/{m['groups']} ({m['all_correct']} right, {m['all_wrong']} wrong)",
         f"{sum(seconds.values()):.2f} s = "
         + " + ".join(f"{s:.2f} {part}" for part, s in seconds.items())
         + f", {m['tokens_per_second']:.0f} tok/s",
@@ -264,7 +266,7 @@ def held_out(run, step):
     options, name = run.options, f"evaluating step {step}"
     asked = [run.held_out[i % len(run.held_out)] for i in range(options.eval_prompts)]
     seed = seed_of(options.seed, "held out")
-    own = run.own_reward
+    own = run.reward_function
     answers = evaluate_over(run, asked, 1.0, seed, f"{name}, sampled", 1, own)
     sampled = summarise(answers)
     own = [answer.reward for row in answers for answer in row] if own else []
@@ -284,28 +286,26 @@ def held_out(run, step):
 
 def evaluate_over(run, problems, temperature, seed, name, samples=1, own_reward=None):
     """[answers] to each problem, those of all processes; with what `own_reward` pays for each."""
-    options, ranks, count = run.options, run.ranks, len(problems)
-    problems = ranks.mine(problems)
-    answers = sample_answers(
-        run.actor(),
+    options, dist, count = run.options, run.dist, len(problems)
+    problems = dist.local_shard(problems)
+    answers = sample_responses(
+        run.engine.generate,
         run.tokenizer,
         problems,
         samples,
         options.max_new_tokens,
-        run.eos_ids,
         temperature,
         seed,
-        rows_at_once=max(1, options.answers_per_step // ranks.size),
-        progress=name if ranks.main else None,
-        generate=run.generate,
-        numbers=ranks.mine(range(count)),
+        rows_at_once=max(1, options.responses_per_step // dist.size),
+        progress=name if dist.main else None,
+        numbers=dist.local_shard(range(count)),
     )
     by_question = {}  # a question that was asked twice is one question with two answers
     if own_reward:
         paid = lambda p, a: a._replace(reward=own_reward(p, a.text))
         answers = [[paid(p, answer) for answer in row] for p, row in zip(problems, answers)]
     rows = [((p.question, p.history), row) for p, row in zip(problems, answers)]
-    for part in ranks.gather_objects(rows):
+    for part in dist.gather_objects(rows):
         for question, row in part:
             by_question.setdefault(question, []).extend(row)
     return list(by_question.values())
@@ -317,22 +317,23 @@ def samples_of(step, run, rows, more=None):
     batch, rollout = run.last_batch, run.last_batch.rollout
     G = rollout.group_size
     # a batch that was refused before it was scored has the sampler's entropy alone
-    entropy = rollout.entropy if batch.entropy is None else batch.entropy
-    columns = {entropy_name(batch, run): entropy[rows], "temperature": rollout.temperature[rows]}
+    entropy = rollout.entropy if batch.full is None else batch.full.entropy
+    name = "sampler_entropy" if batch.full is None else "entropy"
+    columns = {name: entropy[rows], "temperature": rollout.temperature[rows]}
     columns |= more or {}
     kind = {k: round if x.is_floating_point() else int_of for k, x in columns.items()}
     of_answer = (batch.rewards, batch.strict, batch.lenient, rollout.finished, rollout.lengths)
     numbers = torch.stack([x[rows].float() for x in of_answer], 1).tolist()
     of_token = torch.stack([x.float() for x in columns.values()], 1).tolist()
     tokens = rollout.tokens[rows].tolist()
-    for i, row in enumerate(rollout.listed(rows)):
+    for i, row in enumerate(rollout.row_list(rows)):
         problem, (reward, strict, lenient, finished, n) = batch.problems[row // G], numbers[i]
         n = int(n)
         yield {
             "step": step,
             "question": problem.question,
-            "truth": problem.answer,
-            "answer": batch.texts[row],
+            "reference_answer": problem.answer,
+            "response": batch.texts[row],
             "reward": reward,
             "strict": bool(strict),
             "lenient": bool(lenient),
@@ -350,8 +351,10 @@ def first_look(run):
     """Before training: held-out accuracy, the pass rate on training prompts, what to expect."""
     options, seed = run.options, seed_of(run.options.seed, "probe")
     metrics = {"step": 0, **held_out(run, 0)}
-    some = random.Random(seed).sample(range(len(run.items)), min(64, len(run.items)))
-    probe, G = [run.items[i][0] for i in some], options.answers_per_prompt
+    some = random.Random(seed).sample(
+        range(len(run.train_examples)), min(64, len(run.train_examples))
+    )
+    probe, G = [run.train_examples[i][0] for i in some], options.num_generations
     name = f"pass rate of {len(probe)} prompts"
     groups = evaluate_over(run, probe, options.temperature, seed, name, G)
     right = [[getattr(answer.grade, options.verdict) for answer in group] for group in groups]
@@ -371,7 +374,7 @@ def first_look(run):
             f"groups that are all {'wrong' if never else 'right'} teach nothing (expected live "
             f"groups {live:.1%}). Try "
             f"{'an easier task, a stronger model' if never else 'a harder task'} or more "
-            "--answers-per-prompt"
+            "--num-generations"
         )
     if metrics["eval_finished"] < 0.8:
         run.say(
@@ -383,12 +386,29 @@ def first_look(run):
         "it, where HAPO's C weighs tokens or right and wrong answers differ in length. What shows "
         "learning is a gradient norm above 0, few dead groups, and a rising held-out accuracy."
     )
-    if run.ranks.main:
+    if run.dist.main:
         write_lines(run.out / "metrics.jsonl", [metrics])
 
 
-def say_boundary(boundary, answers, run):
-    """Which layer --bupo-layer auto has found, and how sure that is."""
+def measure_boundary(batch, run):
+    """Return the boundary layer, for --bupo-layer auto: measured on 64 of the responses."""
+    ids, attention, response = batch.rollout.with_response_mask(64 // run.dist.size)
+    with autocast(run.dist.device, run.options.dtype):
+        boundary = bupo.measure_boundary(
+            run.policy,
+            ids,
+            attention,
+            response,
+            run.vocab_size,
+            run.dist,
+            token_scores=chunked_logprobs_and_entropy,
+        )
+    say_boundary(boundary, len(ids), run)
+    return boundary.layer
+
+
+def say_boundary(boundary, responses, run):
+    """Print which layer --bupo-layer auto has found, and by what margin."""
     layer, found, change = boundary
     where = f"{layer} of {len(change)} ({change[layer - 1]:+.3f} nats)"
     if not found:
@@ -398,10 +418,11 @@ def say_boundary(boundary, answers, run):
         )
         return
     margin = change[layer - 1 :].abs().min()  # of the layers whose signs decide
+    steps = schedules.shown_steps(schedules.phase_1_steps(run.options))
     run.say(
         f"boundary layer: {where}, the last whose feed-forward block raises entropy, on "
-        f"{answers} answers; no deciding change is nearer to 0 than {margin:.3f} nats. Its "
-        f"policy is trained for {run.options.bupo_steps} steps"
+        f"{responses} responses; no deciding change is nearer to 0 than {margin:.3f} nats. Its "
+        f"policy is trained in steps {steps}"
     )
 
 
@@ -413,12 +434,13 @@ def diagnose(run):
     if run.diagnosed is None:
         run.diagnosed = run.last_batch.rollout.with_response_mask(32)
     answers, vocab = run.diagnosed, run.vocab_size
-    batch = internals.together(int(run.ranks.max(answers[0].shape[1])))
-    with run.autocast():
+    batch = internals.diagnostic_batch_size(int(run.dist.all_reduce_max(answers[0].shape[1])))
+    fast = dict(token_scores=chunked_logprobs_and_entropy)
+    with autocast(run.dist.device, run.options.dtype):
         cosine, kl = internals.layer_similarity(run.policy, *answers, run.layer, vocab, batch)
-        entropy = internals.internal_entropy(run.policy, *answers, vocab, batch)
-        perplexity = internals.perplexity(run.policy, *answers, vocab, batch)
-    run.ranks.reshard(run.policy)
+        entropy = internals.internal_entropy(run.policy, *answers, vocab, batch, **fast)
+        perplexity = internals.perplexity(run.policy, *answers, vocab, batch, **fast)
+    run.dist.reshard(run.policy)
     return {
         "diagnose_cosine": cosine.tolist(),
         "diagnose_kl": kl.tolist(),
@@ -442,16 +464,16 @@ def record(step, metrics, bad, run):
                 f"alarm: a ratio is {off:.2g} away from 1 before the first update of step {step}; "
                 "scoring and updating disagree"
             )
-        if metrics.get("not_filled"):
+        if metrics.get("unfilled_groups"):
             run.say(
                 f"warning: after {options.max_rounds} rounds of dynamic sampling "
-                f"{metrics['not_filled']} of {options.prompts_per_step} groups are still all right "
+                f"{metrics['unfilled_groups']} of {options.prompts_per_step} groups are still all right "
                 "or all wrong; training on the others"
             )
-    if run.ranks.main:
+    if run.dist.main:
         write_lines(run.out / "metrics.jsonl", [metrics])
         if "reward" in metrics:
-            more = dict(run.shown)
+            more = dict(run.inspected_group)
             write_lines(run.out / "samples.jsonl", samples_of(step, run, more.pop("rows"), more))
 
 

@@ -5,9 +5,10 @@ entry in PANELS.
 """
 
 import argparse
-import json
 import pathlib
 import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 try:
     import matplotlib
@@ -19,6 +20,9 @@ except ImportError:
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+from common import renamed  # noqa: E402
+from scripts.page import rows_of  # noqa: E402
 
 
 def accuracy(panel, steps, held, name, color):
@@ -49,7 +53,7 @@ def length(panel, steps, held, name, color):
 
 def gradient(panel, steps, held, name, color):
     panel.plot(x(steps), column(steps, "grad_norm"), color=color, label=f"{name}: gradient norm")
-    dead = [r["dead_groups"] / r["groups"] for r in steps]
+    dead = [r["zero_std_groups"] / r["groups"] for r in steps]
     panel.plot(x(steps), dead, ":", color=color, label=f"{name}: share of dead groups")
 
 
@@ -101,7 +105,7 @@ def plot(runs, out=None):
     if len(runs) > len(colors):
         colors = [plt.cm.turbo((i + 0.5) / len(runs)) for i in range(len(runs))]
     for color, run in zip(colors, map(pathlib.Path, runs)):
-        lines = [json.loads(line) for line in open(run / "metrics.jsonl", encoding="utf-8")]
+        lines = rows_of(run / "metrics.jsonl", renamed.METRICS)
         steps = [r for r in lines if "reward" in r]
         held = [r for r in lines if "eval_accuracy" in r]
         inner = spans([r["step"] for r in steps if r["phase"] == "internal"])

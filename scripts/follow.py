@@ -13,8 +13,9 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from program.command import OneLineParser, run_main  # noqa: E402
-from program.errors import BadInput  # noqa: E402
+from common import renamed  # noqa: E402
+from common.command import OneLineParser, run_main  # noqa: E402
+from common.errors import UserError  # noqa: E402
 
 SECONDS = 2.0  # between two looks
 
@@ -74,7 +75,7 @@ def follow(folder, write, once=False, look=time.sleep):
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         lines = text[: text.rfind("\n") + 1].splitlines()
         for line in lines[min(known, len(lines)) :]:
-            row = json.loads(line)
+            row = renamed.with_new_names(json.loads(line), renamed.METRICS)
             write(row["step"], numbers_of(row))
         known = len(lines)
         last = json.loads(lines[-1])["step"] if lines else -1
@@ -91,12 +92,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     folder = pathlib.Path(args.run)
     if not (folder / "config.json").is_file():
-        raise BadInput(f"{folder}: holds no run; name the folder of a run of train.py")
+        raise UserError(f"{folder}: holds no run; name the folder of a run of train.py")
     options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
         write = TOOLS[args.to](folder, options)
     except ImportError:
-        raise BadInput(f"--to {args.to}: is not installed; pip install {args.to}") from None
+        raise UserError(f"--to {args.to}: is not installed; pip install {args.to}") from None
     print(f"{follow(folder, write, args.once)} lines of {folder / 'metrics.jsonl'} handed on")
 
 

@@ -10,15 +10,15 @@ import pathlib
 import torch
 from tqdm import tqdm
 
+from common.command import OneLineParser
+from common.devices import check_device, default_device
+from common.errors import UserError
+from common.models import load_model, run_config, vocabulary
+from common.threads import use_threads
+from engine.decoding import generate
 from evaluate import asked_of, held_out_questions
-from fast.decoding import generate
 from internals import boundary_layer, decoder_body, internal_entropy
-from program.command import OneLineParser
-from program.devices import check_device, default_device
-from program.errors import BadInput
-from program.models import load_model, run_config, vocabulary
-from program.threads import use_threads
-from questions.prompts import fit_context, instruct, render_prompt
+from problems.prompts import fit_context, instruct, render_prompt
 from run.batch import join, rollout_of
 from sampling import eos_ids_of
 from scripts.model_page import write_model_page
@@ -60,20 +60,20 @@ def finished_answers(path, tokenizer, limit, max_new_tokens, context):
         answers.append(ids)
         tokens = len(prompts[-1]) + len(ids)
         if tokens > context:
-            raise BadInput(
+            raise UserError(
                 f"--answers {path}, line {number}: question and answer have {tokens} tokens, "
                 f"the model's context {context}; shorten them, or lower --max-new-tokens"
             )
         if len(answers) == limit:
             break
     if not answers:
-        raise BadInput(f"--answers {path}: the file is empty")
+        raise UserError(f"--answers {path}: the file is empty")
     return questions, rollout_of(prompts, answers)
 
 
 def open_lines(path):
     if not pathlib.Path(path).is_file():
-        raise BadInput(f"--answers {path}: no such file")
+        raise UserError(f"--answers {path}: no such file")
     return open(path, "rb")
 
 
@@ -85,7 +85,7 @@ def question_and_answer(line, where):
         if not (isinstance(question, str) and isinstance(answer, str)):
             raise TypeError
     except (ValueError, KeyError, TypeError):
-        raise BadInput(
+        raise UserError(
             f"{where}: needs a JSON object with question and answer, both texts"
         ) from None
     return question, answer
@@ -152,7 +152,7 @@ def arguments(argv):
     args = parser.parse_args(argv)
     for name in ("samples", "max_new_tokens"):
         if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     return args
 
 
@@ -202,13 +202,13 @@ def main(argv=None):
     questions, rollout = answers_for(args, model, tokenizer)
     inputs = [x.to(args.device) for x in rollout.with_response_mask(args.samples)]
     if not int(rollout.mask.sum()):
-        raise BadInput(f"--model {args.model}: its answers are empty; nothing can be asked about")
+        raise UserError(f"--model {args.model}: its answers are empty; nothing can be asked about")
     record, models = {}, {}
     for name in [args.model] + ([args.compare] if args.compare else []):
         if name != args.model:
             model, other = load_model(model_folder(name), args.device)
             if other.get_vocab() != tokenizer.get_vocab():
-                raise BadInput(
+                raise UserError(
                     f"--compare {name}: its tokenizer is not that of {args.model}; "
                     "the same answers mean other tokens there"
                 )

@@ -4,9 +4,9 @@ token of some answers. The template is scripts/pages/model.html.
 
 import torch
 
+from common.models import vocabulary
 from internals import layer_logits, predicting, residual_stream
 from losses import row_logprobs_and_entropy
-from program.models import vocabulary
 from scripts.page import fill, short
 
 MOST_CELLS = 16_000  # layers x tokens x policies of a page: about 2 MB

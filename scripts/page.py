@@ -12,8 +12,9 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from program.command import OneLineParser, run_main  # noqa: E402
-from program.errors import BadInput  # noqa: E402
+from common import renamed  # noqa: E402
+from common.command import OneLineParser, run_main  # noqa: E402
+from common.errors import UserError  # noqa: E402
 
 LARGEST = 2_900_000  # bytes of a page; steps are left out until it fits
 TOKENS = ("entropy", "sampler_entropy", "temperature", "h", "advantage", "ratio", "clipped")
@@ -22,27 +23,31 @@ CURVES = (
 ).split()
 
 
-def rows_of(path):
-    """The objects of a JSONL file; BadInput names it where there is none or a line is broken."""
+def rows_of(path, names):
+    """Return the objects of a run's JSONL file, under their new names where {old: new} has one.
+
+    UserError names the file where there is none, or its line that is broken.
+    """
     if not path.is_file():
-        raise BadInput(f"{path}: no such file; name the folder of a run of train.py")
+        raise UserError(f"{path}: no such file; name the folder of a run of train.py")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(renamed.with_new_names(json.loads(line), names))
         except ValueError:
-            raise BadInput(f"{path}, line {number}: not JSON; is the run still writing?") from None
+            raise UserError(f"{path}, line {number}: not JSON; is the run still writing?") from None
     return rows
 
 
 def read_run(folder):
     """A run as its page wants it: name, what it was, curves, and one group of answers a step."""
     folder = pathlib.Path(folder)
-    metrics, samples = rows_of(folder / "metrics.jsonl"), rows_of(folder / "samples.jsonl")
+    metrics = rows_of(folder / "metrics.jsonl", renamed.METRICS)
+    samples = rows_of(folder / "samples.jsonl", renamed.SAMPLES)
     if not samples:
-        raise BadInput(f"{folder / 'samples.jsonl'}: empty; the run has made no step yet")
+        raise UserError(f"{folder / 'samples.jsonl'}: empty; the run has made no step yet")
     if "advantage" not in samples[0]:
-        raise BadInput(
+        raise UserError(
             f"{folder / 'samples.jsonl'}: of an older version of this code, without a whole group "
             "a step; make the run again"
         )
@@ -54,7 +59,7 @@ def read_run(folder):
             {
                 "step": row["step"],
                 "question": row["question"],
-                "truth": row["truth"],
+                "truth": row["reference_answer"],
                 "answers": [],
             },
         )
@@ -64,7 +69,9 @@ def read_run(folder):
         answer["right"] = row["reward"] > 0 if chance else row[options["reward"]]  # what is paid
         group["answers"].append(answer)
     curves = {key: [[r["step"], short(r.get(key))] for r in metrics] for key in CURVES}
-    curves["dead"] = [[r["step"], r["dead_groups"] / r["groups"]] for r in metrics if "groups" in r]
+    curves["dead"] = [
+        [r["step"], r["zero_std_groups"] / r["groups"]] for r in metrics if "groups" in r
+    ]
     what = f"{options['algo']} on {options['data'] or options['task']}, {options['model']}"
     return {
         "name": folder.name,
@@ -105,7 +112,7 @@ def keep_common(runs, folders):
     asked = [{(s["step"], s["question"]) for s in run["steps"]} for run in runs]
     common = asked[0] & asked[1]
     if not common:
-        raise BadInput(
+        raise UserError(
             f"--compare {folders[1]}: no step shows the same question as in {folders[0]}; compare "
             "runs of the same seed and the same --prompts-per-step"
         )
@@ -118,7 +125,7 @@ def write_page(folders, out=None):
     runs, options = zip(*(read_run(folder) for folder in folders))
     asked = [(o["task"], o["data"], o["difficulty"]) for o in options]
     if len(set(asked)) > 1:
-        raise BadInput(
+        raise UserError(
             f"--compare {folders[1]}: another task or file than {folders[0]}; answers to different "
             "questions cannot stand side by side"
         )

@@ -26,9 +26,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from evaluate import sample_answers, summarise  # noqa: E402
-from questions.prompts import render_prompt  # noqa: E402
-from sampling import eos_ids_of  # noqa: E402
+from evaluate import decoder_of, sample_responses, summarise  # noqa: E402
+from problems.prompts import render_prompt  # noqa: E402
 from tasks import BUILT_IN, load_problems  # noqa: E402
 
 CHAT_TEMPLATE = (
@@ -159,9 +158,9 @@ def make_model(tokenizer, layers, hidden):
 
 def look(model, tokenizer, held_out, seed):
     """What the model answers to held-out problems, as a line."""
-    eos_ids, cap = eos_ids_of(model, tokenizer), BUILT_IN["addition"].cap
-    sampled = sample_answers(model, tokenizer, held_out, 1, cap, eos_ids, seed=seed)
-    greedy = sample_answers(model, tokenizer, held_out, 1, cap, eos_ids, temperature=0.0)
+    draw, cap = decoder_of(model, tokenizer), BUILT_IN["addition"].cap
+    sampled = sample_responses(draw, tokenizer, held_out, 1, cap, seed=seed)
+    greedy = sample_responses(draw, tokenizer, held_out, 1, cap, temperature=0.0)
     answers = [row[0] for row in sampled]
     with_steps = [a for a in answers if "####" in a.text]
     right = sum(a.grade.strict for a in with_steps) / max(1, len(with_steps))

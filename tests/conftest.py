@@ -12,10 +12,10 @@ sys.path.insert(0, str(ROOT))
 
 import tasks  # noqa: E402
 import train  # noqa: E402
-from grading.answers import Grade  # noqa: E402
+from engine.engine import SingleProcess  # noqa: E402
+from problems.grading import Grade  # noqa: E402
 from run import options  # noqa: E402
-from run.machine import OneProcess  # noqa: E402
-from run.opening import open_run  # noqa: E402
+from run.setup import open_run  # noqa: E402
 
 TINY = ROOT / "assets" / "tiny-qwen3"
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
@@ -140,7 +140,7 @@ def pytest_collection_modifyitems(items):
 
 
 SMALL = (
-    "--prompts-per-step 4 --answers-per-prompt 2 --updates-per-rollout 1 --max-new-tokens 6 "
+    "--prompts-per-step 4 --num-generations 2 --updates-per-rollout 1 --max-new-tokens 6 "
     "--eval-prompts 4 --steps 3 --warmup-steps 1 --lr 1e-3 --device cpu"
 ).split()
 
@@ -157,7 +157,7 @@ def opened(tmp_path, tiny_folder):
         out = str(tmp_path / str(len(list(tmp_path.iterdir()))))
         where = ["--model", str(tiny_folder), "--data", str(questions), "--out", out]
         arguments = [*SMALL, *where, *more]
-        return open_run(options.parse(arguments, ""), OneProcess("cpu"))[0]
+        return open_run(options.parse(arguments, ""), SingleProcess("cpu"))[0]
 
     return open_one
 

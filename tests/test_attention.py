@@ -6,9 +6,9 @@ from conftest import ARCHITECTURES, random_model
 
 import internals
 import sampling
-from fast import decoding
-from fast.attention import packed_heads
-from program import attention, devices
+from common import attention, devices
+from engine import decoding
+from engine.decode_attention import packed_heads
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 
@@ -96,12 +96,14 @@ def test_which_models_are_mended():
     model = random_model()
     hooks = lambda: len(model.base_model._forward_pre_hooks)
     before = hooks()
-    assert attention.mend_masks(model) is model and hooks() == before  # a CPU has flash attention
+    assert (
+        attention.install_mask_hook(model) is model and hooks() == before
+    )  # a CPU has flash attention
     meta = random_model().to("meta")
-    attention.mend_masks(meta)
+    attention.install_mask_hook(meta)
     assert len(meta.base_model._forward_pre_hooks) == 1
     meta.config.sliding_window = 5  # a window is the model's own business
-    attention.mend_masks(meta)
+    attention.install_mask_hook(meta)
     assert len(meta.base_model._forward_pre_hooks) == 1
 
 
@@ -127,7 +129,7 @@ def test_text_behind_other_text_is_left_alone(monkeypatch):
     """Several tokens behind a cache, and embeddings in place of ids."""
     from transformers import DynamicCache
 
-    from program.models import cache_argument
+    from sampling import cache_argument
 
     model, masks = mended(monkeypatch, False)
     whole = model(torch.tensor([[5, 6, 7, 8, 9]])).logits[:, 3:]

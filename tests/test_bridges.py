@@ -22,12 +22,12 @@ import internals
 import train
 from bridges import trl_trainers
 from bridges.trl_trainers import BuPOTrainer, HAPOBuPOTrainer, HAPOConfig, HAPOTrainer
-from program.errors import BadInput
-from program.models import load_model, vocabulary
+from common.errors import UserError
+from common.models import load_model, vocabulary
+from engine.engine import SingleProcess
 from run import options
 from run.batch import Batch, rollout_of
-from run.machine import OneProcess
-from run.opening import open_run
+from run.setup import open_run
 
 PARTS = "adaptive_temperature token_group_average advantage_redistribution adaptive_clip".split()
 OFF = dict.fromkeys(PARTS, False)
@@ -136,17 +136,17 @@ def our_step(trainer, batch, folder, tmp_path, *more):
     """The same of this project's own step, on TRL's answers and rewards, and the largest distance
     of a ratio from 1."""
     files = f"--model {folder} --out {tmp_path / 'ours'} --overwrite --device cpu"
-    sizes = f"--prompts-per-step {P} --answers-per-prompt {G} --max-new-tokens {T}"
+    sizes = f"--prompts-per-step {P} --num-generations {G} --max-new-tokens {T}"
     given = f"{files} {sizes} --updates-per-rollout 1".split()
     o = options.parse([*given, *more], "")
-    run, _ = open_run(o, OneProcess("cpu"))
+    run, _ = open_run(o, SingleProcess("cpu"))
     prompts = [ids[m.bool()].tolist() for ids, m in zip(batch["prompt_ids"], batch["prompt_mask"])]
     masks = batch["completion_mask"].bool()
     answers = [ids[m].tolist() for ids, m in zip(batch["completion_ids"], masks)]
     rollout = rollout_of(prompts[::G], answers)
     texts = trainer.processing_class.batch_decode(answers, skip_special_tokens=True)
     rewards, mask = torch.tensor(reward(texts)), rollout.mask
-    live = train.losses.differ(rewards, G)
+    live = train.losses.has_reward_variance(rewards, G)
     own = Batch(
         problems=[None] * P, texts=texts, rollout=rollout, strict=live, lenient=live, right=live,
         rewards=rewards, live=live, in_loss=torch.ones_like(live), loss_mask=mask,
@@ -307,7 +307,7 @@ def test_auto_measures_the_boundary_layer_on_the_first_answers(made, folder, mon
     assert trainer._metrics["train"]["bupo/layer"] == [expected]
     ((*masks, size, ranks),) = asked
     assert all(map(torch.equal, masks, (ids, seen, response)))
-    assert size == trainer._tokens() and ranks.total(2.0, 3.0) == [2.0, 3.0]
+    assert size == trainer._tokens() and dist.all_reduce_sum(2.0, 3.0) == [2.0, 3.0]
 
 
 def test_auto_where_trl_scores_nothing(made):
@@ -494,7 +494,7 @@ def test_idle_mechanisms_are_named(made, capsys):
     ],
 )
 def test_what_it_cannot_do_is_refused(made, changed, message):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(UserError, match=message):
         made(**(dict(kind=HAPOBuPOTrainer) | changed))
 
 

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train
-from program.errors import BadInput
+from common.errors import UserError
+from engine.engine import SingleProcess
 from run import checkpoint, options, report
-from run.machine import OneProcess
-from run.opening import open_run
+from run.setup import open_run
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_weights_in_several_files_are_those_that_were_trained(trained, monkeypat
     real = PreTrainedModel.save_pretrained
     small = lambda self, *args, **more: real(self, *args, max_shard_size="100KB", **more)
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", small)
-    out = trained("--steps", "2", "--keep", "9")
+    out = trained("--steps", "2", "--save-total-limit", "9")
     assert len(list((out / "final").glob("*.safetensors"))) > 1
     start, one, two = (all_weights(out / f"checkpoint-{n}") for n in range(3))
     assert any(not torch.equal(start[name], one[name]) for name in start)
@@ -72,7 +72,7 @@ def test_a_weight_that_reads_back_as_something_else_is_one_line(opened, monkeypa
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
     monkeypatch.setattr(run.policy, "save_pretrained", damaged)
-    with pytest.raises(BadInput, match="checkpoint 0 cannot be written .*reads back as"):
+    with pytest.raises(UserError, match="checkpoint 0 cannot be written .*reads back as"):
         checkpoint.save(run, 0)
     assert not list(run.out.glob("*checkpoint-0*"))
 
@@ -92,8 +92,8 @@ def test_broken_weights_are_never_saved_as_good(trained, monkeypatch, at, ends):
 
     monkeypatch.setattr(train, "update", update)
     message = f"last good checkpoint is .*{ends}, and so is final/"
-    with pytest.raises(BadInput, match=message) as error:
-        trained("--steps", "3", "--max-bad-steps", "9", "--keep", "9")
+    with pytest.raises(UserError, match=message) as error:
+        trained("--steps", "3", "--max-bad-steps", "9", "--save-total-limit", "9")
     assert "\n" not in str(error.value)
     out = next(p for p in _folders(error) if (p / "final").is_dir())
     good, final = all_weights(out / ends), all_weights(out / "final")
@@ -116,8 +116,8 @@ def test_another_run_s_checkpoint_is_refused(trained):
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     (out / "config.json").write_text(json.dumps(config | {"lr": 0.5}), encoding="utf-8")
     again = options.parse(["--resume", "--out", str(out)], "")
-    with pytest.raises(BadInput, match="is of a run with other options than"):
-        open_run(again, OneProcess("cpu"))
+    with pytest.raises(UserError, match="is of a run with other options than"):
+        open_run(again, SingleProcess("cpu"))
 
 
 def test_a_killed_overwrite_leaves_the_old_run_or_nothing(trained, monkeypatch):
@@ -131,12 +131,12 @@ def test_a_killed_overwrite_leaves_the_old_run_or_nothing(trained, monkeypatch):
             raise KeyboardInterrupt
         real(path, *args, **more)
 
-    monkeypatch.setattr("run.opening.shutil.rmtree", killed)
+    monkeypatch.setattr("run.setup.shutil.rmtree", killed)
     where = ["--model", parsed["model"], "--data", parsed["data"], "--device", "cpu"]
     again = ["--out", str(out), "--overwrite", "--lr", "0.5", "--prompts-per-step", "4", *where]
     again += ["--max-new-tokens", "6"]
     try:
-        open_run(options.parse(again, ""), OneProcess("cpu"))
+        open_run(options.parse(again, ""), SingleProcess("cpu"))
     except KeyboardInterrupt:
         pass
     gc.collect()  # lets go of the lock, as the end of a process does
@@ -147,15 +147,15 @@ def test_a_killed_overwrite_leaves_the_old_run_or_nothing(trained, monkeypatch):
     monkeypatch.undo()
     (out / "config.json").unlink()
     (out / "checkpoint-7").mkdir(exist_ok=True)
-    with pytest.raises(BadInput, match="holds checkpoints of a run without its config.json"):
-        open_run(options.parse(again, ""), OneProcess("cpu"))
+    with pytest.raises(UserError, match="holds checkpoints of a run without its config.json"):
+        open_run(options.parse(again, ""), SingleProcess("cpu"))
 
 
 def test_a_finished_run_that_goes_on_is_not_finished(trained):
     out = trained("--steps", "1")
     assert (out / "final").is_dir()
     run, step = open_run(
-        options.parse(["--resume", "--out", str(out), "--steps", "2"], ""), OneProcess("cpu")
+        options.parse(["--resume", "--out", str(out), "--steps", "2"], ""), SingleProcess("cpu")
     )
     run.lock.lock.release()
     assert step == 1 and not (out / "final").exists()
@@ -171,8 +171,8 @@ def test_no_whole_checkpoint_is_one_line_and_deletes_nothing(trained):
         if p.is_file() and p.name not in (".lock", ".writer")
     }
     again = options.parse(["--resume", "--out", str(out), "--steps", "2"], "")
-    with pytest.raises(BadInput, match="none of the 2 checkpoints in .* is whole"):
-        open_run(again, OneProcess("cpu"))
+    with pytest.raises(UserError, match="none of the 2 checkpoints in .* is whole"):
+        open_run(again, SingleProcess("cpu"))
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p in before}
 
 

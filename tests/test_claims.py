@@ -8,7 +8,7 @@ import types
 import pytest
 from conftest import ROOT
 
-from program.errors import BadInput
+from common.errors import UserError
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_cost_times_every_seed_with_the_arms_own_options(laid_out, tools, monkey
 def test_a_run_that_was_stopped_is_no_result(laid_out):
     run, runs, trained, stop = laid_out
     stop[101] = 24  # the first two of twenty; a training that is told to stop ends with 0
-    with pytest.raises(BadInput, match="101 was stopped at step 24 of 48"):
+    with pytest.raises(UserError, match="101 was stopped at step 24 of 48"):
         run("--only", "1")
     ended = names_in(runs)  # one that was in flight may have ended
     assert not any(name.endswith("-101") for name in ended) and len(trained) < 20
@@ -294,7 +294,9 @@ def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
     run, runs, trained, _ = laid_out
     run("--only", "1")
     monkeypatch.setattr(tools.runs, "commit", lambda: "decaf")
-    with pytest.raises(BadInput, match=r"run hapo-101: made with other commit than now \(c0ffee\)"):
+    with pytest.raises(
+        UserError, match=r"run hapo-101: made with other commit than now \(c0ffee\)"
+    ):
         run("--only", "1")
     run("--only", "1", "--mixed")
     page = runs.parent / "evidence.md"
@@ -302,7 +304,7 @@ def test_other_results_are_refused_by_name(laid_out, tools, monkeypatch):
     run("--only", "1", "--anew")
     assert len(trained) == 40 and "**Mixed**" not in page.read_text(encoding="utf-8")
     assert {result["commit"] for result in tools.runs.read_runs(runs).values()} == {"decaf"}
-    with pytest.raises(BadInput, match="--only 99: no claim"):
+    with pytest.raises(UserError, match="--only 99: no claim"):
         run("--only", "99")
 
 
@@ -337,10 +339,10 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     monkeypatch.setattr(tools.runs.subprocess, "run", with_git)
     monkeypatch.setattr(tools.runs, "make_models", lambda plan, names: None)
     monkeypatch.setattr(tools.runs, "commit", tools.runs.commit.__defaults__[0])  # the real one
-    with pytest.raises(BadInput, match="made with other commit"):
+    with pytest.raises(UserError, match="made with other commit"):
         run()
-    other.append("--comparison edge")
-    with pytest.raises(BadInput, match="edge-1..: weights is not what it was at c0ffee"):
+    other.append("--baseline edge")
+    with pytest.raises(UserError, match="edge-1..: weights is not what it was at c0ffee"):
         run("--again")
     assert asked[-1] == ["worktree", "remove"]  # nothing is left of the older code
     assert not tools.runs.SAME.exists() and tools.runs.commit() == "decaf"
@@ -535,7 +537,7 @@ def test_results_of_other_weights_are_refused(laid_out, tools):
     results = tools.runs.read_runs(runs)
     del results["long-dapo-101"]
     tools.runs.write_runs(runs, results)
-    with pytest.raises(BadInput, match=r"a pair of runs long-dapo and long-dapo\+B started from"):
+    with pytest.raises(UserError, match=r"a pair of runs long-dapo and long-dapo\+B started from"):
         run("--only", "15")
     assert len(trained) == 41
     run("--only", "15", "--mixed")
@@ -548,7 +550,7 @@ def test_results_of_other_weights_are_refused(laid_out, tools):
 
 def test_a_real_model_s_runs_start_where_the_user_says(laid_out, tools, tmp_path):
     run, runs, trained, _ = laid_out
-    with pytest.raises(BadInput, match="--only real B: needs --real DIR"):
+    with pytest.raises(UserError, match="--only real B: needs --real DIR"):
         run("--only", "real B")
     run("--only", "real B", "--real", str(tmp_path / "smol"))
     assert len(trained) == 16 and all(str(tmp_path / "smol") in c for c in trained)
@@ -557,7 +559,7 @@ def test_a_real_model_s_runs_start_where_the_user_says(laid_out, tools, tmp_path
     tools.plan.PILOT.write_text(
         json.dumps(CHOSEN | {"real": None}).replace('"real"', '"other"'), encoding="utf-8"
     )
-    with pytest.raises(BadInput, match="its learning rates come first: --pilot --real"):
+    with pytest.raises(UserError, match="its learning rates come first: --pilot --real"):
         run("--real", str(tmp_path / "smol"))
 
 
@@ -617,7 +619,7 @@ def test_notes_name_their_numbers(tools):
     assert said("{short: right} tokens, {short: B}") == "10.0 tokens, 0"
     assert said("{hapo, final}, {dapo, entropy}; {edge, final}") == "0.67, 0.12; –"
     assert said("{hapo - start} {edge - dapo}") == "+46.7 [+18.0, +75.4] –"
-    with pytest.raises(BadInput, match=r"claims_notes.md: \{hapo - dopa\} names no arm"):
+    with pytest.raises(UserError, match=r"claims_notes.md: \{hapo - dopa\} names no arm"):
         said("{hapo - dopa}")
 
 
@@ -686,14 +688,14 @@ def test_what_is_no_result_is_named_with_its_line(tools, tmp_path):
     path = tmp_path / "claims_runs.jsonl"
     for broken in ("", '{"name": ', '{"seed": 101}', "3"):
         path.write_text(f'{{"name": "dapo-101"}}\n{broken}\n', encoding="utf-8")
-        with pytest.raises(BadInput, match="claims_runs.jsonl:2: no result; delete the line"):
+        with pytest.raises(UserError, match="claims_runs.jsonl:2: no result; delete the line"):
             tools.runs.read_runs(path)
 
 
 def test_outside_a_repository_no_result_can_be_named(tools, tmp_path, monkeypatch):
     monkeypatch.setattr(tools.runs, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(BadInput, match="git status: .*not a git repository"):
+    with pytest.raises(UserError, match="git status: .*not a git repository"):
         tools.runs.commit()
 
 
@@ -703,14 +705,14 @@ def test_one_layer_for_the_whole_run_is_that(tools):
     plan = json.loads(tools.plan.PLAN.read_text(encoding="utf-8"))
     flags = tools.plan.options_of(plan, "one-layer-whole", CHOSEN).split()
     o = options.parse([*flags, "--out", "/nonexistent/run"], "")
-    assert o.bupo_arm == "one-layer" and o.bupo_steps == o.steps
+    assert o.bupo_baseline == "one-layer" and o.bupo_steps == o.steps
 
 
 def test_a_run_during_which_the_sources_change_is_no_result(laid_out, tools, monkeypatch):
     run, runs, _, _ = laid_out
     said = iter(["c0ffee"])
     monkeypatch.setattr(tools.runs, "commit", lambda: next(said, "decaf"))
-    with pytest.raises(BadInput, match="the sources were changed while it ran"):
+    with pytest.raises(UserError, match="the sources were changed while it ran"):
         run("--only", "1")
     assert not runs.exists()
 

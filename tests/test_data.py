@@ -13,13 +13,13 @@ from conftest import TINY
 
 import evaluate
 import train
-from program.errors import BadInput
-from questions.files import Form, rows_of
-from questions.prompts import fit_context, render_prompt
-from run import own_reward, report
-from run.machine import OneProcess
-from run.opening import open_run
+from common.errors import UserError
+from engine.engine import SingleProcess
+from problems.files import DatasetSpec, rows_of
+from problems.prompts import fit_context, render_prompt
+from run import report, reward_function
 from run.options import parse
+from run.setup import open_run
 from tasks import Problem, key_of, load_problems, read_problems
 
 ROWS = [{"question": f"What is {n} plus 1?", "answer": str(n + 1)} for n in range(7)]
@@ -96,7 +96,7 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path, name):
 )
 def test_broken_files_are_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(BadInput, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_problems(tmp_path / name)
     assert "\n" not in str(error.value)
 
@@ -104,10 +104,10 @@ def test_broken_files_are_one_line(tmp_path, name, content, message):
 def test_columns_by_name(tmp_path):
     rows = [{"q": "How many?", "x": {"gold": 7}, "question": "another"}]
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
-    form = Form(question="q", answer="x.gold")
+    form = DatasetSpec(question="q", answer="x.gold")
     assert read_problems(tmp_path / "a.jsonl", "--data", form) == [Problem("How many?", "7")]
-    with pytest.raises(BadInput, match="line 1: it has no answer .no nothing; it has q, question"):
-        read_problems(tmp_path / "a.jsonl", "--data", Form(answer="nothing"))
+    with pytest.raises(UserError, match="line 1: it has no answer .no nothing; it has q, question"):
+        read_problems(tmp_path / "a.jsonl", "--data", DatasetSpec(answer="nothing"))
 
 
 def test_what_cannot_be_used_is_counted_by_reason(tmp_path, capsys):
@@ -138,19 +138,21 @@ def a_dataset(monkeypatch, rows, configurations=("main", "other")):
     library.get_dataset_config_names = lambda name: list(configurations)
     library.config = types.SimpleNamespace(HF_DATASETS_CACHE="/nowhere")
     monkeypatch.setitem(sys.modules, "datasets", library)
-    monkeypatch.setattr("questions.files.check_network", lambda *a, **k: None)
+    monkeypatch.setattr("problems.files.check_network", lambda *a, **k: None)
     return asked
 
 
 def test_a_data_set_of_the_hub(monkeypatch, capsys):
     asked = a_dataset(monkeypatch, {"train": ROWS, "test": ROWS[:2]})
     assert len(read_problems("openai/gsm8k")) == 7
-    assert len(read_problems("openai/gsm8k:other", "--data", Form(split="test"))) == 2
+    assert len(read_problems("openai/gsm8k:other", "--data", DatasetSpec(split="test"))) == 2
     assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "other", "test")]
-    with pytest.raises(BadInput, match="datasets cannot read its split 'dev' .Unknown split 'dev'"):
-        read_problems("openai/gsm8k", "--data", Form(split="dev"))
+    with pytest.raises(
+        UserError, match="datasets cannot read its split 'dev' .Unknown split 'dev'"
+    ):
+        read_problems("openai/gsm8k", "--data", DatasetSpec(split="dev"))
     a_dataset(monkeypatch, {}, ("a", "b"))
-    with pytest.raises(BadInput, match="has the configurations a, b; name one of them: x/y:a"):
+    with pytest.raises(UserError, match="has the configurations a, b; name one of them: x/y:a"):
         read_problems("x/y")
 
 
@@ -160,15 +162,15 @@ def test_a_folder_of_data(monkeypatch, tmp_path):
     (tmp_path / "dataset_dict.json").write_text("{}", encoding="utf-8")
     assert len(read_problems(tmp_path)) == 7 and len(asked) == 1  # as save_to_disk leaves it
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BadInput, match="a folder is read through datasets: pip install datasets"):
+    with pytest.raises(UserError, match="a folder is read through datasets: pip install datasets"):
         read_problems(tmp_path)
-    with pytest.raises(BadInput, match="no file; a hub's data set is read through datasets"):
+    with pytest.raises(UserError, match="no file; a hub's data set is read through datasets"):
         read_problems("openai/gsm8k")
-    with pytest.raises(BadInput, match="--data data/none.jsonl: no such file"):
+    with pytest.raises(UserError, match="--data data/none.jsonl: no such file"):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "data").mkdir()
         read_problems("data/none.jsonl")
-    with pytest.raises(BadInput, match="--data dta/none.csv.gz: no such file"):
+    with pytest.raises(UserError, match="--data dta/none.csv.gz: no such file"):
         read_problems("dta/none.csv.gz")
 
 
@@ -179,7 +181,7 @@ def test_the_library_itself_reads_a_folder(tmp_path, monkeypatch):
     (tmp_path / "data" / "train.jsonl").write_bytes(as_jsonl(ROWS))
     (tmp_path / "data" / "test.jsonl").write_bytes(as_jsonl(ROWS[:3]))
     assert len(read_problems(tmp_path / "data")) == 7
-    assert len(read_problems(tmp_path / "data", "--data", Form(split="test"))) == 3
+    assert len(read_problems(tmp_path / "data", "--data", DatasetSpec(split="test"))) == 3
 
 
 # -------------------------------------------------------------------------------------------- chats
@@ -240,7 +242,7 @@ def test_another_system_message_is_another_question(tmp_path):
 )
 def test_chats_that_are_none(tmp_path, prompt, reason):
     (tmp_path / "a.jsonl").write_bytes(as_jsonl([{"prompt": prompt, "answer": "4"}]))
-    with pytest.raises(BadInput, match=f"line 1: .*{reason}"):
+    with pytest.raises(UserError, match=f"line 1: .*{reason}"):
         read_problems(tmp_path / "a.jsonl")
 
 
@@ -262,7 +264,7 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
     config = types.SimpleNamespace(max_position_embeddings=500)
     with pytest.raises(
-        BadInput, match="line 8, question '2 . 2.': .*System role not supp"
+        UserError, match="line 8, question '2 . 2.': .*System role not supp"
     ) as error:
         fit_context(read_problems(tmp_path / "a.jsonl"), Strict(), config, 10)
     assert "\n" not in str(error.value)
@@ -283,7 +285,7 @@ def a_function(folder, text=SHORTER, name="shorter"):
 
 
 def test_a_function_is_paid_and_its_lines_are_few(tmp_path):
-    pay = own_reward.OwnReward(a_function(tmp_path))
+    pay = reward_function.RewardFunction(a_function(tmp_path))
     assert pay(Problem("q", "12"), "12") == pytest.approx(0.998)
     assert pay(Problem("q", "12"), "so 12") == pytest.approx(-0.005)
     assert len(SHORTER.strip().splitlines()) <= 6
@@ -293,11 +295,11 @@ def test_the_row_is_handed_over_where_it_is_asked_for(tmp_path):
     every = "def f(question, answer, text, **row): return row['level'] + len(row)"
     one = "def f(question, answer, text, level=0): return level"
     problem = Problem("q", "1", row={"question": "q", "answer": "1", "level": 5, "more": None})
-    assert own_reward.OwnReward(a_function(tmp_path, every, "f"))(problem, "x") == 7
-    assert own_reward.OwnReward(a_function(tmp_path, one, "f"))(problem, "x") == 5
+    assert reward_function.RewardFunction(a_function(tmp_path, every, "f"))(problem, "x") == 7
+    assert reward_function.RewardFunction(a_function(tmp_path, one, "f"))(problem, "x") == 5
     neighbour = "import beside\ndef f(question, answer, text): return beside.VALUE"
     (tmp_path / "beside.py").write_text("VALUE = 3", encoding="utf-8")
-    assert own_reward.OwnReward(a_function(tmp_path, neighbour, "f"))(problem, "x") == 3
+    assert reward_function.RewardFunction(a_function(tmp_path, neighbour, "f"))(problem, "x") == 3
 
 
 @pytest.mark.parametrize(
@@ -311,12 +313,12 @@ def test_the_row_is_handed_over_where_it_is_asked_for(tmp_path):
     ],
 )
 def test_a_function_that_fails_is_named_with_the_answer(tmp_path, monkeypatch, text, said):
-    monkeypatch.setattr(own_reward, "REWARD_SECONDS", 0.5)
+    monkeypatch.setattr(reward_function, "REWARD_SECONDS", 0.5)
     lines = []
     function = (
         f"def f(question, answer, text):\n    if text == 'bad':\n        {text}\n    return 2"
     )
-    pay = own_reward.OwnReward(a_function(tmp_path, function, "f"), lines.append)
+    pay = reward_function.RewardFunction(a_function(tmp_path, function, "f"), lines.append)
     reward = pay(Problem("q", "1"), "bad")
     assert reward != reward and len(lines) == 1
     assert said in lines[0] and "for the answer 'bad'" in lines[0] and "mine.py:f" in lines[0]
@@ -328,7 +330,10 @@ def test_what_a_function_prints_is_no_reply(tmp_path, capfd):
     noisy = "import os\nprint('loaded')\n" + (
         "def f(question, answer, text):\n    os.write(1, b'5\\n')\n    print('here')\n    return 2"
     )
-    assert own_reward.OwnReward(a_function(tmp_path, noisy, "f"))(Problem("q", "1"), "x") == 2
+    assert (
+        reward_function.RewardFunction(a_function(tmp_path, noisy, "f"))(Problem("q", "1"), "x")
+        == 2
+    )
     printed = capfd.readouterr()
     assert printed.out == "" and "loaded" in printed.err
 
@@ -345,8 +350,8 @@ def test_what_a_function_prints_is_no_reply(tmp_path, capfd):
 def test_a_function_that_is_not_there_is_one_line(tmp_path, given, message):
     a_function(tmp_path)
     (tmp_path / "broken.py").write_text("def f(:", encoding="utf-8")
-    with pytest.raises(BadInput, match=f"--reward-function .*{message}"):
-        own_reward.OwnReward(given.format(tmp_path))
+    with pytest.raises(UserError, match=f"--reward-function .*{message}"):
+        reward_function.RewardFunction(given.format(tmp_path))
 
 
 def test_a_step_is_paid_by_the_function(opened, tmp_path, capsys):
@@ -361,7 +366,10 @@ def test_a_step_is_paid_by_the_function(opened, tmp_path, capsys):
     assert metrics["reward"] == pytest.approx(expected.mean().item())
     assert metrics["right"] == batch.lenient.float().mean().item()
     pairs = expected.view(-1, 2)
-    assert batch.live.view(-1, 2)[:, 0].tolist() == (pairs[:, 0] != pairs[:, 1]).tolist()
+    assert (
+        batch.has_reward_variance.view(-1, 2)[:, 0].tolist()
+        == (pairs[:, 0] != pairs[:, 1]).tolist()
+    )
     held_out = report.held_out(run, 0)
     assert 1 <= held_out["eval_reward"] < 31 and "eval_accuracy" in held_out
     report.record(1, metrics | held_out, None, run)
@@ -375,7 +383,7 @@ def test_a_function_may_pay_for_answers_that_no_rule_checks(tmp_path):
     poem = "Write a poem.\nOf two lines."
     rows = [{"question": f"q{n}", "answer": f"{poem} {n}"} for n in range(8)]
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
-    with pytest.raises(BadInput, match="none of its 8 rows can be used"):
+    with pytest.raises(UserError, match="none of its 8 rows can be used"):
         load_problems(data=tmp_path / "a.jsonl")
     train_set, held_out = load_problems(data=tmp_path / "a.jsonl", any_answer=True)
     assert len(train_set) + len(held_out) == 8 and train_set[0].kind == "unchecked"
@@ -387,7 +395,7 @@ def test_a_function_may_pay_for_answers_that_no_rule_checks(tmp_path):
 
 def small_run(out, *more):
     sizes = (
-        "--prompts-per-step 2 --answers-per-prompt 2 --updates-per-rollout 1 --max-new-tokens 4 "
+        "--prompts-per-step 2 --num-generations 2 --updates-per-rollout 1 --max-new-tokens 4 "
         "--eval-prompts 2 --device cpu"
     ).split()
     return [*sizes, "--model", str(TINY), "--out", str(out), *more]
@@ -401,11 +409,11 @@ def test_data_may_move_and_must_ask_the_same(tmp_path, monkeypatch):
     moved.write_bytes(gzip.compress(as_csv(ROWS)))
     data.unlink()
     again = ["--resume", "--out", str(out), "--steps", "2"]
-    with pytest.raises(BadInput, match="no such file; if it lies elsewhere now, add --data N"):
+    with pytest.raises(UserError, match="no such file; if it lies elsewhere now, add --data N"):
         train.main(again)
     other = tmp_path / "other.jsonl"
     other.write_bytes(as_jsonl(ROWS[1:]))
-    with pytest.raises(BadInput, match="other.jsonl: the questions in use are not those"):
+    with pytest.raises(UserError, match="other.jsonl: the questions in use are not those"):
         train.main([*again, "--data", str(other)])
     copied = tmp_path / "elsewhere" / "run"
     copied.parent.mkdir()
@@ -419,18 +427,18 @@ def test_data_may_move_and_must_ask_the_same(tmp_path, monkeypatch):
 
 def test_a_changed_reward_function_is_another_run(tmp_path):
     out, given = tmp_path / "run", a_function(tmp_path)
-    run, _ = open_run(parse(small_run(out, "--reward-function", given), ""), OneProcess("cpu"))
+    run, _ = open_run(parse(small_run(out, "--reward-function", given), ""), SingleProcess("cpu"))
     from run import checkpoint
 
     checkpoint.save(run, 0)
     run.lock.lock.release()
     again = parse(["--resume", "--out", str(out)], "")
-    run, step = open_run(again, OneProcess("cpu"))
+    run, step = open_run(again, SingleProcess("cpu"))
     assert step == 0
     run.lock.lock.release()
     a_function(tmp_path, SHORTER.replace("0.001", "0.01"))
-    with pytest.raises(BadInput, match="the file is not what it was when the run"):
-        open_run(again, OneProcess("cpu"))
+    with pytest.raises(UserError, match="the file is not what it was when the run"):
+        open_run(again, SingleProcess("cpu"))
 
 
 def test_evaluate_reads_the_same_forms(tmp_path):

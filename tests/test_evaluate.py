@@ -7,9 +7,9 @@ import pytest
 from conftest import TINY
 
 import evaluate
-from evaluate import Answer, pass_at_k, summarise, valid_json
-from grading.answers import Grade
-from program.errors import BadInput
+from common.errors import UserError
+from evaluate import Response, pass_at_k, summarise, valid_json
+from problems.grading import Grade
 
 
 @pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (5, 0), (5, 2), (6, 5), (7, 3)])
@@ -32,8 +32,8 @@ def test_summary_by_hand():
     # question 1: 2 of 2 lenient, 1 strict; question 2: none
     # means 1, 0: mean 0.5, error sqrt(1/2) / sqrt(2) = 0.5
     answers = [
-        [Answer("a", Grade(True, True), 3, True), Answer("b", Grade(False, True), 5, True)],
-        [Answer("c", Grade(False, False), 4, False), Answer("d", Grade(False, False), 4, True)],
+        [Response("a", Grade(True, True), 3, True), Response("b", Grade(False, True), 5, True)],
+        [Response("c", Grade(False, False), 4, False), Response("d", Grade(False, False), 4, True)],
     ]
     result = summarise(answers)
     assert result.lenient == 0.5 and result.strict == 0.25
@@ -57,9 +57,9 @@ def test_questions_longer_than_the_context_are_reported(tmp_path, capsys):
     # one question has no standard error
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["lenient_error"] is None
     message = "--max-new-tokens 512: no prompt fits the model's context of 512 tokens"
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(UserError, match=message):
         evaluate.main(args)
-    with pytest.raises(BadInput, match="--out .*: not a file that can be written"):
+    with pytest.raises(UserError, match="--out .*: not a file that can be written"):
         evaluate.main([*args, "--out", str(tmp_path)])
 
 
@@ -78,5 +78,5 @@ def test_command_line(tmp_path):
         (["--temperature", "0"], "greedy decoding"),
         (["--limit", "0"], "--limit 0"),
     ):
-        with pytest.raises(BadInput, match=message):
+        with pytest.raises(UserError, match=message):
             evaluate.main([*args, *bad])

@@ -12,7 +12,9 @@ import transformers
 from conftest import TINY, checkpoint_layers, random_model
 
 import internals
-from fast import lines
+from common.errors import UserError
+from engine import packing
+from engine.micro_batches import passes_of_tokens
 from internals import (
     boundary_layer,
     internal_entropy,
@@ -23,10 +25,8 @@ from internals import (
     residual_stream,
     unembedding,
 )
-from program.errors import BadInput
 from run.batch import rollout_of
 from sampling import position_ids
-from scale.passes import passes_of_tokens
 from scripts import internal_report
 
 IDS = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -163,12 +163,14 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, steps, row
     (expected * weight).sum().backward()
     grads = [None if p.grad is None else p.grad.clone() for p in any_model.parameters()]
     any_model.zero_grad()
-    monkeypatch.setattr(lines, "STEPS", steps)
-    monkeypatch.setattr(lines, "cost", lambda packing, D: 0)  # pack, whatever it costs
+    monkeypatch.setattr(packing, "STEPS", steps)
+    monkeypatch.setattr(packing, "cost", lambda packing, D: 0)  # pack, whatever it costs
     if steps is None:
-        monkeypatch.setattr(lines, "pack", lambda *sizes: None)
-    layout = lines.layout_for(any_model.config)
-    states, tokens = internals.answer_states(any_model, ROLLOUT, rows, layer, layer is None, layout)
+        monkeypatch.setattr(packing, "pack", lambda *sizes: None)
+    layout = packing.layout_for(any_model.config)
+    states, tokens = internals.response_states(
+        any_model, ROLLOUT, rows, layer, layer is None, layout
+    )
     assert tokens.tolist() == [t for r in rows for t in ROLLOUT.answers()[r]]
     torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
     (states * weight).sum().backward()
@@ -188,8 +190,8 @@ def shapes_seen(model):
 
 def states_of(model, rollout, rows):
     """In the running layout."""
-    layout = lines.layout_for(model.config)
-    return internals.answer_states(model, rollout, rows, layout=layout)[0]
+    layout = packing.layout_for(model.config)
+    return internals.response_states(model, rollout, rows, layout=layout)[0]
 
 
 def test_a_shared_prompt_runs_once():
@@ -198,7 +200,7 @@ def test_a_shared_prompt_runs_once():
     states_of(model, ROLLOUT, [0, 1, 3, 4])
     # prompts of 4 and 1 tokens, answers of 3, 1, 2 and 4, each without its last token
     assert shapes == [(1, 11)]
-    internals.answer_states(model, ROLLOUT, [0, 1, 3, 4])  # the plain layout: a line an answer
+    internals.response_states(model, ROLLOUT, [0, 1, 3, 4])  # the plain layout: a line an answer
     assert shapes[1] == (4, 6)
 
 
@@ -206,18 +208,18 @@ def test_a_line_by_hand():
     """Two prompts, of 2 and of 1 tokens; answers of 3, 2 and 4 tokens, whose last ones predict
     nothing: a line of 2 + 2 + 1 and 1 + 3 tokens, and one of padding."""
     rollout = rollout_of([[1, 2], [3]], [[4, 5, 6], [7, 8], [9, 10, 11, 12], [13]])
-    segment = lines.Segment
+    segment = packing.Segment
     packed = [[segment(5, 0, [0, 1]), segment(4, 1, [2, 3])], [segment(1, 1, [3])]]
     packed[0][1] = segment(4, 1, [2])
-    ids, owners, positions, predecessors, tokens = lines.laid_out(
-        rollout, [2, 0, 3, 1], packed, 9, *lines.sizes_of(rollout)
+    ids, owners, positions, predecessors, tokens = packing.laid_out(
+        rollout, [2, 0, 3, 1], packed, 9, *packing.sizes_of(rollout)
     )
     assert ids.tolist() == [[1, 2, 4, 5, 7, 3, 9, 10, 11], [3] + [0] * 8]
     assert positions[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 3]
     # of answers 2, 0, 3 and 1
     assert predecessors.tolist() == [5, 6, 7, 8] + [1, 2, 3] + [9] + [1, 4]
     assert tokens.tolist() == [9, 10, 11, 12] + [4, 5, 6] + [13] + [7, 8]
-    mask = lines.visible(*owners)
+    mask = packing.visible(*owners)
     sees = [row.nonzero().flatten().tolist() for row in mask[0, 0]]
     assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]] + [
         *([5], [5, 6], [5, 6, 7], [5, 6, 7, 8])
@@ -229,7 +231,7 @@ def test_packing_is_tight_and_holds_every_answer_once():
     torch.manual_seed(4)
     lengths, prompts = torch.randint(1, 30, (64,)).tolist(), torch.randint(10, 20, (8,)).tolist()
     config = random_model().config
-    packed, width = lines.pack(config, range(64), lengths, prompts, 8)
+    packed, width = packing.pack(config, range(64), lengths, prompts, 8)
     assert sorted(row for line in packed for s in line for row in s.rows) == list(range(64))
     for line in packed:
         assert sum(s.size for s in line) <= width
@@ -245,17 +247,17 @@ def test_packing_takes_the_cheapest_width():
     config = random_model().config
     widths = []
     for config.hidden_size in (96, 4096):
-        _, width = lines.pack(config, range(64), [33] * 64, [16] * 8, 8)
+        _, width = packing.pack(config, range(64), [33] * 64, [16] * 8, 8)
         widths.append(width)
     assert widths[0] < widths[1] == 16 + 8 * 32
     # 40 answers to as many prompts of a token: lines of their own cost no more, and see no mask
-    assert lines.pack(config, range(40), [9] * 40, [1] * 40, 1) is None
-    assert lines.pack(config, range(8), [lines.LONGEST_LINE] * 8, [2], 8) is None
+    assert packing.pack(config, range(40), [9] * 40, [1] * 40, 1) is None
+    assert packing.pack(config, range(8), [packing.LONGEST_LINE] * 8, [2], 8) is None
 
 
 def test_scoring_and_updating_share_a_layout():
     model = random_model()
-    layout = lines.layout_for(model.config)
+    layout = packing.layout_for(model.config)
     ids = lambda rollout, rows: layout(rollout, rows).ids
     assert ids(ROLLOUT, [0, 1]) is ids(ROLLOUT, [0, 1])
     assert ids(ROLLOUT, [0, 1]) is not ids(ROLLOUT, [0, 2])
@@ -271,14 +273,14 @@ def test_no_pass_holds_more_tokens_than_asked_for(packed):
     prompts = [[5] * n for n in torch.randint(10, 40, (12,)).tolist()]
     rollout, model = rollout_of(prompts, answers), random_model()
     shapes = shapes_seen(model)
-    packs = functools.partial(lines.packs, model.config) if packed else None
+    packs = functools.partial(packing.packs, model.config) if packed else None
     parts = passes_of_tokens(rollout, slice(0, 96), 700, packs)
-    parts = [rollout.listed(part) for part in parts]
+    parts = [rollout.row_list(part) for part in parts]
     for part in parts:
         if packed:
             states_of(model, rollout, part)
         else:
-            internals.answer_states(model, rollout, part)
+            internals.response_states(model, rollout, part)
         real = sum(len(answers[r]) for r in part) + sum(
             len(prompts[p]) for p in {r // 8 for r in part}
         )
@@ -429,17 +431,17 @@ def test_perplexity_is_that_of_the_labels():
 
 def test_layers_outside_the_model():
     for layer in (0, 4, -1):
-        with pytest.raises(BadInput, match=f"layer {layer}: this model has the layers 1 to 3"):
+        with pytest.raises(UserError, match=f"layer {layer}: this model has the layers 1 to 3"):
             layer_hidden(random_model(), IDS, LEFT, layer)
 
 
 def test_architectures_without_such_blocks():
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50)
-    with pytest.raises(BadInput, match="GPT2LMHeadModel: no 'layers'"):
+    with pytest.raises(UserError, match="GPT2LMHeadModel: no 'layers'"):
         residual_stream(transformers.GPT2LMHeadModel(config), IDS, LEFT)
     sizes = dict(hidden_size=16, intermediate_size=32, vocab_size=50)
     config = transformers.GPTNeoXConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
-    with pytest.raises(BadInput, match="GPTNeoXForCausalLM"):
+    with pytest.raises(UserError, match="GPTNeoXForCausalLM"):
         residual_stream(transformers.GPTNeoXForCausalLM(config), IDS, LEFT)
 
 
@@ -451,7 +453,7 @@ def test_blocks_that_are_not_pre_norm_residual():
     with torch.no_grad():
         for p in granite.parameters():
             p.mul_(5)
-    with pytest.raises(BadInput, match=r"H\^1 is not H\^0 \+ A\^1 \+ F\^1"):
+    with pytest.raises(UserError, match=r"H\^1 is not H\^0 \+ A\^1 \+ F\^1"):
         residual_stream(granite, IDS, LEFT)
 
 
@@ -477,5 +479,5 @@ def test_command_line(tmp_path, capsys):
         ]
         == 6
     )
-    with pytest.raises(BadInput, match="--answers .*nowhere: no such file"):
+    with pytest.raises(UserError, match="--answers .*nowhere: no such file"):
         internal_report.main([*model, "--answers", "nowhere", "--out", str(tmp_path)])

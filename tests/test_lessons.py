@@ -16,15 +16,15 @@ from conftest import ROOT, TINY
 
 import hapo
 import train
-from run.machine import OneProcess
-from run.opening import open_run
+from engine.engine import SingleProcess
 from run.options import parse
+from run.setup import open_run
 from tasks import Problem
 
 PAGES = [ROOT / "lessons" / name for name in ("hapo_step.py", "bupo_phase.py")]
 MARKED = [pytest.param(page, id=page.stem) for page in PAGES]
 STEP = (
-    "--plain --device cpu --prompts-per-step 8 --answers-per-prompt 8 --updates-per-rollout 4 "
+    "--plain --device cpu --prompts-per-step 8 --num-generations 8 --updates-per-rollout 4 "
     "--max-new-tokens 40 --warmup-steps 0 --steps 3"
 ).split()
 
@@ -56,12 +56,12 @@ def lessons(tmp_path_factory):
 def step_of_the_project(page, seed, folder, *more, stats=None):
     """train_step on a page's questions, with its random numbers."""
     options = [*STEP, "--model", str(TINY), "--lr", str(page["LR"]), "--out", str(folder), *more]
-    run, _ = open_run(parse(options, ""), OneProcess("cpu"))
+    run, _ = open_run(parse(options, ""), SingleProcess("cpu"))
     problems = [Problem(f"What is {a} + {b}?", str(a + b), "integer") for a, b in page["SUMS"]]
     items = list(zip(problems, page["prompts_of"](page["SUMS"]).tolist()))
     random = torch.Generator().manual_seed(seed)
     draws = torch.rand(page["CAP"], 64, generator=random)
-    run.draw_items, run.uniform = lambda: items, lambda step, attempt: draws
+    run.next_prompts, run.uniform = lambda: items, lambda step, attempt: draws
     run.sampler_stats = stats
     return train.train_step(1, run)
 

@@ -11,15 +11,15 @@ from conftest import ROOT, TINY, random_model
 
 import internals
 import train
-from fast.logprobs import LOGIT_CHUNK_BYTES, chunk_of
-from program.errors import BadInput
-from program.models import load_config
-from run import opening, options
+from common.errors import UserError
+from common.models import load_config
+from engine import memory
+from engine.logprobs import LOGIT_CHUNK_BYTES, chunk_of
+from run import options, setup
 from run.batch import rollout_of
-from scale import memory
 
 STEP = (
-    "--estimate --prompts-per-step 4 --answers-per-prompt 2 --updates-per-rollout 2 "
+    "--estimate --prompts-per-step 4 --num-generations 2 --updates-per-rollout 2 "
     "--max-new-tokens 10"
 ).split()
 
@@ -122,7 +122,7 @@ def test_a_chunk_of_logits_has_a_fixed_size():
 )
 def test_the_estimate_is_what_the_allocator_sees(more, monkeypatch):
     """One whole step of a small shape, as benchmarks/gpu.py takes it, on a CPU: within 15 %."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
     import gpu
 
     monkeypatch.setattr(train, "grade", train.grade)  # put back what the benchmark replaces
@@ -132,7 +132,9 @@ def test_the_estimate_is_what_the_allocator_sees(more, monkeypatch):
     config.vocab_size = 2_000
     run = gpu.make_run(a, config, o)
     run.eos_ids = []  # answers of full length, which the estimate is of
-    run.items = [(problem, [1] * (a.prompt - len(ids)) + ids) for problem, ids in run.items]
+    run.train_examples = [
+        (problem, [1] * (a.prompt - len(ids)) + ids) for problem, ids in run.train_examples
+    ]
     gpu.measured_step(1, run)
     step, peak = gpu.measured_step(2, run)
     assert step.updates[0].outcome == "applied"
@@ -145,7 +147,7 @@ def test_diagnostics_by_hand():
     layers' log-probabilities and what becomes of them; 64 answers and no divergence where the
     boundary layer is measured once."""
     config = random_model(layers=3, vocab=50, hidden=32).config
-    sizes = ["--prompts-per-step", "32", "--answers-per-prompt", "4", "--bupo-layer"]
+    sizes = ["--prompts-per-step", "32", "--num-generations", "4", "--bupo-layer"]
     watched = some_options(*sizes, "2", "--diagnose-every", "1", "--dtype", "float32")
     auto = some_options(*sizes, "auto", "--dtype", "float32")
     stream = 4 * (3 + 1) + 12 * 3 + 2 * 4 * 3  # bytes a number of the hidden size, float32
@@ -172,14 +174,14 @@ def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypat
     ]:
         fake = SimpleNamespace(options=some_options(*given), items=[(None, [1, 2])], ranks=ranks)
         message = f"this run needs 0.. GiB and the device has 0.0; try {advice}"
-        with pytest.raises(BadInput, match=message):
-            opening.describe(fake, load_config(TINY), print)
+        with pytest.raises(UserError, match=message):
+            setup.describe(fake, load_config(TINY), print)
 
 
 def test_the_benchmark_rehearses_and_records(tmp_path, monkeypatch, capsys):
     """benchmarks/gpu.py as a user calls it, on a CPU; without a GPU and without --rehearse one
     line."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
     import gpu
 
     monkeypatch.setattr(train, "grade", train.grade)
@@ -195,14 +197,14 @@ def test_the_benchmark_rehearses_and_records(tmp_path, monkeypatch, capsys):
     assert "memory:" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["gpu.py", *sizes])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(BadInput, match="needs a CUDA GPU"):
+    with pytest.raises(UserError, match="needs a CUDA GPU"):
         gpu.main()
 
 
 def test_the_benchmark_decodes_alone_and_profiles(monkeypatch, capsys):
     """Answers of given lengths, and the bytes that decoding must read, by hand; operators by
     phase."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
     import gpu
 
     monkeypatch.setattr(train, "grade", train.grade)
@@ -231,7 +233,7 @@ def test_the_benchmark_decodes_alone_and_profiles(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["decode", "step_vs_trl"])
 def test_other_benchmarks_call_what_is_there(name, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
     benchmark = importlib.import_module(name)
     if name == "decode":
         work = benchmark.Work(random_model(), [[5, 6], [7]], 2, 6, [3])
@@ -264,7 +266,7 @@ def test_an_estimate_is_of_what_it_names_whatever_the_environment(monkeypatch):
 
 
 def test_an_estimate_takes_a_dtype_that_is_named():
-    given = ("--max-new-tokens", "300", "--prompts-per-step", "64", "--answers-per-prompt", "8")
+    given = ("--max-new-tokens", "300", "--prompts-per-step", "64", "--num-generations", "8")
     assert ways(*given, "--dtype", "float32")["one"] > 1.2 * ways(*given)["one"]
     assert ways(*given, "--dtype", "bfloat16") == ways(*given)
 

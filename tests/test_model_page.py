@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from program.errors import BadInput
+from common.errors import UserError
 from run.batch import rollout_of
 from scripts import internal_report, model_page, page
 
@@ -105,7 +105,7 @@ def test_empty_answers_are_one_line(tmp_path, monkeypatch):
     empty = rollout_of([[1]], [[2]])
     empty.mask[:] = False
     monkeypatch.setattr(internal_report, "answers_for", lambda *args: (["q"], empty))
-    with pytest.raises(BadInput, match="its answers are empty"):
+    with pytest.raises(UserError, match="its answers are empty"):
         internal_report.main(["--model", str(TINY), "--out", str(tmp_path)])
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import verdicts
 
 import train
-from program.errors import BadInput
+from common.errors import UserError
 from run import report
 from scripts import page
 
@@ -137,13 +137,13 @@ def test_two_runs_show_the_same_questions_on_a_page_of_their_own(a_run, tmp_path
     samples.write_text(
         "".join(json.dumps(r | {"question": "new"}) + "\n" for r in rows), encoding="utf-8"
     )
-    with pytest.raises(BadInput, match="no step shows the same question") as error:
+    with pytest.raises(UserError, match="no step shows the same question") as error:
         page.write_page([a_run.out, other])
     assert "\n" not in str(error.value)
 
 
 def test_bad_input_is_one_line(a_run, tmp_path):
-    with pytest.raises(BadInput, match="metrics.jsonl: no such file"):
+    with pytest.raises(UserError, match="metrics.jsonl: no such file"):
         page.write_page([tmp_path / "nothing"])
     samples = a_run.out / "samples.jsonl"
     kept = samples.read_text(encoding="utf-8")
@@ -155,19 +155,19 @@ def test_bad_input_is_one_line(a_run, tmp_path):
         "task": "arithmetic"
     }
     (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(BadInput, match="another task or file"):
+    with pytest.raises(UserError, match="another task or file"):
         page.write_page([a_run.out, other])
     samples.write_text("", encoding="utf-8")
-    with pytest.raises(BadInput, match="empty; the run has made no step"):
+    with pytest.raises(UserError, match="empty; the run has made no step"):
         page.write_page([a_run.out])
     samples.write_text(kept[:-20], encoding="utf-8")
-    with pytest.raises(BadInput, match="line 4: not JSON"):
+    with pytest.raises(UserError, match="line 4: not JSON"):
         page.write_page([a_run.out])
     samples.write_text('{"step": 1, "question": "q", "tokens": []}\n', encoding="utf-8")
-    with pytest.raises(BadInput, match="of an older version"):
+    with pytest.raises(UserError, match="of an older version"):
         page.write_page([a_run.out])
     samples.unlink()
-    with pytest.raises(BadInput, match="samples.jsonl: no such file"):
+    with pytest.raises(UserError, match="samples.jsonl: no such file"):
         page.write_page([a_run.out])
 
 

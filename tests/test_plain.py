@@ -8,12 +8,12 @@ from conftest import TINY
 
 import losses
 import train
-from fast import decoding
-from grading.answers import Grade
-from program.errors import BadInput
-from run import choices, options
-from run.machine import OneProcess
-from run.opening import open_run
+from common.errors import UserError
+from engine import decoding
+from engine.engine import SingleProcess
+from problems.grading import Grade
+from run import build, options
+from run.setup import open_run
 from sampling import generate
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
@@ -61,7 +61,7 @@ def verdicts(monkeypatch):
 
 
 STEP = (
-    "--prompts-per-step 4 --answers-per-prompt 8 --updates-per-rollout 2 --lr 1e-5 --device cpu "
+    "--prompts-per-step 4 --num-generations 8 --updates-per-rollout 2 --lr 1e-5 --device cpu "
     "--eval-prompts 4 --warmup-steps 1 --max-new-tokens 16 --steps 3"
 ).split()
 
@@ -87,7 +87,7 @@ def test_the_same_step(tmp_path, monkeypatch, more):
         seen = grads.setdefault(way, [])
         out = ["--model", str(TINY), "--data", questions(tmp_path), "--out", str(tmp_path / way)]
         run, _ = open_run(
-            options.parse([*STEP, *out, way, "--algo", *more.split()], ""), OneProcess("cpu")
+            options.parse([*STEP, *out, way, "--algo", *more.split()], ""), SingleProcess("cpu")
         )
 
         def step(self, run=run, seen=seen):
@@ -96,7 +96,7 @@ def test_the_same_step(tmp_path, monkeypatch, more):
 
         monkeypatch.setattr(torch.optim.AdamW, "step", step)
         for number in (1, 2):
-            seen.append(train.train_step(number, run).batch.rollout.answers())
+            seen.append(train.train_step(number, run).batch.rollout.responses())
     plain, fast = grads.values()
     assert len(plain) == len(fast) >= 4
     for a, b in zip(plain, fast):
@@ -109,24 +109,24 @@ def test_the_same_step(tmp_path, monkeypatch, more):
 
 def test_fast_is_not_entered(tmp_path, monkeypatch):
     """With --plain nothing of fast/ is called."""
-    from fast import cpu, forward, lines, logprobs
+    from engine import forward, logprobs, onednn, packing
 
     def never(*args, **kwargs):
         raise AssertionError("--plain has entered fast/")
 
     for module, names in (
-        (cpu, ["few_rows"]),
+        (onednn, ["onednn_linear"]),
         (decoding, ["generate", "Draw", "repeat_cache", "drop_finished", "index_and_shares"]),
         (forward, ["prefill", "next_logits"]),
-        (lines, ["layout_for", "pack", "laid_out"]),
+        (packing, ["layout_for", "pack", "laid_out"]),
         (logprobs, ["_ChunkedLogProb"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, never)
-    for module in (losses, choices):
+    for module in (losses, build):
         monkeypatch.setattr(module, "chunked_logprobs_and_entropy", never)
     arguments = [*STEP, "--data", questions(tmp_path), "--out", str(tmp_path / "run"), "--plain"]
-    run, _ = open_run(options.parse(arguments, ""), OneProcess("cpu"))
+    run, _ = open_run(options.parse(arguments, ""), SingleProcess("cpu"))
     train.train_step(1, run)
 
 
@@ -135,6 +135,6 @@ def test_logits_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 100)  # 100 pages of 100 bytes
     arguments = [*STEP, "--data", questions(tmp_path), "--out", str(tmp_path / "run"), "--plain"]
     message = "--plain: whole logits of a pass of 16 answers need .* leave --plain out"
-    with pytest.raises(BadInput, match=message) as error:
-        open_run(options.parse(arguments, ""), OneProcess("cpu"))
+    with pytest.raises(UserError, match=message) as error:
+        open_run(options.parse(arguments, ""), SingleProcess("cpu"))
     assert "\n" not in str(error.value)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from program import devices, hub
-from program.errors import BadInput
-from program.models import load_config, load_model
+from common import devices, hub
+from common.errors import UserError
+from common.models import load_config, load_model
 from run import checkpoint
 from scripts import follow
 
@@ -36,7 +36,7 @@ PROGRAM = (
     "runpy.run_path(sys.argv[0], run_name='__main__')\n"
 )
 SMALL = (
-    "--prompts-per-step 2 --answers-per-prompt 2 --updates-per-rollout 1 --max-new-tokens 4 "
+    "--prompts-per-step 2 --num-generations 2 --updates-per-rollout 1 --max-new-tokens 4 "
     "--eval-prompts 2 --device cpu"
 ).split()
 
@@ -98,18 +98,18 @@ def test_folders_are_not_flushed_where_they_cannot_be(tmp_path, monkeypatch):
 
 def test_devices_are_asked_for_in_one_place(monkeypatch):
     for name in ("tpu", "cuda:x", "meta"):
-        with pytest.raises(BadInput, match="must be cpu, cuda, mps or xpu"):
+        with pytest.raises(UserError, match="must be cpu, cuda, mps or xpu"):
             devices.check_device(name)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     devices.check_device("mps")
-    with pytest.raises(BadInput, match=r"--device mps:1: no such MPS device is visible \(1 are\)"):
+    with pytest.raises(UserError, match=r"--device mps:1: no such MPS device is visible \(1 are\)"):
         devices.check_device("mps:1")
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 0)
-    with pytest.raises(BadInput, match=r"--device xpu: no such XPU device is visible \(0 are\)"):
+    with pytest.raises(UserError, match=r"--device xpu: no such XPU device is visible \(0 are\)"):
         devices.check_device("xpu")
     assert devices.default_dtype("mps") == "float32" and devices.default_dtype("xpu") == "bfloat16"
-    assert devices.widest(torch.device("mps")) == torch.float32
-    assert devices.widest(torch.device("cuda")) == torch.float64
+    assert devices.widest_float_dtype(torch.device("mps")) == torch.float32
+    assert devices.widest_float_dtype(torch.device("cuda")) == torch.float64
     assert [devices.pins_memory(torch.device(d)) for d in devices.KNOWN] == [0, 1, 0, 1]
 
 
@@ -148,7 +148,7 @@ def test_a_hub_name_without_a_network_is_one_line(monkeypatch, no_proxy):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    with pytest.raises(BadInput, match="--model Nobody/none: no such folder, and the hub cannot"):
+    with pytest.raises(UserError, match="--model Nobody/none: no such folder, and the hub cannot"):
         load_config("Nobody/none")
     monkeypatch.setattr(hub, "SECONDS", 0.05)
 
@@ -157,7 +157,7 @@ def test_a_hub_name_without_a_network_is_one_line(monkeypatch, no_proxy):
         return types.SimpleNamespace(close=lambda: None)
 
     monkeypatch.setattr(socket, "create_connection", slow)
-    with pytest.raises(BadInput, match="no answer in 0.05 s"):
+    with pytest.raises(UserError, match="no answer in 0.05 s"):
         load_config("Nobody/none")
 
 
@@ -168,7 +168,7 @@ def test_the_network_is_not_asked_for_what_is_known(monkeypatch, no_proxy):
     hub.check_network("--model a/b", "a/b")
     assert not asked
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a: None)
-    with pytest.raises(BadInput, match="down"):
+    with pytest.raises(UserError, match="down"):
         hub.check_network("--model a/b", "a/b")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
     hub.check_network("--model a/b", "a/b")
@@ -179,13 +179,13 @@ def test_folders_that_are_no_models_say_what_they_are(tmp_path):
     lora, bare = tmp_path / "lora", tmp_path / "bare"
     lora.mkdir()
     (lora / "adapter_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(BadInput, match="holds a LoRA adapter, not a model; merge it"):
+    with pytest.raises(UserError, match="holds a LoRA adapter, not a model; merge it"):
         load_config(str(lora))
     bare.mkdir()
     for path in TINY.iterdir():
         if path.suffix != ".safetensors" and path.is_file():
             (bare / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(BadInput, match="holds a configuration and no weights"):
+    with pytest.raises(UserError, match="holds a configuration and no weights"):
         load_model(str(bare))
 
 
@@ -226,9 +226,9 @@ def test_follow_to_a_tool(tmp_path, monkeypatch, capsys):
     follow.main([str(tmp_path / "run"), "--to", "wandb", "--once"])
     assert logged == ["run", (1, {"reward": 0.25})] and "1 lines of" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(BadInput, match="--to trackio: is not installed; pip install trackio"):
+    with pytest.raises(UserError, match="--to trackio: is not installed; pip install trackio"):
         follow.main([str(tmp_path / "run"), "--to", "trackio"])
-    with pytest.raises(BadInput, match="holds no run"):
+    with pytest.raises(UserError, match="holds no run"):
         follow.main([str(tmp_path), "--to", "wandb"])
 
 

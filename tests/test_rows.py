@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from fast import rows
+from engine import rows
 from losses import plain_logprobs_and_entropy, token_logprobs_and_entropy
 
 

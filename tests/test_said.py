@@ -15,15 +15,15 @@ import evaluate
 import losses
 import tasks
 import train
-from evaluate import Answer
-from grading.answers import Grade
-from program.errors import BadInput
-from questions.files import Form
-from questions.prompts import FILE_INSTRUCTION
+from common.errors import UserError
+from engine.engine import SingleProcess
+from evaluate import Response
+from problems.files import DatasetSpec
+from problems.grading import Grade
+from problems.prompts import FILE_INSTRUCTION
 from run import report
-from run.batch import Pass, Update, rollout_of
-from run.machine import OneProcess
-from run.opening import open_run
+from run.batch import MicroBatchResult, Update, rollout_of
+from run.setup import open_run
 from tasks import load_problems
 
 
@@ -41,12 +41,12 @@ def moved(run, before):
 def test_a_length_penalty_wakes_no_dead_group(opened, monkeypatch):
     """All wrong, one of them long: the small penalty is not blown up to unit variance."""
     verdicts(monkeypatch, False, False, True, False, False, False, True, True)
-    for more in ("--algo dapo", "--algo hapo", "--algo dapo --comparison edge"):
+    for more in ("--algo dapo", "--algo hapo", "--algo dapo --baseline edge"):
         run = opened("--overlong-buffer", "6", *more.split())
         batch = train.train_step(1, run).batch
         penalised = batch.rewards.view(-1, 2)
         assert any(penalised[i, 0] != penalised[i, 1] for i in (0, 2, 3))
-        assert batch.live.tolist() == [False, False, True, True] + [False] * 4
+        assert batch.has_reward_variance.tolist() == [False, False, True, True] + [False] * 4
         assert batch.advantages[[0, 1, 4, 5, 6, 7]].abs().max() == 0 < batch.advantages.abs().max()
 
 
@@ -122,7 +122,7 @@ def test_kl_old_of_an_update(opened, monkeypatch):
     mask = batch.loss_mask.float()
     logp = batch.old_logp + 0.5 * mask
     _, ratio, advantage = train.policy_loss(logp, batch, rows, run)
-    update = Update("applied", 0.0, 0.0, [Pass(rows, logp, ratio, advantage)])
+    update = Update("applied", 0.0, 0.0, [MicroBatchResult(rows, logp, ratio, advantage)])
     expected = (math.exp(0.5) - 0.5 - 1) * mask.sum().item()
     counts = report.clip_counts([update], batch)
     assert counts["kl_old"] == pytest.approx(expected, rel=1e-4)
@@ -154,7 +154,7 @@ def test_the_boundary_layer_weighs_processes_by_their_tokens(opened, monkeypatch
     entropy = type("E", (), {"feed_forward_change": change})
     monkeypatch.setattr(bupo, "internal_entropy", lambda *args, **kwargs: entropy)
 
-    class Two(OneProcess):
+    class Two(SingleProcess):
         size = 2
 
         def total(self, *numbers):
@@ -185,7 +185,9 @@ def test_expected_live_groups_are_counted_not_computed_from_a_mean(opened, monke
     run = opened()
 
     def half(run, problems, *args):
-        groups = [[Answer("", Grade(*[i % 2 == 0] * 2), 3, True)] * 2 for i in range(len(problems))]
+        groups = [
+            [Response("", Grade(*[i % 2 == 0] * 2), 3, True)] * 2 for i in range(len(problems))
+        ]
         return groups
 
     monkeypatch.setattr(report, "evaluate_over", half)
@@ -200,28 +202,28 @@ def test_the_probe_is_drawn(opened, monkeypatch):
 
     def remember(run, problems, *args):
         asked.append([p.question for p in problems])
-        return [[Answer("", Grade(True, True), 3, True)]] * 2
+        return [[Response("", Grade(True, True), 3, True)]] * 2
 
     monkeypatch.setattr(report, "evaluate_over", remember)
     report.first_look(run)
-    order = [p.question for p, _ in run.items]
+    order = [p.question for p, _ in run.train_examples]
     places = [order.index(q) for q in asked[-1]]
     assert len(places) == 64 and max(places) > len(order) // 2
 
 
 def test_rows_at_once_change_no_draw(opened):
     run = opened()
-    problems = [p for p, _ in run.items[:7]]
+    problems = [p for p, _ in run.train_examples[:7]]
     texts = []
     for rows in (2, 6, 100):
         how = dict(seed=3, rows_at_once=rows)
         args = (run.policy, run.tokenizer, problems, 2, 6, run.eos_ids)
-        answers = evaluate.sample_answers(*args, **how)
+        answers = evaluate.sample_responses(*args, **how)
         texts.append([a.text for row in answers for a in row])
     assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 7
     # two processes that share the problems out draw what one draws
     parts = [
-        evaluate.sample_answers(
+        evaluate.sample_responses(
             *args[:2], problems[r::2], *args[3:], seed=3, numbers=range(r, 7, 2)
         )
         for r in (0, 1)
@@ -321,10 +323,10 @@ def test_evaluate_asks_what_the_run_held_out(tmp_path):
     of_a_file = ("addition", None, "f.jsonl", "", FILE_INSTRUCTION, 512)
     assert asked(None, data="f.jsonl")[:6] == of_a_file
     columns = dict(question_column="q", answer_column="a", data_split="dev")
-    assert asked(None, data="f.jsonl", **columns).form == Form("dev", "q", "a")
-    assert asked(run | columns).form == Form("dev", "q", "a")
+    assert asked(None, data="f.jsonl", **columns).form == DatasetSpec("dev", "q", "a")
+    assert asked(run | columns).form == DatasetSpec("dev", "q", "a")
     of_file = run | {"data": str(data), "eval_data": str(data)}
-    assert asked(of_file | columns).form == Form("test", "q", "a")
+    assert asked(of_file | columns).form == DatasetSpec("test", "q", "a")
     assert asked(of_file)[2:4] == (str(data), str(data))
     args = types.SimpleNamespace(**args)
     problems = evaluate.held_out_questions(args, evaluate.asked_of(args, of_file))
@@ -353,7 +355,7 @@ def started(tmp_path, tiny_folder, opened, monkeypatch):
 
 def resumed(out, *more):
     options = train.parse(["--out", str(out), "--resume", *map(str, more)], "")
-    run, step = open_run(options, OneProcess("cpu"))
+    run, step = open_run(options, SingleProcess("cpu"))
     run.lock.lock.release()
     return run, step
 
@@ -369,10 +371,10 @@ def test_another_initial_model_is_refused(started, tmp_path):
     same = shutil.copytree(model, tmp_path / "same")
     assert resumed(out, "--model", same)[1] == 0  # the same model in another place
     nudge(same)
-    with pytest.raises(BadInput, match="its weights are not those that the run"):
+    with pytest.raises(UserError, match="its weights are not those that the run"):
         resumed(out, "--model", same)
     nudge(model)
-    with pytest.raises(BadInput, match="its weights are not those"):
+    with pytest.raises(UserError, match="its weights are not those"):
         resumed(out)
 
 
@@ -380,7 +382,7 @@ def test_another_model_is_refused_without_a_reference_too(started, tmp_path):
     out, model, _ = started()
     other = shutil.copytree(model, tmp_path / "other")
     nudge(other)
-    with pytest.raises(BadInput, match="name that model"):
+    with pytest.raises(UserError, match="name that model"):
         resumed(out, "--model", other)
     assert json.loads((out / "config.json").read_text(encoding="utf-8"))["model"] == str(model)
     shutil.rmtree(model)
@@ -391,7 +393,7 @@ def test_changed_questions_are_refused(started, monkeypatch):
     out, _, data = started()
     text = open(data, encoding="utf-8").read()
     open(data, "w", encoding="utf-8").write(text.replace('"answer": "5"', '"answer": "6"'))
-    with pytest.raises(BadInput, match="the questions in use are not those"):
+    with pytest.raises(UserError, match="the questions in use are not those"):
         resumed(out)
     open(data, "w", encoding="utf-8").write(text)
     assert resumed(out)[1] == 0
@@ -402,9 +404,9 @@ def test_changed_questions_are_refused(started, monkeypatch):
 
 def test_the_instruction_is_asked_saved_and_taken_over(opened, tmp_path):
     run = opened()
-    assert all(p.question.endswith(f"\n{FILE_INSTRUCTION}") for p, _ in run.items)
+    assert all(p.question.endswith(f"\n{FILE_INSTRUCTION}") for p, _ in run.train_examples)
     assert all(p.question.endswith(FILE_INSTRUCTION) for p in run.held_out)
-    assert FILE_INSTRUCTION in run.tokenizer.decode(run.items[0][1])
+    assert FILE_INSTRUCTION in run.tokenizer.decode(run.train_examples[0][1])
     for text in ("", "Be brief."):
         other = opened("--instruction", text)
         question = other.items[0][0].question

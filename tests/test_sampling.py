@@ -9,20 +9,20 @@ from conftest import TINY, checkpoint_layers, random_model
 from transformers import AutoTokenizer
 
 import sampling
-from fast import cpu, decoding, rows
+from engine import decoding, onednn, rows
+from engine.engine import split_rows
+from engine.micro_batches import even_passes, passes_of_tokens
 from losses import token_logprobs_and_entropy
-from program.errors import NonFinite
-from program.models import cache_argument
 from run.batch import join, rollout_of, select
-from run.machine import split_rows
 from sampling import (
     AdaptiveTemperature,
+    NonFinite,
+    cache_argument,
     entropy_of,
     eos_ids_of,
     generate,
     position_ids,
 )
-from scale.passes import even_passes, passes_of_tokens
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 WAYS = dict(argvalues=[True, False], ids=["plain", "fast"])
@@ -162,7 +162,7 @@ def test_matches_the_full_forward_pass(any_model, decode):
     uncached, unpadded pass."""
     rule = lambda h: 0.9 + 0.1 * h.tanh()
     rollout = decode(any_model, PROMPTS, 3, 6, [3], rule, uniform=draws_of(6, 9))
-    for b, answer in enumerate(rollout.answers()):
+    for b, answer in enumerate(rollout.responses()):
         prompt = PROMPTS[b // 3]
         logits = full_logits(any_model, prompt + answer)[len(prompt) - 1 : -1]
         entropy = torch.distributions.Categorical(logits=logits).entropy()
@@ -177,7 +177,7 @@ def test_matches_the_full_forward_pass(any_model, decode):
 def test_greedy_matches_generate(any_model, decode):
     rollout = decode(any_model, PROMPTS, 1, 8, eos_ids=[3], temperature=0)
     greedy = dict(do_sample=False, max_new_tokens=8, eos_token_id=3, pad_token_id=0)
-    for prompt, answer in zip(PROMPTS, rollout.answers()):
+    for prompt, answer in zip(PROMPTS, rollout.responses()):
         theirs = any_model.eval().generate(torch.tensor([prompt]), **greedy)
         assert answer == theirs[0, len(prompt) :].tolist()
 
@@ -205,7 +205,7 @@ class Chain(torch.nn.Module):
 def test_rows_leave_when_they_end_and_every_eos_counts(decode):
     model = Chain()
     rollout = decode(model, [[1], [5], [3, 3, 6]], 1, 8, eos_ids=[2, 4])
-    assert rollout.answers() == [[7, 8, 9, 2], [2], [10, 11, 4]]
+    assert rollout.responses() == [[7, 8, 9, 2], [2], [10, 11, 4]]
     assert rollout.finished.all() and rollout.lengths.tolist() == [4, 1, 3]
     # the end-of-sequence token is inside the mask
     assert rollout.mask[1].tolist() == [True, False, False, False]
@@ -254,7 +254,7 @@ def test_pad_equal_to_eos_is_trained_on():
     """Masks come from lengths: token 0 is drawn as an ordinary token, id 3 is both pad and end and
     still counts."""
     rollout = rollout_of([[1]], [[0, 5, 3]])
-    assert rollout.mask.tolist() == [[True, True, True]] and rollout.answers() == [[0, 5, 3]]
+    assert rollout.mask.tolist() == [[True, True, True]] and rollout.responses() == [[0, 5, 3]]
 
 
 def test_padded_vocabulary_is_never_drawn(decode):
@@ -296,17 +296,17 @@ def test_training_mode_and_checkpointing_do_not_change_answers(decode):
 
 @pytest.mark.parametrize("rows", [1, 5, 300])
 def test_the_product_for_few_rows_is_the_product(rows, monkeypatch):
-    monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(onednn, "LEAST_WEIGHTS", 1)
     net = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 40, bias=False))
     net.requires_grad_(False)
     x = torch.randn(rows, 1, 30)
     want = net(x)
-    with cpu.few_rows(net, rows):
+    with onednn.onednn_linear(net, rows):
         assert all("forward" in vars(m) for m in net)
         torch.testing.assert_close(net(x), want, atol=1e-5, rtol=1e-5)
     assert not any("forward" in vars(m) for m in net)
     net.double()
-    with cpu.few_rows(net, rows):  # oneDNN's product is for float32
+    with onednn.onednn_linear(net, rows):  # oneDNN's product is for float32
         assert not any("forward" in vars(m) for m in net)
 
 
@@ -346,7 +346,7 @@ def test_micro_batches_cover_every_row_once():
     assert split_rows(rollout, slice(0, 6), 4) == [slice(0, 4), slice(4, 6)]
     assert split_rows(rollout, slice(2, 6)) == [slice(2, 6)]
     parts = passes_of_tokens(rollout, slice(0, 6), tokens=20)
-    parts = [rollout.listed(part) for part in parts]
+    parts = [rollout.row_list(part) for part in parts]
     assert sorted(sum(parts, [])) == list(range(6))
     assert all(len(p) == 1 or len(p) * (2 + max(lengths[r] for r in p)) <= 20 for p in parts)
     # one answer longer than the limit still goes through
@@ -362,7 +362,7 @@ def test_every_rank_makes_the_same_number_of_passes():
 
     rollout = rollout_of([[1]] * 6, [[5]] * 6)
     two = lambda rollout, rows: [[0, 2, 1, 3, 4], slice(5, 6)]
-    parts = [rollout.listed(part) for part in even_passes(two, Other(), rollout, slice(0, 6))]
+    parts = [rollout.row_list(part) for part in even_passes(two, Other(), rollout, slice(0, 6))]
     assert len(parts) == 4 and sorted(sum(parts, [])) == list(range(6)) and all(parts)
     found = even_passes(split_rows, Other(), rollout, slice(0, 4))
     assert found == [slice(i, i + 1) for i in range(4)]

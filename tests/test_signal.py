@@ -12,12 +12,12 @@ from conftest import TINY
 import losses
 import sampling
 import train
-from fast import decoding, forward
-from grading.answers import Grade
-from program.errors import BadInput
-from run import arms, options, report
-from run.machine import OneProcess
-from run.opening import open_run
+from common.errors import UserError
+from engine import decoding, forward
+from engine.engine import SingleProcess
+from problems.grading import Grade
+from run import baselines, options, report
+from run.setup import open_run
 
 # --------------------------------------------------------------------------- entropies, row by row
 
@@ -158,7 +158,7 @@ def test_a_wild_log_ratio_neither_overflows_nor_leaves_a_nan():
 
 
 SMALL = (
-    "--prompts-per-step 2 --answers-per-prompt 6 --updates-per-rollout 1 --max-new-tokens 12 "
+    "--prompts-per-step 2 --num-generations 6 --updates-per-rollout 1 --max-new-tokens 12 "
     "--eval-prompts 4 --steps 9 --warmup-steps 1 --lr 1e-3 --grad-clip 1e6 --device cpu"
 ).split()
 
@@ -182,7 +182,7 @@ def opened(tmp_path, monkeypatch):
     def open_one(*more):
         where = ["--out", str(tmp_path / str(len(list(tmp_path.iterdir()))))]
         where += ["--model", str(TINY), "--data", str(tmp_path / "q.jsonl")]
-        return open_run(options.parse([*SMALL, *where, *more], ""), OneProcess("cpu"))[0]
+        return open_run(options.parse([*SMALL, *where, *more], ""), SingleProcess("cpu"))[0]
 
     return open_one
 
@@ -230,7 +230,7 @@ def test_ratios_beyond_the_limit_are_counted(opened, monkeypatch):
 def naive_scores(model, rollout, T, layer=None, vocab=None):
     """Log-probabilities and entropies, (B, T), from one unpadded float64 pass an answer."""
     logp, entropy = [], []
-    for row, answer in enumerate(rollout.answers()):
+    for row, answer in enumerate(rollout.responses()):
         g = row // rollout.group_size
         prompt = rollout.prompt[g][rollout.prompt_mask[g]].tolist()
         out = model(torch.tensor([prompt + answer]), output_hidden_states=True)
@@ -275,7 +275,7 @@ def naive_advantages(rewards, mask, G, by_token, released):
 
 def naive_loss(run, batch, noise, layer):
     """The loss of a step's one update from its definition; gradients flow into a float64 copy."""
-    o, rollout, G = run.options, batch.rollout, run.options.answers_per_prompt
+    o, rollout, G = run.options, batch.rollout, run.options.num_generations
     policy = copy.deepcopy(run.policy).double().eval()
     for module in policy.modules():
         if getattr(module, "gradient_checkpointing", False):
@@ -407,7 +407,7 @@ def test_the_correction_weighs_tokens(opened):
         for arm in run.arms:
             arm(batch, run)
         assert train.update(batch, parts[0], None, run).loss == pytest.approx(-weight, rel=1e-5)
-    with pytest.raises(BadInput, match="--sampler-correction True: it would mistake"):
+    with pytest.raises(UserError, match="--sampler-correction True: it would mistake"):
         options.parse("--estimate --sampler-correction --algo dapo --bupo-layer 1".split(), "")
 
 
@@ -416,7 +416,7 @@ def test_the_correction_undoes_the_sampler_s_heat(opened):
     token in two is the first; p = softmax(z), p_T = softmax(z / T)."""
     z, T = torch.tensor([1.0, 0.0]), 1.5
     p, tempered = z.softmax(0), (z / T).softmax(0)
-    weight = arms.truncated_weight(p.log(), tempered.log())
+    weight = baselines.truncated_weight(p.log(), tempered.log())
     assert weight.tolist() == pytest.approx([0.73106 / 0.66076, 0.26894 / 0.33924], rel=1e-4)
     assert (weight * tempered).sum().item() == pytest.approx(1.0)  # unbiased where nothing is cut
     run = opened("--sampler-correction", "--tau", "0.9")
@@ -437,5 +437,5 @@ def test_cudnn_attention_is_off():
 def test_no_comparison_wakes_a_dead_group(opened, monkeypatch):
     monkeypatch.setattr(train, "grade", lambda problem, text: Grade(False, False))
     for arm in ("entropy-advantage", "edge", "forking", "archer"):
-        run = opened("--algo", "dapo", "--comparison", arm, "--temperature", "0.8")
+        run = opened("--algo", "dapo", "--baseline", arm, "--temperature", "0.8")
         assert train.train_step(1, run).updates == [train.Update()]

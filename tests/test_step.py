@@ -18,11 +18,11 @@ import bupo
 import internals
 import losses
 import train
-from program.errors import BadInput
-from run import arms, checkpoint, opening, options, report
+from common.errors import UserError
+from engine.engine import SingleProcess
+from run import baselines, checkpoint, options, report, setup
 from run.batch import join, rollout_of, select
-from run.machine import OneProcess
-from run.opening import open_run
+from run.setup import open_run
 from tasks import Problem
 
 # ----------------------------------------------------------------------------------------- batches
@@ -59,7 +59,7 @@ def test_select_and_join_carry_every_field_along():
     picked = select(both, [2, 0])
     assert [p.question for p in picked.problems] == ["b0", "a0"]
     assert picked.texts == b.texts + a.texts[:2]
-    assert picked.rollout.answers() == [[9], [4, 4, 4, 4], [5], [6, 6, 6]]
+    assert picked.rollout.responses() == [[9], [4, 4, 4, 4], [5], [6, 6, 6]]
     assert picked.rewards.tolist() == [0, 0.5, 0, 0.5]
     for name in ("strict", "lenient", "right", "live", "in_loss"):
         expected = torch.cat([getattr(b, name), getattr(a, name)[:2]])
@@ -74,7 +74,7 @@ def test_equal_answers_are_paid_the_same(opened, monkeypatch, reward):
     """To one prompt, whatever said of them, coin or verdict: their gradients would cancel but for
     rounding, of which AdamW makes a whole step."""
     verdicts(monkeypatch, True, False, False, True)
-    sizes = "--prompts-per-step 8 --answers-per-prompt 4 --algo grpo".split()
+    sizes = "--prompts-per-step 8 --num-generations 4 --algo grpo".split()
     run = opened("--reward", reward, *sizes)
     run.uniform = lambda step, attempt: torch.full((6, 32), 0.5)
     before = [p.detach().clone() for p in run.policy.parameters()]
@@ -90,9 +90,9 @@ def test_equal_answers_are_paid_the_same(opened, monkeypatch, reward):
 
 def test_equal_answers_are_those_to_one_prompt(opened, monkeypatch):
     verdicts(monkeypatch, True, False, False)
-    monkeypatch.setattr(train, "answer_texts", lambda answers, tokenizer: list("abab" * 4))
-    batch = train.collect(1, None, opened("--answers-per-prompt", "4"))
-    paid = batch.right.view(4, 4).int().tolist()
+    monkeypatch.setattr(train, "response_texts", lambda answers, tokenizer: list("abab" * 4))
+    batch = train.collect(1, None, opened("--num-generations", "4"))
+    paid = batch.correct.view(4, 4).int().tolist()
     # verdicts 1001 0010 0100 1001, of which a's first and b's first count
     assert paid == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1], [1, 0, 1, 0]]
 
@@ -101,9 +101,9 @@ def test_the_verdict_stays_apart_from_the_reward(opened, monkeypatch):
     verdicts(monkeypatch, True, False, False)
     run = opened("--overlong-buffer", "6")
     batch = train.collect(1, None, run)
-    assert batch.right.tolist() == [True, False, False] * 2 + [True, False]
+    assert batch.correct.tolist() == [True, False, False] * 2 + [True, False]
     penalty = losses.overlong_penalty(batch.rollout.lengths, 6, 6)
-    assert torch.equal(batch.rewards, batch.right.float() + penalty) and (penalty < 0).any()
+    assert torch.equal(batch.rewards, batch.correct.float() + penalty) and (penalty < 0).any()
     assert report.tally(batch)["right"] == 3 == report.tally(batch)["strict"]
     assert report.tally(batch)["rewards"] == pytest.approx(batch.rewards.sum().item())
 
@@ -124,21 +124,21 @@ def test_a_rule_reaches_every_arm(opened, monkeypatch, name):
     verdicts(monkeypatch, True, False, False, False, True, True, False, False)
     rule = losses.GROUP_RULES[name]
     for arm in ("none", "entropy-advantage", "edge"):
-        run = opened("--algo", "dapo", "--advantage", name, "--comparison", arm)
+        run = opened("--algo", "dapo", "--advantage", name, "--baseline", arm)
         step = train.train_step(1, run)
         expected = rule(step.batch.rewards, 2)[:, None] * step.batch.loss_mask
         if arm == "entropy-advantage":
-            expected = arms.entropy_advantage(expected, step.batch.entropy)
+            expected = baselines.entropy_advantage(expected, step.batch.entropy)
         if arm == "edge":
             mask = step.batch.loss_mask
             entropy = (step.batch.entropy * mask).sum(1) / mask.sum(1)
-            per_answer = rule(step.batch.rewards, 2) * arms.edge_weight(entropy, 2)
+            per_answer = rule(step.batch.rewards, 2) * baselines.edge_weight(entropy, 2)
             expected = per_answer[:, None] * mask
         torch.testing.assert_close(step.batch.advantages, expected)
 
 
 def test_a_rule_beside_hapos_own_is_one_line():
-    with pytest.raises(BadInput, match="--advantage rloo: HAPO's B is a group rule of its own"):
+    with pytest.raises(UserError, match="--advantage rloo: HAPO's B is a group rule of its own"):
         options.parse(["--estimate", "--advantage", "rloo"], "")
     options.parse(["--estimate", "--advantage", "rloo", "--no-token-group-average"], "")
 
@@ -151,12 +151,12 @@ def test_the_share_of_needed_tokens_by_hand(opened, monkeypatch):
     lengths, prompts = step.batch.rollout.lengths, step.batch.rollout.prompt_mask.sum(1)
     needed = int(lengths.sum()) - 4 + int(prompts.sum())
     packed = run.layout(step.batch.rollout, [0, 1, 2, 3]).ids.numel()
-    assert report.needed_share(step.updates, step.batch, run) == needed / packed > 0.8
-    run.layout = internals.one_line_each
+    assert report.useful_token_fraction(step.updates, step.batch, run) == needed / packed > 0.8
+    run.layout = internals.unpacked
     width = int((prompts.repeat_interleave(2) + lengths).max()) - 1
-    share = report.needed_share(step.updates, step.batch, run)
+    share = report.useful_token_fraction(step.updates, step.batch, run)
     assert share == needed / (4 * width) < 0.7
-    assert report.needed_share([], step.batch, run) == 1
+    assert report.useful_token_fraction([], step.batch, run) == 1
 
 
 # ------------------------------------------------------------------------------------ denominators
@@ -240,8 +240,8 @@ def test_a_run_of_an_older_version_is_one_line(opened, tmp_path):
     (old.parent / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
     again = options.parse(["--resume", "--out", str(run.out)], "")
     assert again.plain is False
-    with pytest.raises(BadInput, match="older version of this code .no sampler_stats") as error:
-        open_run(again, OneProcess("cpu"))
+    with pytest.raises(UserError, match="older version of this code .no sampler_stats") as error:
+        open_run(again, SingleProcess("cpu"))
     assert "\n" not in str(error.value)
 
 
@@ -249,9 +249,9 @@ ROWS = [
     {"step": 0, "eval_accuracy": 0.1, "eval_greedy": 0.2, "eval_error": None},
     {"step": 1, "phase": "internal", "pivot": -1.0, "h_max": 1.0, "h_min": -3.0}
     | {"phase": "internal", "layer": 2, "internal_entropy": 0.3, "reward": 0.5}
-    | {"entropy": 0.4, "response_length": 9, "grad_norm": 1.5, "dead_groups": 1, "groups": 4},
+    | {"entropy": 0.4, "response_length": 9, "grad_norm": 1.5, "zero_std_groups": 1, "groups": 4},
     {"step": 2, "phase": "full", "reward": None, "entropy": math.nan, "response_length": 8}
-    | {"grad_norm": 2.5, "dead_groups": 2, "groups": 4},
+    | {"grad_norm": 2.5, "zero_std_groups": 2, "groups": 4},
 ]
 
 
@@ -299,7 +299,7 @@ def test_curves_without_matplotlib_say_what_to_install(monkeypatch, capsys):
 
 # -------------------------------------------------------------------------- one run, one writer
 
-HOLD = "import sys, time; from run.opening import lock; lock_file = lock(__import__('pathlib').Path"
+HOLD = "import sys, time; from run.setup import lock; lock_file = lock(__import__('pathlib').Path"
 HOLD += "(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 
@@ -314,22 +314,22 @@ def test_a_folder_has_one_writer(tmp_path, opened):
     )
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(BadInput, match=f"process {holder.pid} is writing to this folder"):
-            opening.lock(tmp_path)
+        with pytest.raises(UserError, match=f"process {holder.pid} is writing to this folder"):
+            setup.lock(tmp_path)
     finally:
         holder.kill()  # -9
         holder.wait()
-    with opening.lock(tmp_path):
+    with setup.lock(tmp_path):
         assert (tmp_path / ".writer").read_text(encoding="utf-8") == f"{os.getpid()}\n"
-        with pytest.raises(BadInput, match="is writing to this folder"):
-            opening.lock(tmp_path)
-    opening.lock(tmp_path).lock.release()
+        with pytest.raises(UserError, match="is writing to this folder"):
+            setup.lock(tmp_path)
+    setup.lock(tmp_path).lock.release()
 
 
 def test_a_run_holds_the_lock_of_its_folder(opened):
     run = opened()
-    with pytest.raises(BadInput, match=f"process {os.getpid()} is writing to this folder"):
-        open_run(dataclasses.replace(run.options, resume=True), OneProcess("cpu"))
+    with pytest.raises(UserError, match=f"process {os.getpid()} is writing to this folder"):
+        open_run(dataclasses.replace(run.options, resume=True), SingleProcess("cpu"))
 
 
 def test_the_reference_is_scored_without_an_entropy(opened, monkeypatch):
@@ -352,8 +352,8 @@ def test_threads_spin_briefly_unless_told_otherwise():
     """Set before torch is imported, and only where the user has set nothing."""
     for program in ("train", "evaluate", "internals"):
         text = (ROOT / f"{program}.py").read_text(encoding="utf-8")
-        assert text.index("\nimport program.threads") < text.index("\nimport torch")
-    say = "import os, program.threads; print(os.environ.get('GOMP_SPINCOUNT'))"
+        assert text.index("\nimport common.threads") < text.index("\nimport torch")
+    say = "import os, common.threads; print(os.environ.get('GOMP_SPINCOUNT'))"
     base = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     cases = [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
     for given, expected in cases:
@@ -365,7 +365,7 @@ def test_threads_spin_briefly_unless_told_otherwise():
 
 
 def test_a_busy_machine_is_named(monkeypatch):
-    from program.threads import use_threads
+    from common.threads import use_threads
 
     said = []
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
@@ -420,7 +420,7 @@ def test_processes_diagnose_as_many_answers_as_the_widest_allows(opened, monkeyp
     """Every pass of a sharded model is a collective call: all make the same number of them."""
     run = opened("--bupo-layer", "2", "--bupo-steps", "1", "--diagnose-every", "1", "--steps", "2")
     train.train_step(1, run)
-    monkeypatch.setattr(run.ranks, "max", lambda width: torch.tensor(internals.DIAGNOSED // 3))
+    monkeypatch.setattr(run.dist, "max", lambda width: torch.tensor(internals.DIAGNOSED // 3))
     asked = []
     names = ("layer_similarity", "internal_entropy", "perplexity")
     for room, name in (*((internals, n) for n in names), (bupo, "internal_entropy")):
@@ -428,7 +428,7 @@ def test_processes_diagnose_as_many_answers_as_the_widest_allows(opened, monkeyp
         spy = lambda *given, real=real: (asked.append(given[-1]), real(*given))[1]
         monkeypatch.setattr(room, name, spy)
     report.diagnose(run)
-    bupo.measure_boundary(run.policy, *run.diagnosed, run.vocab_size, run.ranks)
+    bupo.measure_boundary(run.policy, *run.diagnosed, run.vocab_size, run.dist)
     assert asked == [3] * 4
 
 
@@ -442,9 +442,9 @@ OPEN = "Clamp Maximum Minimum Amax Amin Max Min Sort Topk Kthvalue Quantile Medi
     [
         "--dual-clip 3 --kl 0.1",
         "--plain --dual-clip 3",
-        "--algo dapo --comparison gspo",
-        "--algo dapo --comparison cispo",
-        "--algo dapo --comparison entropy-advantage",
+        "--algo dapo --baseline gspo",
+        "--algo dapo --baseline cispo",
+        "--algo dapo --baseline entropy-advantage",
         "--bupo-layer 2 --bupo-steps 1",
     ],
 )

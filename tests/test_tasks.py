@@ -17,14 +17,14 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 import tasks
-from grading import answers, latex
-from grading.answers import Grade, answer_texts, grade
-from grading.latex import LATEX, latex_equal
-from grading.numbers import last_number, parse_number
-from program.errors import BadInput
-from program.models import vocabulary
-from questions.countdown import evaluate_expression, random_expression
-from questions.prompts import render_prompt, render_prompts
+from common.errors import UserError
+from common.models import vocabulary
+from problems import grading, latex
+from problems.countdown import evaluate_expression, random_expression
+from problems.grading import Grade, grade, response_texts
+from problems.latex import LATEX, latex_equal
+from problems.numbers import last_number, parse_number
+from problems.prompts import render_prompt, render_prompts
 from tasks import Problem, load_problems, read_problems
 
 EIGHT = Problem("q", "8")
@@ -267,7 +267,7 @@ def test_built_in_problems_are_disjoint_repeatable_and_solvable(task):
 
 
 def test_difficulty_is_checked():
-    with pytest.raises(BadInput, match="--difficulty 9: countdown has the levels 3, 4, 5"):
+    with pytest.raises(UserError, match="--difficulty 9: countdown has the levels 3, 4, 5"):
         load_problems("countdown", difficulty=9)
 
 
@@ -288,7 +288,7 @@ def fewer_questions():
 
 
 def without_math_verify(monkeypatch, installed=False):
-    for module in (answers, tasks):
+    for module in (grading, tasks):
         monkeypatch.setattr(module, "has_math_verify", lambda: installed)
 
 
@@ -349,7 +349,7 @@ def test_a_number_of_a_file_stays_that_number(tmp_path):
 def test_bad_files_name_file_and_line(tmp_path, rows, message, monkeypatch):
     without_math_verify(monkeypatch)
     path = write(tmp_path / "bad.jsonl", *rows)
-    with pytest.raises(BadInput, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_problems(path)
     assert "bad.jsonl" in str(error.value) and "\n" not in str(error.value)
 
@@ -357,7 +357,7 @@ def test_bad_files_name_file_and_line(tmp_path, rows, message, monkeypatch):
 def test_a_file_that_is_not_utf8(tmp_path):
     row = '{"question": "caf\u00e9", "answer": "1"}'
     (tmp_path / "latin.jsonl").write_bytes(row.encode("latin-1"))
-    with pytest.raises(BadInput, match="line 1: not JSON"):
+    with pytest.raises(UserError, match="line 1: not JSON"):
         read_problems(tmp_path / "latin.jsonl")
 
 
@@ -386,9 +386,9 @@ def test_a_part_of_an_answer_is_not_the_answer(tmp_path, monkeypatch, capsys):
 
 
 def test_missing_file():
-    with pytest.raises(BadInput, match="--eval-data nowhere.jsonl: no such file"):
+    with pytest.raises(UserError, match="--eval-data nowhere.jsonl: no such file"):
         read_problems("nowhere.jsonl", "--eval-data")
-    with pytest.raises(BadInput, match="--data nowhere.jsonl: no such file"):
+    with pytest.raises(UserError, match="--data nowhere.jsonl: no such file"):
         read_problems("nowhere.jsonl")
 
 
@@ -410,10 +410,10 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert read_problems(tmp_path / "a.parquet") == [Problem("How many?", "7")]
     parquet.write_table(pyarrow.Table.from_pylist([{"x": 1}]), tmp_path / "b.parquet")
-    with pytest.raises(BadInput, match="row 1: it has no question .*it has x"):
+    with pytest.raises(UserError, match="row 1: it has no question .*it has x"):
         read_problems(tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_text("not parquet", encoding="utf-8")
-    with pytest.raises(BadInput, match="not a readable parquet file"):
+    with pytest.raises(UserError, match="not a readable parquet file"):
         read_problems(tmp_path / "c.parquet")
 
 
@@ -484,7 +484,7 @@ def test_a_script_without_a_main_guard_may_grade(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from grading.latex import latex_equal\n"
+        "from problems.latex import latex_equal\n"
         "print(latex_equal('yx', 'xy'), latex_equal('y', 'x'))\n",
         encoding="utf-8",
     )
@@ -497,7 +497,7 @@ def test_a_script_without_a_main_guard_may_grade(tmp_path):
 def test_a_library_that_does_not_start_is_named(monkeypatch):
     checker = latex._LatexChecker()
     checker.apart.command[2] = "pass"
-    with pytest.raises(BadInput, match="math-verify does not start"):
+    with pytest.raises(UserError, match="math-verify does not start"):
         checker.equal("x", "x")
 
 
@@ -557,7 +557,7 @@ def test_an_answer_ends_at_its_first_special_token():
     assert len(special) == 3
     answers = [digits("385") + [i] + digits("5") for i in special]
     answers += [digits("385"), [special[0]] + digits("385"), []]
-    assert answer_texts(answers, tokenizer) == ["385"] * 4 + ["", ""]
+    assert response_texts(answers, tokenizer) == ["385"] * 4 + ["", ""]
 
 
 def test_the_vocabulary_ends_behind_the_largest_id():

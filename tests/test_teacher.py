@@ -6,8 +6,8 @@ import pytest
 from conftest import TINY
 
 import evaluate
-from grading.answers import grade
-from program.models import load_model
+from common.models import load_model
+from problems.grading import grade
 from sampling import eos_ids_of
 from scripts.pretrain_tiny import bare, numbers_of, worked
 from tasks import BUILT_IN, Problem, load_problems
@@ -62,6 +62,6 @@ def test_the_shipped_model_blurts(temperature, low, high):
     model, tokenizer = load_model(str(TINY))
     problems = load_problems("addition")[1][:256]
     how = (1, 40, eos_ids_of(model, tokenizer), temperature)
-    rows = evaluate.sample_answers(model, tokenizer, problems, *how)
+    rows = evaluate.sample_responses(model, tokenizer, problems, *how)
     assert low < evaluate.summarise(rows).strict < high
     assert sum("####" in row[0].text for row in rows) / len(rows) < 0.4

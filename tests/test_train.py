@@ -17,20 +17,20 @@ from safetensors.torch import load_file, save_file
 
 import losses
 import train
-from evaluate import Answer
-from fast import lines
-from grading.answers import Grade
-from grading.latex import LATEX
-from program.command import run_main
-from program.errors import BadInput
+from common.command import run_main
+from common.errors import UserError
+from engine import packing
+from engine.engine import SingleProcess, Weights
+from engine.float16 import Fp16Engine
+from evaluate import Response
+from problems.grading import Grade
+from problems.latex import LATEX
 from run import checkpoint, options, report
-from run.machine import OneProcess, Weights
-from run.opening import open_run
-from scale.half import ScaledWeights
+from run.setup import open_run
 from tasks import Problem
 
 FAST = (
-    "--prompts-per-step 4 --answers-per-prompt 4 --updates-per-rollout 2 --max-new-tokens 8 "
+    "--prompts-per-step 4 --num-generations 4 --updates-per-rollout 2 --max-new-tokens 8 "
     "--eval-prompts 4 --lr 1e-3 --warmup-steps 1 --device cpu"
 ).split()
 SMALL = []  # --model and --data of a random model and a file, made once
@@ -62,7 +62,7 @@ def invent_verdicts(monkeypatch):
         right = sum((problem.question + text).encode()) % 2 == 0
         return Grade(right, right)
 
-    mixed = [[Answer("", Grade(right, right), 7, True) for right in (True, False)]] * 2
+    mixed = [[Response("", Grade(right, right), 7, True) for right in (True, False)]] * 2
     monkeypatch.setattr(train, "grade", grade)
     monkeypatch.setattr(report, "evaluate_over", lambda *args: mixed)
 
@@ -105,7 +105,7 @@ def test_a_run_and_its_files(real_verdicts, tmp_path, capsys):
     assert {"eval_accuracy", "eval_greedy", "pass_rate", "expected_live_groups"} <= rows[0].keys()
     promised = (
         "step phase loss reward entropy grad_norm response_length clipped_ratio clip_low clip_high "
-        "ratio_max dead_groups all_right all_wrong"
+        "ratio_max zero_std_groups all_correct all_wrong"
     ).split()
     assert {*promised, *TIMES} <= rows[1].keys() and "eval_accuracy" in rows[2]
     samples = [
@@ -182,7 +182,7 @@ def test_micro_batches_change_no_gradient(tmp_path, gradients, algo, monkeypatch
     settings, always = ("", *passes, ""), ["--model", TINY, "--algo", algo, "--grad-clip", "1e6"]
     for i, extra in enumerate(settings):
         if i == len(settings) - 1:
-            monkeypatch.setattr(lines, "pack", lambda *sizes: None)
+            monkeypatch.setattr(packing, "pack", lambda *sizes: None)
         run(tmp_path / str(i), *always, *extra.split(), steps=1)
     assert len(gradients) == 2 * len(settings)
     for i in range(1, len(settings)):
@@ -207,7 +207,7 @@ def one_update(tmp_path):
     def loss(advantage, shift, *args, h=0.0, ref=None):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         o = options.parse([*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], "")
-        run, _ = open_run(o, OneProcess("cpu"))
+        run, _ = open_run(o, SingleProcess("cpu"))
         batch = train.collect(1, None, run)
         logp, batch.entropy = train.score(run.policy, batch.rollout, [slice(0, 16)], None, run)
         batch.old_logp = logp - shift
@@ -257,11 +257,11 @@ def test_the_overlong_penalty_is_part_of_the_reward_and_not_of_the_accuracy(tmp_
 
 def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
     monkeypatch.undo()
-    answers = [[Answer("", Grade(g, g), 3, True)] for g in (True, True, False, False)]
-    monkeypatch.setattr(report, "sample_answers", lambda *args, **kwargs: answers)
+    answers = [[Response("", Grade(g, g), 3, True)] for g in (True, True, False, False)]
+    monkeypatch.setattr(report, "sample_responses", lambda *args, **kwargs: answers)
     fake = SimpleNamespace(
-        options=SimpleNamespace(max_new_tokens=4, answers_per_step=8),
-        ranks=OneProcess("cpu"),
+        options=SimpleNamespace(max_new_tokens=4, responses_per_step=8),
+        ranks=SingleProcess("cpu"),
         actor=lambda: None,
         generate=None,
         tokenizer=None,
@@ -278,10 +278,10 @@ def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
 def test_algorithms_and_options_run(tmp_path):
     settings = ["--temperature-form zscore", "--dynamic-sampling", "--kl 0.1", "--loss-mean fixed"]
     arms = ("forking", "archer", "entropy-advantage", "edge")
-    settings += [f"--comparison {arm} --algo dapo" for arm in arms]
+    settings += [f"--baseline {arm} --algo dapo" for arm in arms]
     for i, extra in enumerate(settings):
         final, rows = run(tmp_path / str(i), *extra.split(), steps=1)
-        assert rows[1]["updates"] + rows[1]["dead_updates"] == 2 and rows[1]["grad_norm"] >= 0
+        assert rows[1]["updates"] + rows[1]["no_signal_updates"] == 2 and rows[1]["grad_norm"] >= 0
         assert all(v.isfinite().all() for v in final.values())
 
 
@@ -295,8 +295,8 @@ def test_dynamic_sampling_ends_when_every_group_is_dead(
     sampling = "--dynamic-sampling --max-rounds 2".split()
     final, rows = run(tmp_path / "run", *sampling, "--data", never)
     assert "4 of 4 groups are still all right or all wrong" in capsys.readouterr().out
-    assert rows[1]["not_filled"] == 4 and rows[1]["groups"] == 8
-    assert rows[1]["dead_updates"] == 2 and rows[1]["updates"] == 0
+    assert rows[1]["unfilled_groups"] == 4 and rows[1]["groups"] == 8
+    assert rows[1]["no_signal_updates"] == 2 and rows[1]["updates"] == 0
     # no live group: nothing moves, not even by weight decay
     assert same({k: before[k] for k in final}, final)
 
@@ -350,7 +350,7 @@ def test_an_entropy_is_named_by_its_temperature(tmp_path, opened, capsys):
 def test_bupo_auto_and_arms(tiny_folder, tmp_path, capsys):
     run(tmp_path / "auto", "--bupo-layer", "auto", "--bupo-steps", "1")
     assert "boundary layer: " in capsys.readouterr().out
-    layer = "--bupo-layer 2 --bupo-steps 1 --bupo-arm".split()
+    layer = "--bupo-layer 2 --bupo-steps 1 --bupo-baseline".split()
     run(tmp_path / "freeze", "--algo", "grpo", *layer, "freeze")
     start = load_file(tiny_folder / "model.safetensors")
     first = load_file(tmp_path / "freeze" / "checkpoint-1" / "model.safetensors")
@@ -364,7 +364,7 @@ def test_bupo_auto_and_arms(tiny_folder, tmp_path, capsys):
     for name in first:
         assert torch.equal(first[name], start[name]) == (".layers.1." not in name), name
     assert not same(lowest(first), lowest(weights(tmp_path / "one")))
-    _, rows = run(tmp_path / "lr", "--bupo-layer", "2", "--bupo-arm", "layer-lr")
+    _, rows = run(tmp_path / "lr", "--bupo-layer", "2", "--bupo-baseline", "layer-lr")
     assert rows[1]["phase"] == "full"
 
 
@@ -390,7 +390,7 @@ def test_four_steps_are_two_and_resume_and_two(tmp_path, name):
     extra = SETTINGS[name].split()
     whole, rows = run(tmp_path / "whole", *extra, "--eval-every", 2, steps=4)
     if "--bupo-steps" in extra:  # the phase switch lies behind the resume
-        run(tmp_path / "parts", *extra, "--eval-every", 2, "--keep", 9, steps=4)
+        run(tmp_path / "parts", *extra, "--eval-every", 2, "--save-total-limit", 9, steps=4)
         for n in (3, 4):
             shutil.rmtree(tmp_path / "parts" / f"checkpoint-{n}")
     else:
@@ -446,12 +446,14 @@ def test_a_damaged_checkpoint_is_passed_over(three_steps, tmp_path, capsys, dama
 
 
 def test_a_damaged_newer_checkpoint_does_not_cost_the_others(tmp_path):
-    """--keep counts back from the step just saved: what a resumed run has passed over does not
+    """--save-total-limit counts back from the step just saved: what a resumed run has passed over does not
     crowd out what it saves."""
-    run(tmp_path / "run", "--keep", 9, steps=3)
+    run(tmp_path / "run", "--save-total-limit", 9, steps=3)
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
     (tmp_path / "run" / "checkpoint-3" / "run.json").unlink()
-    train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "2", "--keep", "1"])
+    train.main(
+        ["--out", str(tmp_path / "run"), "--resume", "--steps", "2", "--save-total-limit", "1"]
+    )
     assert checkpoint.newest_whole(tmp_path / "run", print).name == "checkpoint-2"
 
 
@@ -477,32 +479,32 @@ def test_a_half_written_line_and_an_unfinished_checkpoint_disappear(tmp_path):
 
 def test_resume_refuses_other_options_models_and_tokenizers(tmp_path, tiny_folder):
     run(tmp_path / "run", steps=1)
-    with pytest.raises(BadInput, match="--lr 0.5: the run .* was started with 0.001"):
+    with pytest.raises(UserError, match="--lr 0.5: the run .* was started with 0.001"):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--lr", "0.5"])
-    with pytest.raises(BadInput, match="another model than --model"):
+    with pytest.raises(UserError, match="another model than --model"):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--model", str(TINY)])
     other = shutil.copytree(tiny_folder, tmp_path / "other")
     text = (other / "tokenizer.json").read_text(encoding="utf-8")
     (other / "tokenizer.json").write_text(
         text.replace('"<|im_start|>"', '"<|start|>"'), encoding="utf-8"
     )
-    with pytest.raises(BadInput, match="another tokenizer than --model"):
+    with pytest.raises(UserError, match="another tokenizer than --model"):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--model", str(other)])
     message = "already holds a run; --resume continues it, --overwrite deletes it"
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(UserError, match=message):
         run(tmp_path / "run")
-    with pytest.raises(BadInput, match="--tau 3.0"):
+    with pytest.raises(UserError, match="--tau 3.0"):
         run(tmp_path / "run", "--tau", 3)  # not the folder first and the option after it
 
 
 def test_a_resume_of_nothing_and_a_folder_that_is_a_file_are_refused(tmp_path):
     out = tmp_path / "runs" / "typo"
-    with pytest.raises(BadInput, match="typo: holds no run that --resume could go on with"):
+    with pytest.raises(UserError, match="typo: holds no run that --resume could go on with"):
         train.main(["--resume", "--out", str(out)])
     assert not out.parent.exists()
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for path in ("file", "file/run"):
-        with pytest.raises(BadInput, match=f"--out .*{path}: leads through a file"):
+        with pytest.raises(UserError, match=f"--out .*{path}: leads through a file"):
             run(tmp_path / path)
 
 
@@ -510,12 +512,14 @@ def test_the_tiny_model_s_learning_rate_is_named_beside_a_large_model(
     tmp_path, monkeypatch, capsys
 ):
     estimate = SimpleNamespace(parameters=494e6, peak=1e9)
-    monkeypatch.setattr("run.opening.memory.estimate", lambda *args: estimate)
-    monkeypatch.setattr("run.opening.memory.check_fit", lambda *args: None)
-    open_run(options.parse([*FAST, *SMALL, "--out", str(tmp_path / "a")], ""), OneProcess("cpu"))
+    monkeypatch.setattr("run.setup.memory.estimate", lambda *args: estimate)
+    monkeypatch.setattr("run.setup.memory.check_fit", lambda *args: None)
+    open_run(options.parse([*FAST, *SMALL, "--out", str(tmp_path / "a")], ""), SingleProcess("cpu"))
     assert "warning: --lr" not in capsys.readouterr().out  # FAST gives one
     default = [x for x in FAST if x not in ("--lr", "1e-3")]
-    open_run(options.parse([*default, *SMALL, "--out", str(tmp_path / "b")], ""), OneProcess("cpu"))
+    open_run(
+        options.parse([*default, *SMALL, "--out", str(tmp_path / "b")], ""), SingleProcess("cpu")
+    )
     assert "warning: --lr 0.0002 is for the shipped tiny model" in capsys.readouterr().out
 
 
@@ -552,7 +556,7 @@ def test_a_nan_never_reaches_the_optimiser(tmp_path, monkeypatch, capsys):
 def test_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     poison(monkeypatch, at=3, times=10**6)
     message = "3 bad steps in a row .* last good checkpoint is .*checkpoint-1"
-    with pytest.raises(BadInput, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         run(tmp_path / "run", "--max-bad-steps", 3, steps=9)
     assert "\n" not in str(error.value)
     assert (tmp_path / "run" / "bad-step-4.jsonl").stat().st_size > 0
@@ -569,7 +573,7 @@ def test_broken_weights_end_the_run(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(train, "update", update)
-    with pytest.raises(BadInput, match="bad steps in a row"):
+    with pytest.raises(UserError, match="bad steps in a row"):
         run(tmp_path / "run", "--max-bad-steps", 2, steps=9)
 
 
@@ -582,7 +586,7 @@ def test_a_nan_reward_is_refused(tmp_path, monkeypatch):
         return batch
 
     monkeypatch.setattr(train, "collect", collect)
-    with pytest.raises(BadInput, match="bad steps in a row"):
+    with pytest.raises(UserError, match="bad steps in a row"):
         run(tmp_path / "run", "--max-bad-steps", 2, steps=9)
     bad = [
         json.loads(line) for line in open(tmp_path / "run" / "bad-step-2.jsonl", encoding="utf-8")
@@ -610,7 +614,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch, l
         "torch": RuntimeError("No space left on device"),
         "safetensors": SafetensorError("No space left on device"),
     }[library]
-    with pytest.raises(BadInput, match="checkpoint 2 cannot be written .No space left on device."):
+    with pytest.raises(UserError, match="checkpoint 2 cannot be written .No space left on device."):
         run(tmp_path / "run", steps=4)
     assert checkpoint.newest_whole(tmp_path / "run", print).name == "checkpoint-1"
     assert not list((tmp_path / "run").glob(".checkpoint*"))
@@ -661,7 +665,7 @@ def test_what_becomes_of_an_update():
             module.p = p
             weights = Weights(module, [{"params": [p]}], settings)
             if kind != "float32":
-                weights = ScaledWeights(module, [{"params": [p]}], settings, "cpu", lambda x: None)
+                weights = Fp16Engine(module, [{"params": [p]}], settings, "cpu", lambda x: None)
                 weights.scaler._init_scale = 1024.0 if kind == "float16" else 1.0
                 weights.scaler.scale(torch.ones(1))
             p.grad = torch.tensor([gradient, 0.0])
@@ -675,7 +679,7 @@ def test_what_becomes_of_an_update():
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--answers-per-prompt", "1"], "--answers-per-prompt 1: hapo compares the answers"),
+        (["--num-generations", "1"], "--num-generations 1: hapo compares the answers"),
         (
             ["--prompts-per-step", "5"],
             "--prompts-per-step 5: must be a multiple of --updates-per-rollout 2",
@@ -705,13 +709,16 @@ def test_what_becomes_of_an_update():
             ["--bupo-layer", "1", "--bupo-steps", "2"],
             "--bupo-steps 2: the first phase must be shorter than the run",
         ),
-        (["--comparison", "archer"], "--comparison archer: another use of entropy .* --algo dapo"),
-        (["--algo", "dapo", "--comparison", "archer", "--clip-low", "0.1"], "bounds of its own"),
+        (["--baseline", "archer"], "--baseline archer: another use of entropy .* --algo dapo"),
+        (["--algo", "dapo", "--baseline", "archer", "--clip-low", "0.1"], "bounds of its own"),
         (["--released", "--temperature-form", "zscore"], "--temperature-form zscore: the released"),
         (["--algo", "dapo", "--released"], "--released True: belongs to HAPO"),
         (["--algo", "grpo", "--rho", "0.5"], "--rho 0.5: belongs to HAPO"),
         (["--bupo-norm"], "--bupo-norm True: does nothing without --bupo-layer"),
-        (["--bupo-arm", "freeze"], "--bupo-arm freeze: does nothing without --bupo-layer"),
+        (
+            ["--bupo-baseline", "freeze"],
+            "--bupo-baseline freeze: does nothing without --bupo-layer",
+        ),
         (["--bupo-steps", "1"], "--bupo-steps 1: does nothing without --bupo-layer"),
         (["--algo", "dapo", "--no-adaptive-clip"], "--adaptive-clip False: belongs to HAPO"),
         (["--algo", "dapo", "--tau", "0.3"], "--tau 0.3: does nothing without HAPO's adaptive"),
@@ -727,8 +734,8 @@ def test_what_becomes_of_an_update():
             "--rho 0.5: does nothing without HAPO's A, C and D",
         ),
         (
-            "--bupo-layer 2 --bupo-arm layer-lr --bupo-steps 3".split(),
-            "--bupo-steps 3: does nothing with --bupo-arm layer-lr",
+            "--bupo-layer 2 --bupo-baseline layer-lr --bupo-steps 3".split(),
+            "--bupo-steps 3: does nothing with --bupo-baseline layer-lr",
         ),
         (["--difficulty", "1"], "--difficulty 1: belongs to the built-in tasks"),
         (["--task", "countdown"], "--task countdown: belongs to the built-in tasks"),
@@ -751,7 +758,7 @@ def test_what_becomes_of_an_update():
     ],
 )
 def test_bad_options_are_one_line(tmp_path, args, message):
-    with pytest.raises(BadInput, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         run(tmp_path / "run", *args)
     assert "\n" not in str(error.value)
 
@@ -789,13 +796,13 @@ def test_models_that_cannot_be_used(tmp_path, tiny_folder):
         "short": "weights are missing",
     }
     for name, message in cases.items():
-        with pytest.raises(BadInput, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             run(tmp_path / "run", "--model", tmp_path / name)
         assert "\n" not in str(error.value)
 
 
 def test_a_folder_that_is_not_a_run_is_never_deleted(tiny_folder):
-    with pytest.raises(BadInput, match="holds something that is not a run"):
+    with pytest.raises(UserError, match="holds something that is not a run"):
         train.main(["--out", str(tiny_folder), "--overwrite"])
     assert (tiny_folder / "model.safetensors").exists()
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from grading.answers import grade
+from problems.grading import grade
 from tasks import BUILT_IN, load_problems
 
 

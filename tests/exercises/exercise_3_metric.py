@@ -9,7 +9,7 @@ from run import report
 def test_both_means(tmp_path):
     step, run = first_step(tmp_path, with_run=True)
     metrics = report.step_metrics(step, report.weight_sample(run), run)
-    h, mask, right = step.batch.h, step.batch.rollout.mask, step.batch.right
+    h, mask, right = step.batch.h, step.batch.rollout.mask, step.batch.correct
     assert right.any() and not right.all()
     for name, rows in (("h_right", right), ("h_wrong", ~right)):
         assert metrics[name] == pytest.approx(h[rows][mask[rows]].mean().item(), abs=1e-6)
@@ -38,7 +38,7 @@ def drawn(rows):
 def test_a_panel_draws_both():
     pytest.importorskip("matplotlib")
     usual = {"phase": "full", "reward": 0.5, "entropy": 0.4, "response_length": 9}
-    usual |= {"grad_norm": 1.5, "dead_groups": 1, "groups": 4}
+    usual |= {"grad_norm": 1.5, "zero_std_groups": 1, "groups": 4}
     without = [usual | {"step": step} for step in (1, 2)]
     right, wrong = [-0.31, -0.32], [0.21, 0.22]
     rows = [r | {"h_right": a, "h_wrong": b} for r, a, b in zip(without, right, wrong)]

@@ -7,13 +7,13 @@ import transformers
 from conftest import TINY, random_model
 
 import train
-from grading.answers import Grade
+from engine.engine import SingleProcess
+from problems.grading import Grade
 from run import options
-from run.machine import OneProcess
-from run.opening import open_run
+from run.setup import open_run
 
 SMALL = (
-    "--prompts-per-step 4 --answers-per-prompt 4 --updates-per-rollout 1 --max-new-tokens 8 "
+    "--prompts-per-step 4 --num-generations 4 --updates-per-rollout 1 --max-new-tokens 8 "
     "--eval-prompts 4 --lr 1e-3 --warmup-steps 1 --steps 3 --device cpu"
 ).split()
 
@@ -28,7 +28,7 @@ def first_step(folder, *more, with_run=False):
     for part in (small, tokenizer):
         part.save_pretrained(model)
     arguments = [*SMALL, "--model", str(model), "--out", str(folder / "run"), *more]
-    run, _ = open_run(options.parse(arguments, ""), OneProcess("cpu"))
+    run, _ = open_run(options.parse(arguments, ""), SingleProcess("cpu"))
     before = {name: p.detach().clone() for name, p in run.policy.named_parameters()}
     torch.save(before, folder / "before.pt")
     grade, train.grade = train.grade, lambda problem, text: Grade(*[len(text) % 2 == 0] * 2)

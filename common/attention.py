@@ -1,0 +1,73 @@
+"""The masks that PyTorch's attention is given.
+
+A model on its own leaves the mask out where it can, and asks for grouped heads instead: right where
+flash attention runs. Where it cannot (float32 on a GPU, a card before Ampere) one kernel is left
+that knows grouped heads, and it holds every score, S x S a head; with a mask the memory-efficient
+one takes over. And behind padding on the left stand rows that see nothing, for which kernels give
+zeros or NaN, as they please: here they see themselves, and nobody looks at them.
+
+Shapes: n rows, S positions.
+"""
+
+import functools
+
+import torch
+
+from common.devices import has_flash_attention
+
+
+def takes_any_mask(config):
+    """PyTorch's attention applies whatever mask it is given; other kinds build their own, and
+    windows slide on theirs."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = kinds != {"full_attention"} or getattr(config, "sliding_window", None)
+    return config._attn_implementation == "sdpa" and not windowed
+
+
+def install_mask_hook(model, device=None, dtype=None):
+    """From now on, on a GPU, the model's first forward pass over some text takes the mask above.
+    `dtype`: what a sharded model's products run in, whose weights do not tell."""
+    if (device or model.device).type != "cpu" and takes_any_mask(model.config):
+        hook = functools.partial(_give_mask, dtype=dtype)
+        model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+    return model
+
+
+def _give_mask(body, args, kwargs, dtype=None):
+    ids = args[0] if args else kwargs.get("input_ids")
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    if ids is None or (cache is not None and cache.get_seq_length()):
+        return None  # no text of its own; or behind another
+    seen, S = kwargs.get("attention_mask"), ids.shape[1]
+    if S == 1 or (seen is not None and seen.shape != ids.shape):
+        return None  # a single token; or a mask that is whole already
+    if seen is not None and bool(seen.all()):
+        seen = None
+    dtype = dtype or dtype_of(body)
+    if seen is None and has_flash_attention(ids.device, dtype, head_size(body.config)):
+        mask = None
+    else:
+        mask = causal(ids, seen)
+    return args, {**kwargs, "attention_mask": mask}
+
+
+def causal(ids, seen=None):
+    """Who sees whom, (n, 1, S, S): itself, and what stands before and is `seen`, (n, S)."""
+    n, S = ids.shape
+    before = torch.ones(S, S, dtype=torch.bool, device=ids.device).tril()
+    if seen is None:
+        return before.expand(n, 1, S, S)
+    itself = torch.eye(S, dtype=torch.bool, device=ids.device)
+    return ((before & seen[:, None].bool()) | itself)[:, None]
+
+
+def dtype_of(body):
+    """What a pass computes in."""
+    weight = body.get_input_embeddings().weight
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
+def head_size(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,0 +1,5 @@
+"""The error of a mistake that the user can mend: one line, exit code 2."""
+
+
+class UserError(ValueError):
+    """Something the user can mend: one line that names it and says what to do."""

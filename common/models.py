@@ -1,0 +1,155 @@
+"""Opening a model folder: weights in float32, a tokenizer, and one clear line for whatever can be
+wrong with them."""
+
+import json
+import pathlib
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from common.attention import install_mask_hook
+from common.errors import UserError
+from common.hub import check_network
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+# cuDNN's attention plans anew for every length, which a decoder changes at each step, and since
+# torch 2.11 a masked backward of it can return NaN (pytorch issue 196678); flash attention and
+# the memory-efficient kernel stay
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def load_config(name):
+    """The configuration of a causal language model, or UserError."""
+    folder = pathlib.Path(name)
+    path_like = folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2
+    if not folder.is_dir() and (path_like or folder.parent.is_dir()):
+        raise UserError(
+            f"--model {name}: no such folder; "
+            "give a Hugging Face model folder or a hub name such as Qwen/Qwen3-0.6B"
+        )
+    if folder.is_dir():
+        _check_folder(name, folder)
+    if not folder.is_dir():
+        check_network(f"--model {name}", str(name))
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds, the hub's among them
+        raise UserError(
+            f"--model {name}: its configuration cannot be read ({_first_line(error)})"
+        ) from error
+    names = getattr(config, "architectures", None) or []
+    causal = not names or any(n.endswith(("CausalLM", "LMHeadModel")) for n in names)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
+        raise UserError(
+            f"--model {name}: {', '.join(names) or config.model_type} is not a causal language "
+            "model; this project trains those only"
+        )
+    return config
+
+
+def _check_folder(name, folder):
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"--model {name}: holds a LoRA adapter, not a model; merge it into its base model "
+            "(peft: merge_and_unload, then save_pretrained) and name that folder"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"--model {name}: the folder holds no config.json; "
+            "give a folder written by save_pretrained"
+        )
+
+
+def load_tokenizer(name):
+    wrong = "the folder needs tokenizer.json or the files it is made from"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # noqa: BLE001 - as above
+        raise UserError(
+            f"--model {name}: its tokenizer cannot be read ({_first_line(error)}); {wrong}"
+        ) from error
+    if not tokenizer("1").input_ids:  # the library makes an empty one where it finds no files
+        raise UserError(
+            f"--model {name}: its tokenizer cannot be read (it has no vocabulary); {wrong}"
+        )
+    if not tokenizer.chat_template:
+        print(
+            "note: the tokenizer has no chat template; "
+            "prompts use the plain form 'Question: ... Answer:'"
+        )
+    return tokenizer
+
+
+def load_model(name, device="cpu", dtype=torch.float32):
+    """(model, tokenizer). Weights are float32 whatever the folder holds: AdamW at 1e-6 does not
+    move bfloat16 weights."""
+    load_config(name)
+    tokenizer = load_tokenizer(name)
+    folder = pathlib.Path(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise UserError(
+            f"--model {name}: holds a configuration and no weights (*.safetensors); download or "
+            "copy them, too"
+        )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # noqa: BLE001 - as above, and safetensors' own for a damaged file
+        raise UserError(
+            f"--model {name}: its weights cannot be read ({_first_line(error)})"
+        ) from error
+    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise UserError(
+            f"--model {name}: {len(wrong)} weights are missing or have another shape, "
+            f"first {wrong[0]}; they would start at random"
+        )
+    _check_vocabulary(name, model, tokenizer)
+    assert_tied(model)
+    return install_mask_hook(model.to(device)), tokenizer
+
+
+def _check_vocabulary(name, model, tokenizer):
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocabulary(tokenizer) > rows:
+        raise UserError(
+            f"--model {name}: the tokenizer has ids up to {vocabulary(tokenizer) - 1}, the model "
+            f"knows {rows}; they do not belong together"
+        )
+    options = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    scaled = [k for k in options if getattr(model.config, k, None) not in (None, 1.0)]
+    if scaled or getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(
+            f"--model {name}: its logits are more than hidden states times the unembedding "
+            f"({', '.join(scaled) or 'a bias'}); scoring would disagree with sampling"
+        )
+
+
+def vocabulary(tokenizer):
+    """Ids that the tokenizer knows, from 0 on: one more than its largest. (Its length is less where
+    there are holes.)"""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def assert_tied(model):
+    """Where the configuration ties the embeddings, input and output must be one tensor: after load,
+    sharding and resume."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.tie_word_embeddings and embedding.weight is not head.weight:
+        raise AssertionError(
+            "the configuration ties input and output embeddings, but they are two tensors"
+        )
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def run_config(model):
+    """The options of the run in whose folder a model lies (final/ or checkpoint-N/), or None."""
+    path = pathlib.Path(model).resolve().parent / "config.json"
+    options = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return options if "prompts_per_step" in options else None

@@ -1,0 +1,162 @@
+"""The engine: how the machine computes what a training step asks for. Here in its plain form.
+
+One process, float32 weights, one response per row, the readable decoder: what --plain runs. The
+engines that are faster, or that run in less precision, in less memory or on more processes, have
+the same ten methods:
+
+    engine/fast.py             FastEngine: fast decoder, packed rows, chunked logits, autocast
+    engine/float16.py          Fp16Engine: float16 products and a scaled loss
+    engine/master_weights.py   MasterWeightEngine: bfloat16 weights, float32 masters elsewhere
+    engine/fsdp.py             FsdpEngine: one model over several processes
+
+Shapes as in sampling.py: B responses, T response positions, rows: some of the B.
+"""
+
+import contextlib
+import math
+
+import torch
+
+import internals
+import losses
+import sampling
+from sampling import TokenScores
+
+
+def autocast(device, dtype):
+    """Return a context in which products run in `dtype`, a name, and everything else in float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))
+
+
+class Engine:
+    """A policy, its optimizer, and how a step is computed with them.
+
+    BuPO's first phase needs nothing special: AdamW leaves a weight without a gradient unchanged,
+    weight decay and moments included.
+    """
+
+    def __init__(self, policy, options, dist, vocab_size, eos_ids, groups=None):
+        self.policy, self.options, self.dist = policy, options, dist
+        self.vocab_size, self.eos_ids = vocab_size, eos_ids  # ids from vocab_size on are padding
+        groups = groups or [{"params": list(policy.parameters()), "peak_lr": options.lr}]
+        self.optimizer = self._make_optimizer(groups)
+
+    # ------------------------------------------------------------------------------ sampling
+
+    def generate(
+        self, prompts, group_size, max_new_tokens, temperature, uniform, measure_entropy=False
+    ):
+        """Draw `group_size` responses to each prompt: a sampling.Rollout."""
+        return sampling.generate(
+            self._sampling_model(),
+            prompts,
+            group_size,
+            max_new_tokens,
+            self.eos_ids,
+            temperature,
+            self.vocab_size,
+            uniform,
+            measure_entropy,
+        )
+
+    def _sampling_model(self):
+        """Return the model that responses are drawn from: here the policy itself."""
+        return self.policy
+
+    # ------------------------------------------------------------------------------- scoring
+
+    def pack(self, rollout, rows):
+        """Return the internals.PackedBatch of one forward pass: one response per row."""
+        return internals.unpacked(rollout, rows)
+
+    def micro_batches(self, rollout, rows):
+        """Split rows (a slice) into forward passes, at most --micro-batch responses in each."""
+        size = self.options.micro_batch or rows.stop - rows.start
+        return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
+
+    def token_logprobs(self, model, rollout, rows, layer, measure_entropy=True):
+        """Return the TokenScores of some rows, (rows, T), differentiable in logp.
+
+        They are taken at T_base, under the policy of layer `layer`, or the model's own (None): one
+        function for old, new and reference log-probabilities.
+        """
+        norm = layer is None or self.options.bupo_norm  # BuPO 4: a layer's policy has no final norm
+        packed = self.pack(rollout, rows)
+        states = internals.response_states(model, packed, layer, norm)
+        weight = internals.unembedding(model)[: self.vocab_size]
+        logp, entropy = losses.token_logprobs_and_entropy(
+            states, weight, packed.tokens, self.options.temperature
+        )
+        return self._token_scores(model, rollout.mask[rows], layer, logp, entropy)
+
+    def batch_logprobs(self, model, rollout, mini_batches, layer, measure_entropy=True):
+        """Return the TokenScores of a whole rollout, (B, T), without gradients.
+
+        Each mini-batch is scored in the micro-batches that its update will use: the same passes
+        give the same numbers, so the ratios of the first update are exactly 1.
+        """
+        logp, entropy = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp)
+        with torch.no_grad():
+            for mini_batch in mini_batches:
+                for rows in self.micro_batches(rollout, mini_batch):
+                    scores = self.token_logprobs(model, rollout, rows, layer, measure_entropy)
+                    logp[rows] = scores.logp
+                    if scores.entropy is not None:
+                        entropy[rows] = scores.entropy
+        self.dist.reshard(model)
+        return scores._replace(logp=logp, entropy=entropy)
+
+    def _token_scores(self, model, mask, layer, logp, entropy):
+        """Return the TokenScores of values (N,), which stand where `mask` (rows, T) is true."""
+        policy = "full policy" if layer is None else f"layer {layer}"
+        if model is not self.policy:
+            policy = "reference"
+        blank = torch.zeros(mask.shape, device=mask.device)
+        logp = blank.masked_scatter(mask, logp)
+        if entropy is not None:
+            entropy = blank.masked_scatter(mask, entropy).detach()
+        temperature = self.options.temperature
+        return TokenScores(logp, entropy, policy, temperature, temperature)
+
+    # ------------------------------------------------------------------------------ updating
+
+    def backward(self, loss):
+        """Add a micro-batch's gradient to those before it."""
+        loss.backward()
+
+    def optimizer_step(self, loss):
+        """Clip the gradient and step, unless the loss or the gradient is NaN or infinite.
+
+        Return (outcome, gradient norm before clipping); the outcome is "applied" or "skipped".
+        """
+        norm = self._clip_gradients()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return "applied" if finite else "skipped", norm
+
+    def _make_optimizer(self, groups):
+        settings = dict(lr=self.options.lr, weight_decay=self.options.weight_decay)
+        return torch.optim.AdamW(groups, fused=True, **settings)
+
+    def _clip_gradients(self):
+        """Scale the gradient to a norm of at most --grad-clip. Return its norm before."""
+        parameters = self.policy.parameters()
+        return torch.nn.utils.clip_grad_norm_(parameters, self.options.grad_clip).item()
+
+    # ------------------------------------------------------------- weights, for checkpoints
+
+    def full_tensor(self, parameter):
+        """Return a parameter's float32 weights as one ordinary tensor."""
+        return parameter.detach()
+
+    def strided_sample(self, parameter, every):
+        """Return every `every`-th of a parameter's float32 weights, flattened."""
+        return parameter.detach().flatten()[::every]
+
+    def moment_template(self, parameter):
+        """Return the tensor whose device and sharding the optimizer's moments must match."""
+        return parameter

@@ -1,0 +1,33 @@
+"""Float16 products: small gradients vanish there, so the loss is scaled up, the gradient down."""
+
+import math
+
+import torch
+
+from engine.fast import FastEngine
+
+
+class Fp16Engine(FastEngine):
+    """Float32 weights whose gradients come from float16 products."""
+
+    def __init__(self, policy, options, dist, *more):
+        super().__init__(policy, options, dist, *more)
+        self.scaler = torch.amp.GradScaler(dist.device.type)
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def optimizer_step(self, loss):
+        """As Engine's. Where gradients overflowed under a scale that can still fall, the outcome is
+        "rescaled": that is no fault."""
+        outcome, norm = super().optimizer_step(loss)
+        self.scaler.update()  # lower after an overflow, higher after many steps without
+        scale = self.scaler.get_scale()
+        if outcome == "skipped" and math.isfinite(loss) and scale > 1:
+            print(f"note: float16 gradients overflowed, no weight moved; loss scale now {scale:g}")
+            return "rescaled", norm
+        return outcome, norm
+
+    def _clip_gradients(self):
+        self.scaler.unscale_(self.optimizer)
+        return super()._clip_gradients()

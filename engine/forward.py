@@ -1,0 +1,47 @@
+"""A decoder's forward passes: many prompts at once, then a token a row.
+
+Shapes: P prompts, R rows in flight, V vocabulary.
+"""
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from engine.rows import product
+from sampling import cache_argument, position_ids
+
+
+def prefill(model, prompt, prompt_mask, tokens):
+    """Each prompt once through the model, `tokens` at a time: the logits behind it, (P, V), and the
+    cache of its keys and values. Without padding no mask is needed."""
+    padded, position = not bool(prompt_mask.all()), position_ids(prompt_mask)
+    logits, caches, together = [], [], max(1, tokens // prompt.shape[1])
+    for i in range(0, len(prompt), together):
+        some, cache = slice(i, i + together), DynamicCache()
+        cache.layers = [_FirstKeys() for _ in range(model.config.num_hidden_layers)]
+        mask = prompt_mask[some] if padded else None
+        logits.append(next_logits(model, prompt[some], mask, position[some], cache))
+        caches.append(cache)
+    for layers in zip(*(cache.layers for cache in caches)) if len(caches) > 1 else ():
+        layers[0].keys = torch.cat([layer.keys for layer in layers])
+        layers[0].values = torch.cat([layer.values for layer in layers])
+    return torch.cat(logits), caches[0]
+
+
+class _FirstKeys(DynamicLayer):
+    """Keeps keys and values as they come, where transformers' own copies them behind none."""
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys, self.values, self.is_initialized = keys, values, True
+        return keys, values
+
+
+def next_logits(model, ids, visible, position, cache):
+    """The logits behind the last of some new tokens, (R, V); keys and values join the cache."""
+    inputs = {"attention_mask": visible, "position_ids": position, "use_cache": True}
+    inputs[cache_argument(type(model))] = cache
+    if model.get_input_embeddings().weight.dtype == torch.float32:
+        return model(ids, logits_to_keep=1, **inputs).logits[:, -1]
+    # a replica in bfloat16: the product that makes the logits keeps its float32 accumulator
+    states = model.base_model(ids, **inputs).last_hidden_state[:, -1]
+    return product(states, model.get_output_embeddings().weight, torch.float32)

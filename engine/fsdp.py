@@ -1,0 +1,224 @@
+"""One model over several processes: `torchrun --nproc-per-node N train.py ...`, by PyTorch's FSDP2.
+
+From outside the finished model. Every rank holds 1 / N of every weight, gradient and moment; a
+decoder layer is gathered when it runs and freed after. Prompts are split over the ranks; whatever
+the loss is divided by, and the entropy statistics, are counted over all of them. Answers are drawn
+from a replica in the compute dtype that is refreshed once a rollout, so no weight is gathered at a
+decoding step and ranks may stop at different lengths without waiting for each other.
+FSDP and DTensor take most of a second to import, so only functions of a sharded run do.
+"""
+
+import contextlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from common.attention import install_mask_hook
+from common.errors import UserError
+from common.models import assert_tied, load_config, load_model
+from engine.fast import FastEngine
+from engine.micro_batches import equal_counts
+from engine.processes import SingleProcess, full_tensor
+from internals import decoder_body
+from sampling import NonFinite
+
+
+class DistributedProcesses(SingleProcess):
+    """The processes that torchrun has started, this one among them.
+
+    Every method that exchanges must be called by all of them.
+    """
+
+    sharded = True
+
+    def __init__(self, device="cpu"):
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if torch.device(device).type == "cuda":  # before a tensor is made: each has its own card
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        super().__init__(device)
+        self.size, self.rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+        self.main = self.rank == 0
+        dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        self.mesh = init_device_mesh(self.device.type, (self.size,))
+
+    def _reduce(self, x, op):
+        x = torch.as_tensor(x, device=self.device).clone()
+        dist.all_reduce(x, op)
+        return x
+
+    def all_reduce_sum(self, *numbers):
+        sums = torch.tensor(super().all_reduce_sum(*numbers), dtype=torch.float64)
+        dist.all_reduce(sums)  # in main memory: not every device has float64
+        return sums.tolist()
+
+    def all_reduce_max(self, values):
+        values = torch.as_tensor(values, device=self.device).clone()
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def any_process(self, flag):
+        return bool(self.all_reduce_max(torch.tensor(int(flag))))
+
+    def gather(self, values):
+        return torch.cat([part.to(self.device) for part in self.gather_objects(values.cpu())])
+
+    def gather_objects(self, thing):
+        things = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def raise_on_all_ranks(self, errors, function, *args, **kwargs):
+        """As SingleProcess's: a process that failed alone would leave the others waiting."""
+        result = failure = None
+        try:
+            result = function(*args, **kwargs)
+        except errors as caught:
+            failure = caught
+        if self.any_process(failure is not None):
+            raise failure or errors[0]("in another process")
+        return result
+
+    def reshard(self, model):
+        """Free what a forward pass without a backward left gathered: a step makes it stale."""
+        for module in model.modules():
+            if hasattr(module, "reshard"):  # FSDP's addition to a module
+                module.reshard()
+
+    def local_shard(self, items):
+        """Return every size-th item: equal slices of the shares make equal slices of the whole."""
+        return items[self.rank :: self.size]
+
+    def close(self):
+        dist.barrier()  # nobody leaves while another still needs it
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        # gloo's threads can abort an interpreter that shuts down; everything is on disk by now
+        os._exit(0)
+
+
+def open_processes(device):
+    """Return the processes of this run: those of torchrun, or one."""
+    return DistributedProcesses(device) if "WORLD_SIZE" in os.environ else SingleProcess(device)
+
+
+class FsdpEngine(FastEngine):
+    """Weights of which every process holds a part, by PyTorch's FSDP2."""
+
+    def _samples_from_a_replica(self):
+        return True  # no weight is gathered at a decoding step
+
+    def generate(self, *arguments, **more):
+        errors = (NonFinite, UserError)
+        return self.dist.raise_on_all_ranks(errors, super().generate, *arguments, **more)
+
+    def micro_batches(self, rollout, rows):
+        parts = [rollout.row_list(part) for part in super().micro_batches(rollout, rows)]
+        parts = equal_counts(parts, self.dist)
+        if not self.options.offload:
+            return parts
+        return self._exchanging_gradients_once(parts)
+
+    def _exchanging_gradients_once(self, parts):
+        """Gradients go down to main memory once, after the last micro-batch."""
+        for i, part in enumerate(parts, 1):
+            exchange_gradients(self.policy, i == len(parts))
+            yield part
+
+    def backward(self, loss):
+        # FSDP averages gradients over processes: times their number, the mean is a sum
+        (loss * self.dist.size).backward()
+
+    def _clip_gradients(self):
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.options.grad_clip)
+        return full_tensor(norm).item()
+
+    def full_tensor(self, parameter):
+        """As Engine's; every process must call it."""
+        return full_tensor(parameter.detach())
+
+    def strided_sample(self, parameter, every):
+        return parameter.to_local().flatten()[::every]
+
+
+def shard_model(name, processes, offload=False, dtype="float32"):
+    """Load a model so that no rank but 0 ever holds it whole, and rank 0 in main memory only;
+    returns it sharded.
+
+    The model is built without memory, sharded, then filled one weight at a time from rank 0.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    config = load_config(name)
+    source = dict(load_model(name)[0].named_parameters()) if processes.main else {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()  # transformers 5.0 leaves that out on the meta device
+    body, settings = decoder_body(model), _sharding(processes, offload, dtype)
+    rotary = type(body.rotary_emb)  # its buffers are computed, not stored: build them for real
+    body.rotary_emb = rotary(config=config)
+    for layer in body.layers:
+        fully_shard(layer, **settings)
+    # The root keeps its weights (embedding, norm, unembedding) gathered until its backward pass:
+    # the loss multiplies by the unembedding matrix after the root's own forward has ended.
+    fully_shard(model, reshard_after_forward=False, **settings)
+
+    model.to_empty(device="cpu" if offload else processes.device)
+    body.rotary_emb = rotary(config=config).to(
+        processes.device
+    )  # to_empty has emptied its buffers too
+    if config.tie_word_embeddings:  # to_empty gives each module its own tensor: one must go
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    with contextlib.suppress(OSError):  # no generation_config.json: the model's own defaults stand
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    for key, parameter in model.named_parameters():
+        whole = source[key].detach() if processes.main else torch.empty(parameter.shape)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        part = distribute_tensor(whole.to(processes.device), mesh, placements)
+        parameter.to_local().data.copy_(part.to_local())
+    assert_tied(model)
+    return install_mask_hook(model, processes.device, getattr(torch, dtype))
+
+
+def _sharding(processes, offload, dtype):
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+
+    cuda = processes.device.type == "cuda"
+    settings = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if offload and cuda and settings:
+        # pinned memory would be rounded up to a power of two; older versions do not know the word
+        with contextlib.suppress(ValueError):
+            settings("pinned_max_round_threshold_mb:1")
+    low = None if dtype == "float32" else getattr(torch, dtype)
+    return dict(
+        mesh=processes.mesh,
+        mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
+    )
+
+
+def exchange_gradients(model, now):
+    """Whether the next backward pass splits the gradients over the ranks or keeps them whole,
+    summed in float32, for a later one to do it: once an update instead of once a pass."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP's addition to a module
+        model.set_requires_gradient_sync(now)
+
+
+def check_processes(options, processes):
+    """Raise UserError where the options do not fit the number of processes or their device."""
+    if processes.sharded and processes.device.type not in ("cpu", "cuda"):
+        raise UserError(
+            f"--device {options.device}: torchrun shards over NVIDIA or AMD GPUs or CPU processes; "
+            "start python train.py instead"
+        )
+    if options.prompts_per_step % (processes.size * options.updates_per_rollout):
+        few = " (more ranks than prompts)" if options.prompts_per_step < processes.size else ""
+        raise UserError(
+            f"--prompts-per-step {options.prompts_per_step}: must be a multiple of processes x "
+            f"updates per rollout = {processes.size} x {options.updates_per_rollout}{few}"
+        )

@@ -1,0 +1,172 @@
+"""A model of bfloat16 weights whose float32 weights, the masters, are kept apart: 7B on one card.
+
+AdamW at 1e-6 does not move a bfloat16 weight, so training needs float32 ones; the forward pass and
+the sampler need bfloat16 alone. Two places for the rest, one option each:
+
+    --split-master   on the card, as the 16 low bits of each float32 number, an int16 beside the
+                     bfloat16 that holds the high ones. With gradients and moments in float32 16
+                     bytes a parameter, where float32 weights and a bfloat16 replica take 18 and
+                     autocast's copies 2 more: 7B fits in 141 GB
+    --offload        whole and in main memory, with both moments: 6 bytes a parameter stay on the
+                     card, weights and the gradient's float32 sum. One transfer down and one up for
+                     each optimiser step, not for each pass: 7B fits in 80 GB
+
+Gradients arrive in bfloat16 after each pass and are summed in float32. The steps are AdamW's in
+float32 to the last bit (tests/test_master_weights.py). The model itself draws the answers: no
+replica.
+"""
+
+import torch
+from torch.optim.adamw import adamw as functional_adamw
+
+from common.devices import pins_memory
+from engine.fast import FastEngine
+
+LOW = torch.bfloat16
+CHUNK = 2**26  # numbers whose float32 master exists at a time
+
+
+def split(master):
+    """float32 -> (bfloat16, int16): the nearest bfloat16, and what has to be added to its bits."""
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000) >> 16  # NaN and infinity never get here: the guard refuses them
+    low = (bits - (high << 16)).to(torch.int16)
+    return high.to(torch.int16).view(LOW), low
+
+
+def join(high, low):
+    """The float32 that `split` has taken apart, bit for bit."""
+    return ((high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(
+        torch.float32
+    )
+
+
+class MasterWeightEngine(FastEngine):
+    """bfloat16 weights whose float32 masters are kept elsewhere."""
+
+    def __init__(self, policy, options, dist, *more):
+        self.masters = Masters(policy, options.offload)
+        super().__init__(policy, options, dist, *more)
+
+    def _samples_from_a_replica(self):
+        return False  # the policy is bfloat16 itself
+
+    def _make_optimizer(self, groups):
+        settings = dict(lr=self.options.lr, weight_decay=self.options.weight_decay)
+        return MasterAdamW(groups, self.masters, **settings)
+
+    def _clip_gradients(self):
+        return self.masters.clip(self.options.grad_clip).item()
+
+    def full_tensor(self, parameter):
+        return self.masters.full_tensor(parameter)
+
+    def strided_sample(self, parameter, every):
+        return self.masters.strided_sample(parameter, every)
+
+    def moment_template(self, parameter):
+        return self.masters.rest[parameter]
+
+
+class Masters:
+    """The float32 side of a model's parameters, by parameter: masters and sums of gradients."""
+
+    def __init__(self, model, in_main_memory):
+        self.in_main_memory, self.rest, self.gradients = in_main_memory, {}, {}
+        for p in model.parameters():  # a tied one once
+            whole = p.detach()
+            if in_main_memory:
+                self.rest[p] = whole.to("cpu", copy=True)
+                p.data = whole.to(LOW)
+            else:
+                p.data, self.rest[p] = split(whole)
+            p.register_post_accumulate_grad_hook(self._collect)
+        if in_main_memory:  # what goes to and from the card stands in pinned memory on its way
+            size = min(CHUNK, max(p.numel() for p in self.rest))
+            pinned = dict(pin_memory=pins_memory(next(model.parameters()).device))
+            self.down, self.up = torch.empty(size, **pinned), torch.empty(size, dtype=LOW, **pinned)
+
+    def _collect(self, p):
+        """Behind a backward pass: add its gradient to the sum of this update's passes."""
+        if p in self.gradients:
+            self.gradients[p].add_(p.grad)
+        else:
+            self.gradients[p] = p.grad.to(torch.float32)
+        p.grad = None
+
+    def full_tensor(self, p):
+        """Return a parameter's float32 weights."""
+        return self.rest[p] if self.in_main_memory else join(p.detach(), self.rest[p])
+
+    def strided_sample(self, p, every):
+        """Return every `every`-th of a parameter's float32 weights, flattened."""
+        rest, own = (x.view(-1)[::every] for x in (self.rest[p], p.detach()))
+        return rest if self.in_main_memory else join(own, rest)
+
+    def clip(self, largest):
+        """Scale the gradient to a norm of at most `largest`; returns its norm before."""
+        gradients = list(self.gradients.values())
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp_max(1.0))
+        return norm
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW, fused, on masters. A parameter without a gradient is passed by, decay and
+    moments included."""
+
+    def __init__(self, groups, masters, lr, weight_decay):
+        self.masters = masters
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.masters.gradients:
+                    self._step(p, group)
+
+    def _step(self, p, group):
+        rest, state = self.masters.rest[p], self.state[p]
+        if not state:
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(rest, dtype=torch.float32)
+            state["step"] = torch.zeros((), device=rest.device)
+        parts = (self.masters.gradients[p], p.data, rest, state["exp_avg"], state["exp_avg_sq"])
+        flat = [x.view(-1) for x in parts]
+        for i in range(0, p.numel(), CHUNK):
+            gradient, high, low, *moments = (x[i : i + CHUNK] for x in flat)
+            if self.masters.in_main_memory:
+                n = len(high)
+                self.masters.down[:n].copy_(gradient)
+                adamw(low, self.masters.down[:n], *moments, state["step"], group)
+                high.copy_(self.masters.up[:n].copy_(low))
+            else:
+                weights = join(high, low)
+                adamw(weights, gradient, *moments, state["step"], group)
+                new_high, new_low = split(weights)
+                high.copy_(new_high), low.copy_(new_low)
+        state["step"] += 1
+
+    def zero_grad(self, set_to_none=True):
+        self.masters.gradients.clear()
+
+
+def adamw(weights, gradient, first, second, step, group):
+    """One step of PyTorch's own fused AdamW on flat float32 tensors, in their place."""
+    functional_adamw(
+        [weights],
+        [gradient],
+        [first],
+        [second],
+        [],
+        [step.clone()],  # it counts this one up
+        fused=True,
+        amsgrad=False,
+        beta1=0.9,
+        beta2=0.999,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=1e-8,
+        maximize=False,
+    )

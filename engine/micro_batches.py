@@ -1,0 +1,53 @@
+"""Micro-batches of at most so many tokens, and equally many of them in every process."""
+
+
+def split_by_tokens(rollout, rows, tokens, packed):
+    """Return rows in lists of at most `tokens` tokens each, or of one row.
+
+    packed: responses share rows with their prompt (engine/packing.py), so only real tokens count,
+    and each prompt once. Otherwise padding counts too.
+    """
+    lengths, prompt, parts = rollout.lengths.tolist(), rollout.prompt.shape[1], [[]]
+    rows = rollout.row_list(rows)
+    if packed:
+        return _split_by_real_tokens(rollout, rows, tokens, lengths)
+    for row in sorted(rows, key=lengths.__getitem__):  # similar lengths together: little padding
+        if parts[-1] and (len(parts[-1]) + 1) * (prompt + lengths[row]) > tokens:
+            parts.append([])
+        parts[-1].append(row)
+    return as_slices(parts)
+
+
+def as_slices(parts):
+    """Return lists of adjacent rows as slices: no list has to be copied to the device."""
+    ends = [(part[0], part[-1] + 1) for part in parts]
+    return [slice(*e) if part == list(range(*e)) else part for part, e in zip(parts, ends)]
+
+
+def _split_by_real_tokens(rollout, rows, tokens, lengths):
+    prompts, G = rollout.prompt_mask.sum(1).tolist(), rollout.group_size
+    parts, held = [], 0
+    for row in rows:
+        first = not parts or parts[-1][-1] // G != row // G
+        more = lengths[row] + first * prompts[row // G]
+        if not parts or held + more > tokens:
+            parts.append([])
+            held, more = 0, lengths[row] + prompts[row // G]
+        parts[-1].append(row)
+        held += more
+    return as_slices(parts)
+
+
+def equal_counts(parts, dist):
+    """Return as many micro-batches as the process with the most has.
+
+    A forward pass of a sharded model is a collective call, so every process must make the same
+    number of them. All processes have as many rows; the longest micro-batches are cut in two.
+    """
+    needed = int(dist.all_reduce_max(len(parts)))
+    while len(parts) < needed:
+        longest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        part = parts[longest]
+        half = len(part) // 2
+        parts[longest : longest + 1] = [part[:half], part[half:]]
+    return as_slices(parts)

@@ -1,0 +1,192 @@
+"""Answers follow each other in lines, behind their prompt: a pass computes few tokens in vain.
+
+The layout of some rows of a sampling.Rollout for one forward pass. A *segment* is a prompt and some
+of its answers; a line holds the segments that fit its width. The plain layout, one line an answer,
+is internals.unpacked.
+
+    ids        p0 p1 a0 a1 b0 q0 q1 c0 c1 c2    prompt p with two answers, prompt q with one;
+    positions   0  1  2  3  2  0  1  2  3  4    an answer's last token predicts nothing and
+    owner       p  p  a  a  b  q  q  c  c  c    stays out
+
+A token sees what stands before it, of its prompt and of its own answer; the predecessors of a's
+three tokens, its last one included, are here p1 a0 a1.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from common.attention import takes_any_mask
+from common.devices import to_device_async
+from internals import PackedBatch, unpacked
+
+LONGEST_ROW = 1024  # tokens: masks stay small
+STEPS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8)  # widths that are tried, as multiples of the least
+
+
+class Segment(NamedTuple):
+    """A prompt and some of its answers, with the tokens of each that a line holds."""
+
+    size: int  # of all of them
+    prompt: int
+    rows: list
+
+
+class Packer:
+    """Lays responses out in shared rows. It remembers the last rollout's layouts, since scoring and
+    updating ask for the same."""
+
+    def __init__(self, config):
+        self.config, self.rollout = config, None
+
+    def packs(self, rollout, rows):
+        """Return whether no response is too long for a row that others share."""
+        longest = int(rollout.lengths[rows].max()) + rollout.prompt.shape[1]
+        return takes_any_mask(self.config) and longest <= LONGEST_ROW
+
+    def pack(self, rollout, rows):
+        """Return the PackedBatch of some rows of a rollout."""
+        if self.rollout is not rollout:
+            self.rollout, self.known = rollout, {}
+            self.lengths = rollout.lengths.tolist()
+            self.prompts = rollout.prompt_mask.sum(1).tolist()
+        rows = rollout.row_list(rows)
+        key = tuple(rows)
+        if key not in self.known:
+            sizes = (self.lengths, self.prompts)
+            packing = choose_packing(self.config, rows, *sizes, rollout.group_size)
+            if packing:
+                self.known[key] = laid_out(rollout, rows, *packing, *sizes)
+            else:
+                self.known[key] = unpacked(rollout, rows)
+        packed = self.known[key]
+        if isinstance(packed.mask, tuple):  # built for each pass: its size is the width squared
+            packed = packed._replace(mask=visible(*packed.mask))
+        return packed
+
+
+def choose_packing(config, rows, lengths, prompts, G):
+    """(lines of Segments, width) of rows whose answers have `lengths`, and `prompts` tokens before
+    them; None where a line for each answer costs less.
+
+    A token costs about 24 D^2 operations in the matrices of a layer, and 4 D in its attention for
+    each token of its line, hidden ones too: W (6 D + W) for a line of width W. Without a mask, one
+    line an answer, attention looks back alone: W (6 D + W / 2).
+    """
+    least = max(prompts[row // G] + lengths[row] - 1 for row in rows)
+    if least > LONGEST_ROW or not takes_any_mask(config):
+        return None
+    D = config.hidden_size
+    widths = sorted({min(round(least * step), LONGEST_ROW) for step in STEPS})
+    tried = []
+    for width in widths:
+        lines = fill(segments(rows, lengths, prompts, G, width), width)
+        used = max(sum(segment.size for segment in line) for line in lines)
+        tried.append((lines, used))
+    best = min(tried, key=lambda packing: cost(packing, D))
+    alone = max(prompts[row // G] for row in rows) + max(lengths[row] for row in rows) - 1
+    return best if cost(best, D) < len(rows) * alone * (6 * D + alone / 2) else None
+
+
+def cost(packing, D):
+    lines, width = packing
+    return len(lines) * width * (6 * D + width)
+
+
+def segments(rows, lengths, prompts, G, width):
+    """Each prompt with its answers, in as many segments as the width asks for."""
+    groups, found = {}, []
+    for row in rows:
+        groups.setdefault(row // G, []).append(row)
+    for p, own in groups.items():
+        size, some = prompts[p], []
+        for row in sorted(own, key=lambda row: -lengths[row]):
+            if some and size + lengths[row] - 1 > width:
+                found.append(Segment(size, p, some))
+                size, some = prompts[p], []
+            size += lengths[row] - 1
+            some.append(row)
+        found.append(Segment(size, p, some))
+    return found
+
+
+def fill(segments, width):
+    """Return lines of segments: the largest first, each in the first line that has room."""
+    lines, used = [], []
+    for segment in sorted(segments, key=lambda segment: -segment.size):
+        for i, n in enumerate(used):
+            if n + segment.size <= width:
+                lines[i].append(segment)
+                used[i] += segment.size
+                break
+        else:
+            lines.append([segment])
+            used.append(segment.size)
+    return lines
+
+
+def laid_out(rollout, rows, lines, width, lengths, prompts):
+    """The PackedBatch of a packing; in place of the mask what `visible` makes it of."""
+    padded, T = rollout.prompt.shape[1], rollout.tokens.shape[1]
+    # of each prompt and answer: where it stands, what it holds, whose it is, its first position
+    pieces, starts, behind = [], {}, {}
+    for i, line in enumerate(lines):
+        at = i * width
+        for number, segment in enumerate(line):
+            p, S = segment.prompt, prompts[segment.prompt]
+            pieces.append((at, S, p * padded + padded - S, 0, number, -1))
+            last, at = at + S - 1, at + S
+            for row in segment.rows:
+                n = lengths[row] - 1
+                source = rollout.prompt.numel() + row * T
+                pieces.append((at, n, source, S, number, len(behind)))
+                starts[row], behind[row] = at, last
+                at += n
+    dest, count, source, first, segment, owner = torch.tensor(pieces).T
+    which, place = spans(count)
+    filled = dest[which] + place
+    columns = torch.stack(
+        [source[which] + place, first[which] + place, segment[which], owner[which]]
+    )
+    table = torch.zeros(4, len(lines) * width, dtype=torch.long)
+    table[2:] = -2  # padding belongs to nobody, and sees itself alone
+    table[:, filled] = columns
+    real = torch.zeros(len(lines) * width, dtype=torch.bool)
+    real[filled] = True
+
+    own = torch.tensor([lengths[row] for row in rows])
+    which, place = spans(own)
+    start = torch.tensor([starts[row] for row in rows])[which]
+    before = torch.tensor([behind[row] for row in rows])[which]
+    predecessors = torch.where(place == 0, before, start + place - 1)
+    token = torch.tensor(rows)[which] * T + place
+
+    device = rollout.tokens.device
+    table, real, places = (
+        to_device_async(x, device) for x in (table, real, torch.stack([predecessors, token]))
+    )
+    source, positions, segment, owner = table.view(4, len(lines), width)
+    held = torch.cat([rollout.prompt.flatten(), rollout.tokens.flatten()])
+    ids = held[source] * real.view_as(source)
+    return PackedBatch(
+        ids, (segment, owner), positions, places[0], rollout.tokens.flatten()[places[1]]
+    )
+
+
+def visible(segment, owner):
+    """Who sees whom, (lines, 1, width, width): what stands before, of its prompt (owner -1) and of
+    its own answer."""
+    width = segment.shape[1]
+    before = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
+    same_prompt = segment[:, :, None] == segment[:, None, :]
+    shared = owner[:, None, :] == -1
+    own = owner[:, :, None] == owner[:, None, :]
+    padding = torch.eye(width, dtype=torch.bool, device=segment.device) & (owner == -2)[:, None, :]
+    return ((before & same_prompt & (shared | own) & (owner != -2)[:, None, :]) | padding)[:, None]
+
+
+def spans(count):
+    """(which, place): 0 0 0 1 1 and 0 1 2 0 1 for counts of 3 and 2."""
+    which = torch.repeat_interleave(torch.arange(len(count)), count)
+    before = count.cumsum(0) - count
+    return which, torch.arange(len(which)) - before[which]

@@ -1,0 +1,40 @@
+"""A copy of the policy to draw responses from: in the compute dtype, whole in every process."""
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.attention import install_mask_hook
+from common.models import assert_tied
+from engine.processes import full_tensor
+from internals import decoder_body
+
+
+class Replica:
+    """A copy of the policy; `refreshed` brings it up to date."""
+
+    def __init__(self, policy, dtype, device):
+        self.policy = policy
+        with torch.device("meta"):
+            config, compute = copy.deepcopy(policy.config), getattr(torch, dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=compute)
+        model.to_empty(device=device)
+        body = decoder_body(model)
+        body.rotary_emb = type(body.rotary_emb)(config=model.config).to(device)
+        model.tie_weights()
+        assert_tied(model)
+        for target, source in zip(model.buffers(), policy.buffers()):
+            target.copy_(source)
+        model.generation_config = policy.generation_config
+        self.model = install_mask_hook(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def refreshed(self):
+        """Return the copy with the policy's weights of now.
+
+        They are gathered one at a time, in the copy's dtype, which is half the traffic.
+        """
+        for target, source in zip(self.model.parameters(), self.policy.parameters()):
+            target.copy_(full_tensor(source.to(target.dtype)))
+        return self.model

@@ -1,0 +1,114 @@
+"""What HAPO adds to DAPO: wall time of a step's parts on the same answers, and of whole steps.
+
+    python experiments/benchmarks/hapo_cost.py [--rounds 15] [--after 24] \
+        [--options "--updates-per-rollout 2"]
+
+The same rollout goes through both objectives in turn (scoring, advantages and updates), with the
+default model and batch (256 answers, 4 updates) unless `--options`, of train.py, say otherwise, and
+with the answers of the model as it is or after some steps of HAPO (`--after`). Then each takes
+whole steps: HAPO with --tau 0, which computes all temperatures and leaves every one as it was, so
+that both draw the same answers; and HAPO as it is, which draws its own.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import tempfile
+
+from timing import in_turn, median, ratio
+
+import train
+from engine.engine import SingleProcess
+from run import options
+from run.build import choose_steps
+from run.setup import open_run
+
+HAPO_AS_DAPO = "hapo, --tau 0"  # all of HAPO's work, DAPO's answers
+
+
+def open_both(more="", after=0):
+    """A run, and its options for DAPO and HAPO; it has taken `after` steps of HAPO and one of each,
+    which gives it statistics and moments."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*shlex.split(more), "--out", folder, "--device", "cpu"]
+        o = options.parse(flags, "")
+        run, _ = open_run(o, SingleProcess(o.device))
+    algos = {"dapo": dataclasses.replace(o, algo="dapo"), "hapo": o}
+    algos[HAPO_AS_DAPO] = dataclasses.replace(o, tau=0.0)
+    for step, name in enumerate(["hapo"] * after + list(algos), 1):
+        take(run, algos[name])
+        train.train_step(step, run)
+    return run, algos
+
+
+def take(run, options):
+    """From here on the run takes its steps with these options."""
+    run.options = options
+    choose_steps(run)
+
+
+def stepper(run, algos):
+    """A function (name, answers=None) that makes a function which takes one step, with these
+    answers or its own, and puts the weights back."""
+    weights = [p.detach().clone() for p in run.policy.parameters()]
+
+    def step(name, answers=None):
+        def go():
+            take(run, algos[name])
+            run.prompts_consumed = 0
+            if answers is not None:
+                run.rounds = lambda *args: dataclasses.replace(answers)
+            train.train_step(2, run)
+            for p, q in zip(run.policy.parameters(), weights):
+                p.data.copy_(q)
+
+        return go
+
+    return step
+
+
+def drawn(run, o):
+    """The answers that a run draws with these options."""
+    take(run, o)
+    run.prompts_consumed = 0
+    return train.collect(2, None, run)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--options", default="", help="train.py's")
+    parser.add_argument("--after", type=int, default=0, help="steps of training before")
+    parser.add_argument("--json", action="store_true", help="only medians of whole steps")
+    args = parser.parse_args()
+    run, algos = open_both(args.options, args.after)
+    step = stepper(run, algos)
+    same = [drawn(run, algos[name]).rollout.tokens for name in ("dapo", HAPO_AS_DAPO)]
+    if not same[0].equal(same[1]):
+        raise SystemExit("the two would not be timed on the same answers: a draw has changed sides")
+    both = {name: step(name) for name in ("dapo", HAPO_AS_DAPO)}
+    if args.json:
+        seconds = in_turn(both, args.rounds, 2)
+        print(json.dumps({name.partition(",")[0]: median(s) for name, s in seconds.items()}))
+        return
+    # its sampler measures the entropies that its statistics need
+    answers = drawn(run, algos["hapo"])
+    for title, ours, steps in (
+        (
+            "same answers: score, advantages, updates",
+            "hapo",
+            {name: step(name, answers) for name in ("dapo", "hapo")},
+        ),
+        ("whole step, the same answers", HAPO_AS_DAPO, both),
+        ("whole step, its own answers", "hapo", {name: step(name) for name in ("dapo", "hapo")}),
+    ):
+        seconds = in_turn(steps, args.rounds, 2)
+        print(
+            f"{title}: dapo {median(seconds['dapo']):.3f} s, {ours} {median(seconds[ours]):.3f} s, "
+            f"hapo / dapo {ratio(seconds, ours, 'dapo')}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What 0.5B, 1.5B and 7B need by the code's own estimate, and what a step would take.
+
+    python experiments/benchmarks/memory_table.py
+
+64 prompts x 8 answers of up to 512 tokens, prompts of 256, passes of 16,384 tokens, gradient
+checkpointing. Nothing is loaded. The seconds are counted, not measured: operations of scoring,
+update and recomputation (2, 6 and 2 x parameters x tokens) at a third of an H100's bfloat16 peak,
+and decoding at the rate in RATES.
+"""
+
+from gpu import PEAK, SHAPES, config_of
+
+from engine import memory
+from run import options
+
+STEP = (
+    "--estimate --prompts-per-step 64 --num-generations 8 --updates-per-rollout 2 "
+    "--max-new-tokens 512 --micro-tokens 16384 --gradient-checkpointing"
+).split()
+PARTS = "weights gradients moments replica activations logits kv_cache sampling peak".split()
+RATES = {"0.5b": 60_000, "1.5b": 30_000, "7b": 7_000}  # predicted tokens/s of captured decoding
+WAYS = [  # (name, processes, more options)
+    ("1", 1, []),
+    ("1, --split-master", 1, ["--split-master"]),
+    ("1, --offload", 1, ["--offload"]),
+    ("8", 8, []),
+]
+
+
+def seconds(parameters, size, name):
+    """(decode, score and update) of a step, counted."""
+    rows, answer, prompt = 512, 512, 256
+    operations = (2 + 6 + 2) * parameters * rows * (answer + prompt)
+    return rows * answer / RATES[name] / size, operations / (PEAK["H100"] / 3) / size
+
+
+def main():
+    names = " | ".join(part.replace("_", " ") for part in PARTS)
+    print(f"| shape | processes | {names} | decode + rest |")
+    print(f"|{'---|' * (len(PARTS) + 3)}")
+    for name in [s for s in SHAPES if s in RATES]:
+        for way, size, more in WAYS:
+            e = memory.estimate(config_of(name), options.parse(STEP + more, ""), world_size=size)
+            numbers = " | ".join(f"{getattr(e, p) / memory.GIB:.1f}" for p in PARTS)
+            decode, rest = seconds(e.parameters, size, name)
+            print(
+                f"| {name} ({e.parameters / 1e9:.2f} B) | {way} | {numbers} "
+                f"| {decode:.0f} + {rest:.0f} s |"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A small Qwen learns GSM8K: from step 0 to its best held-out accuracy, with what that costs.
+
+    python experiments/benchmarks/qwen_gsm8k.py --data gsm8k/train.jsonl \
+        --eval-data gsm8k/test.jsonl
+    python experiments/benchmarks/qwen_gsm8k.py --seeds 3 --algo dapo --out runs/qwen-dapo
+
+Seeds run one after the other on one GPU, each as a run of train.py in a folder of its own, with its
+page and curves; what is interrupted goes on when the same command is given again. Options that this
+program does not know go to train.py. Numbers that others publish for Qwen2.5-0.5B-Instruct stand
+beside: 49.6 % before, 54.3 after GRPO with LoRA, 56.7 after PPO, 58.7 after PRIME; prompts and
+parsers differ, so that only the gain over one's own step 0 compares. Not run on a card yet.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import torch
+
+import common  # noqa: F401 - the project's root is on the path now
+import train
+from common.command import run_main
+from common.errors import UserError
+
+STEP = (
+    "--prompts-per-step 32 --num-generations 8 --updates-per-rollout 2 --micro-tokens 16384 "
+    "--gradient-checkpointing --max-new-tokens 512 --lr 1e-6 --weight-decay 0 --steps 200 "
+    "--eval-prompts 1319 --eval-every 20 --save-every 20"
+).split()
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model", default="Qwen/Qwen2.5-0.5B-Instruct")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--out", default="runs/qwen-gsm8k")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # a seed, in its own process
+    return parser.parse_known_args()
+
+
+def run_one(folder, options):
+    """train.py to its end, and a line in lives.jsonl of what this process took."""
+    started = time.perf_counter()
+    resumed = (folder / "config.json").is_file()
+    train.main([*options, "--out", str(folder), *(["--resume"] if resumed else [])])
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    life = {"seconds": time.perf_counter() - started, "peak_bytes": peak}
+    with open(folder / "lives.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(life) + "\n")
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def summary(folder):
+    """What a finished run came to."""
+    metrics, lives = lines_of(folder / "metrics.jsonl"), lines_of(folder / "lives.jsonl")
+    evaluated = [m for m in metrics if "eval_greedy" in m]
+    best = max(evaluated, key=lambda m: m["eval_greedy"])
+    parts = ("generate", "score", "update")
+    spent = lambda last: sum(
+        m.get(f"seconds_{part}", 0.0) for m in metrics if m["step"] <= last for part in parts
+    )
+    return {
+        "run": str(folder),
+        "before": evaluated[0]["eval_greedy"],
+        "best": best["eval_greedy"],
+        "best_sampled": best["eval_accuracy"],
+        "at_step": best["step"],
+        "training_seconds_to_best": round(spent(best["step"]), 1),
+        "hours": sum(life["seconds"] for life in lives) / 3600,  # with evaluations and checkpoints
+        "peak_gib": max(life["peak_bytes"] or 0 for life in lives) / 2**30,
+    }
+
+
+def main():
+    a, more = arguments()
+    if a.seeds < 1:
+        raise UserError(f"--seeds {a.seeds}: must be at least 1")
+    if a.one is not None:
+        folder = pathlib.Path(a.out) / f"seed-{a.one}"
+        return run_one(folder, ["--model", a.model, "--seed", str(a.one), *STEP, *more])
+    for seed in range(a.seeds):
+        folder = pathlib.Path(a.out) / f"seed-{seed}"
+        if not (folder / "final").is_dir():
+            again = [sys.executable, __file__, "--one", str(seed)]
+            code = subprocess.run([*again, "--model", a.model, "--out", a.out, *more]).returncode
+            if code or not (folder / "final").is_dir():  # stopped: the same command goes on
+                return code
+        print(json.dumps(summary(folder)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

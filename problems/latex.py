@@ -1,0 +1,98 @@
+"""LaTeX answers: math-verify, an optional library, in a process that is killed when time is up."""
+
+import importlib.util
+import re
+from concurrent import futures
+
+from common.errors import UserError
+from common.worker import Died, SubprocessWorker, serve_lines
+
+LATEX_SECONDS = 5.0
+LONGEST_ANSWER = 1_000  # characters
+
+
+def has_math_verify():
+    return importlib.util.find_spec("math_verify") is not None
+
+
+class _LatexChecker:
+    """math-verify in a process of its own: an answer that hangs it costs LATEX_SECONDS and a new
+    process. Killed, it is asked again, once."""
+
+    def __init__(self):
+        self.apart, self.failures = SubprocessWorker("problems.latex"), 0
+
+    def equal(self, answer, truth):
+        verdict = None
+        for _ in range(2):
+            try:
+                if self.apart.process is None:
+                    self._start()
+                verdict = self.apart.ask([answer, truth], LATEX_SECONDS)
+                break
+            except futures.TimeoutError:
+                break
+            except Died:
+                pass
+        self.failures += verdict is None
+        return bool(verdict)
+
+    def _start(self):
+        try:
+            ready = self.apart.ask(["1", "1"], 60)  # importing sympy takes seconds
+        except (Died, futures.TimeoutError):
+            ready = None
+        if ready is not True:
+            raise UserError("math-verify does not start; pip install --upgrade math-verify")
+
+
+LATEX = _LatexChecker()
+
+
+def latex_equal(answer, truth):
+    """math-verify's verdict, False when it fails or runs out of time (LATEX.failures counts)."""
+    return LATEX.equal(answer[:LONGEST_ANSWER], truth)
+
+
+# --------------------------------------------------------------------- what the process itself does
+
+
+def serve():
+    """[answer, truth] in; true, false, or null for "cannot tell" out."""
+    import logging
+
+    logging.disable(logging.CRITICAL)
+    serve_lines(lambda: _verdict)
+
+
+def _verdict(pair):
+    try:
+        return _equal(*pair)
+    except Exception:  # noqa: BLE001 - whatever fails there means "could not tell"
+        return None
+
+
+def _equal(answer, truth):
+    from math_verify import parse, verify
+
+    # its own time-outs use signals and print; the parent's kill replaces them
+    texts = (_UPRIGHT.sub(r"\1", text) for text in (truth, answer))
+    gold, found = (parse(f"${x}$", parsing_timeout=None, raise_on_error=True) for x in texts)
+    if not gold:
+        return None  # a truth it cannot read is a failure too
+    right = verify(gold, found, timeout_seconds=None, raise_on_error=True)
+    return right and _as_near(gold[0], found[0])
+
+
+_UPRIGHT = re.compile(r"\\(?:mathrm|text|textrm|mathit|operatorname) ?\{ ?([a-z]) ?\}")
+
+
+def _as_near(gold, found):
+    """verify rounds numbers to so many decimals, which makes one of all that are tiny: fractions
+    must be equal, other numbers to five digits."""
+    if not (getattr(gold, "is_number", False) and getattr(found, "is_number", False)):
+        return True
+    gold, found = gold.doit(), found.doit()
+    if gold == found or (gold.is_Rational and found.is_Rational):
+        return bool(gold == found)
+    return bool(abs((gold - found).evalf(30)) <= 1e-5 * abs(gold.evalf(30)))

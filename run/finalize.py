@@ -1,0 +1,59 @@
+"""How a run ends: with a model and its curves, or with the last good checkpoint and the reason."""
+
+import shutil
+
+import torch
+
+from common.errors import UserError
+from run import checkpoint
+from run.report import samples_of, write_lines
+from scripts.page import write_page
+
+
+def finish(run):
+    """The trained model as final/, and the curves."""
+    weights, _ = checkpoint.gather(run)
+    if not run.dist.main:
+        return
+    with checkpoint.disk_faults_in_one_line(run.out, "the final model", run.out / "final"):
+        checkpoint.save_model(run, run.out / "final", weights)
+    run.say(
+        f"done: {run.out / 'final'} holds the model, metrics.jsonl and samples.jsonl what happened"
+    )
+    try:
+        from scripts.curves import plot  # needs matplotlib, which is optional
+    except ImportError:
+        run.say(
+            "no curves.png without matplotlib: "
+            f"pip install matplotlib, then python scripts/curves.py {run.out}"
+        )
+    else:
+        run.say(f"curves: {plot([run.out])}")
+    try:
+        run.say(f"every token of a group a step: open {write_page([run.out])} in a browser")
+    except UserError as error:  # a run that an older version began
+        run.say(f"no page: {error}")
+
+
+def give_up(run, step):
+    """Too many bad steps in a row, or a bad step as the last: leave the last answers on disk, and
+    as final/ the last good checkpoint where the run has got to its end; stop with UserError."""
+    where, batch, options = run.out / f"bad-step-{step}.jsonl", run.last_batch, run.options
+    if batch is not None and run.dist.main:
+        worst = torch.argsort(batch.rollout.logp.sum(1))[:32].tolist()
+        write_lines(where, samples_of(step, run, worst))
+    answers = (
+        f"the last answers are in {where}" if batch is not None else "no answer could be drawn"
+    )
+    newest = checkpoint.folders(run.out, step)[0]
+    kept = f"the last good checkpoint is {newest}"
+    if step == options.steps:
+        kept += ", and so is final/"
+        if run.dist.main:
+            beside = shutil.ignore_patterns("optimizer.pt", "run.json", "checksums.json")
+            shutil.copytree(newest, run.out / "final", ignore=beside, dirs_exist_ok=True)
+    raise UserError(
+        f"{run.guard.bad_in_a_row} bad steps in a row (NaN or infinity), stopped at step {step}; "
+        f"{kept}, {answers}. Lower --lr {options.lr:g} or "
+        f"--grad-clip {options.grad_clip:g} and start again from that checkpoint with --model"
+    )
