@@ -200,13 +200,21 @@ class Drawn(NamedTuple):
     entropy: Tensor  # of the raw logits, in nats; NaN where it was not measured
 
 
-def draw(logits: Tensor, temperature: Temperature, uniform: Tensor, positions: Tensor) -> Drawn:
+def draw(
+    logits: Tensor,
+    temperature: Temperature,
+    uniform: Tensor,
+    positions: Tensor | None = None,
+) -> Drawn:
     """Draw one token per row from softmax(logits / T), (R, V), by its inverse CDF at `uniform`.
 
-    uniform (R,) in [0, 1); positions (R,): each token's position in its response, from 0.
+    uniform (R,) in [0, 1); positions (R,): each token's position in its response, default 0.
     """
     entropy = entropy_of(logits)
-    temperatures = temperature(entropy, positions) if callable(temperature) else temperature
+    temperatures = temperature
+    if callable(temperature):
+        first = torch.zeros_like(entropy, dtype=torch.long)
+        temperatures = temperature(entropy, first if positions is None else positions)
     temperatures = torch.zeros_like(entropy) + temperatures  # one per row
     if bool((temperatures == 0).all()):  # greedy: the distribution is a single token
         token = logits.argmax(-1)

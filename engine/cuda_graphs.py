@@ -214,7 +214,7 @@ class _Answers:
         steps = self.steps
         *alive, bad = torch.cat([steps.alive.long(), self.bad]).tolist()
         if bad >= 0:
-            raise NonFinite(f"the model's logits are NaN or infinite at answer position {bad}")
+            raise NonFinite(f"the model's logits are NaN or infinite at response position {bad}")
         for name, table in self.tables.items():
             drawn = self.recent[name][: steps.n, : t - self.written]
             table[steps.row, self.written : t] = drawn

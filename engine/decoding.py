@@ -95,7 +95,7 @@ def decode(model, logits, cache, prompt_mask, G, cap, ends, draw_next):
     for t in range(cap):
         drawn = draw_next(logits, t, row)
         if not bool(drawn.logp.isfinite().all()):
-            raise NonFinite(f"the model's logits are NaN or infinite at answer position {t}")
+            raise NonFinite(f"the model's logits are NaN or infinite at response position {t}")
         token, tokens[row, t], mask[row, t] = drawn.tokens, drawn.tokens, True
         for name, table in kept.items():
             table[row, t] = getattr(drawn, name)

@@ -17,7 +17,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train
-from engine.engine import SingleProcess
+from engine.processes import SingleProcess
 from run.options import parse
 from run.setup import open_run
 

@@ -38,7 +38,7 @@ def tally(batch):
     rollout, correct = batch.rollout, batch.correct
     groups, done = correct.view(-1, rollout.group_size), rollout.finished
     sums = {
-        "dead": ~batch.has_reward_variance.view(-1, rollout.group_size)[:, 0],
+        "zero_std": ~batch.has_reward_variance.view(-1, rollout.group_size)[:, 0],
         "all_correct": groups.all(1),
         "all_wrong": ~groups.any(1),
         "correct": correct,
@@ -107,7 +107,7 @@ def answer_metrics(counts):
         "finished_accuracy": counts["finished_correct"] / finished,
         "clipped_ratio": 1 - counts["finished"] / answers,
         "groups": int(counts["groups"]),
-        "zero_std_groups": int(counts["dead"]),
+        "zero_std_groups": int(counts["zero_std"]),
         "all_correct": int(counts["all_correct"]),
         "all_wrong": int(counts["all_wrong"]),
     }
@@ -124,7 +124,7 @@ def update_metrics(step, run):
     outcomes = [u.outcome for u in step.updates]
     skipped, rescaled = outcomes.count("skipped"), outcomes.count("rescaled")
     applied = outcomes.count("applied")
-    updates = [u for u in step.updates if u.outcome in ("applied", "dead")] or step.updates
+    updates = [u for u in step.updates if u.outcome in ("applied", "no_signal")] or step.updates
     first = step.updates[0]  # whose policy had not moved
     all_counts, before = [clip_counts(u, step.batch) for u in (updates, [first])]
     both = {"of_all": all_counts, "before": before}
@@ -147,7 +147,7 @@ def update_metrics(step, run):
         "updates": applied,
         "useful_token_fraction": useful_token_fraction(updates, step.batch, run),
         "skipped_updates": skipped,
-        "no_signal_updates": outcomes.count("dead"),
+        "no_signal_updates": outcomes.count("no_signal"),
         **({"rescaled_updates": rescaled} if rescaled else {}),
     }
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 import tasks  # noqa: E402
 import train  # noqa: E402
-from engine.engine import SingleProcess  # noqa: E402
+from engine.processes import SingleProcess  # noqa: E402
 from problems.grading import Grade  # noqa: E402
 from run import options  # noqa: E402
 from run.setup import open_run  # noqa: E402
@@ -162,6 +162,26 @@ def opened(tmp_path, tiny_folder):
     return open_one
 
 
+def drawn(run, layer=None):
+    """The batch of a step as it is before it is scored: responses drawn and graded."""
+    return train.generate_and_grade(1, 0, layer, run.options.temperature, run)
+
+
+def given_batch(monkeypatch, batch):
+    """The next steps take this batch instead of drawing one."""
+    monkeypatch.setattr(train, "generate_and_grade", lambda *args: batch)
+
+
+def changed_scores(monkeypatch, run, change):
+    """change(scores, model): the scores of a step before its updates are what it returns."""
+    real = run.engine.batch_logprobs
+    monkeypatch.setattr(
+        run.engine,
+        "batch_logprobs",
+        lambda model, *args, **more: change(real(model, *args, **more), model),
+    )
+
+
 def verdicts(monkeypatch, *right):
     """The answers of every round are right as listed, over and over."""
     count = [-1]
@@ -170,4 +190,4 @@ def verdicts(monkeypatch, *right):
         count[0] += 1
         return Grade(*[right[count[0] % len(right)]] * 2)
 
-    monkeypatch.setattr(train, "grade", grade)
+    monkeypatch.setattr("run.rewards.grade", grade)

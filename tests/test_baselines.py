@@ -1,5 +1,6 @@
 """run/baselines.py: what is only there to be compared with, each by hand and in a step."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -64,13 +65,13 @@ def test_forking_parts_no_equal_tokens(opened, monkeypatch):
     run = opened("--algo", "dapo", "--baseline", "forking", *sizes)
     batch = train.train_step(1, run).batch
     noise = 1e-6 * torch.arange(32.0)[:, None]
-    batch.entropy = torch.full_like(batch.entropy, 0.1) + noise
-    batch.entropy[:, 0] += 1 + torch.arange(4.0).repeat_interleave(8)
+    entropy = torch.full_like(batch.full.entropy, 0.1) + noise
+    entropy[:, 0] += 1 + torch.arange(4.0).repeat_interleave(8)
+    batch.full = batch.full._replace(entropy=entropy)
     keep = round(0.2 * int(batch.loss_mask.sum()))
     assert keep < 32 and keep % 8 > 0, "the threshold lies within a group's first tokens"
-    batch.advantages = torch.ones_like(batch.entropy)
-    baselines.forking(batch, run)
-    kept = (batch.advantages[:, 0] != 0).view(4, 8)
+    advantages = baselines.change_advantages(torch.ones_like(entropy), batch, run)
+    kept = (advantages[:, 0] != 0).view(4, 8)
     assert kept.sum() == 8 * (keep // 8 + 1) and torch.equal(kept, kept[:, :1].expand(4, 8))
 
 
@@ -98,7 +99,7 @@ def test_forking_divides_by_all_tokens(opened, monkeypatch):
     run = opened("--algo", "dapo", "--baseline", "forking")
     step = train.train_step(1, run)
     batch = step.batch
-    keeps = baselines.forking_token_mask(batch.entropy, batch.loss_mask.float())
+    keeps = baselines.forking_token_mask(batch.full.entropy, batch.loss_mask.float())
     assert torch.equal(batch.advantages != 0, keeps.bool())
     tokens = report.clip_counts(step.updates[:1], batch)["tokens"]
     assert tokens == int(batch.rollout.mask.sum()) > 3 * int(keeps.sum())
@@ -125,6 +126,12 @@ def test_edge_is_bounded_where_an_entropy_vanishes():
 # ------------------------------------------------------------------------- which layers move, when
 
 
+def bupo_options(baseline):
+    return SimpleNamespace(
+        bupo_baseline=baseline, bupo_layer="2", bupo_steps=1, bupo_norm=False, lr=1e-3
+    )
+
+
 def test_layers_above_the_layer_learn_at_a_tenth():
     model = random_model(layers=3)
     groups = baselines.groups_by_layer(model)
@@ -135,22 +142,23 @@ def test_layers_above_the_layer_learn_at_a_tenth():
     for g in groups:
         g["peak_lr"] = 1e-3
     optimizer = SimpleNamespace(param_groups=groups)
-    run = SimpleNamespace(layer=1, options=SimpleNamespace(lr=1e-3))
-    run.weights = SimpleNamespace(optimizer=optimizer)
-    baselines.layer_lr(1, run)
+    run = SimpleNamespace(layer=1, options=bupo_options("layer-lr"))
+    run.engine = SimpleNamespace(optimizer=optimizer, policy=model)
+    baselines.set_trainable_weights(1, run)
     assert [g["peak_lr"] for g in groups] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
 
 
 def test_what_keeps_still_in_the_first_phase():
     model = random_model(layers=3)
-    run = SimpleNamespace(policy=model, layer=2, options=SimpleNamespace(bupo_steps=1))
     layers = [set(map(id, block.parameters())) for block in model.model.layers]
-    for mover, still in ((baselines.freeze, {0, 1}), (baselines.one_layer, {0, 2, None})):
-        mover(1, run)
+    for baseline, still in (("freeze", {0, 1}), ("one-layer", {0, 2, None})):
+        engine = SimpleNamespace(policy=model)
+        run = SimpleNamespace(engine=engine, layer=2, options=bupo_options(baseline))
+        baselines.set_trainable_weights(1, run)
         for name, p in model.named_parameters():
             home = next((i for i, own in enumerate(layers) if id(p) in own), None)
             assert p.requires_grad == (home not in still), name
-        mover(2, run)
+        baselines.set_trainable_weights(2, run)
         assert all(p.requires_grad for p in model.parameters())
 
 
@@ -171,15 +179,20 @@ def test_every_arm_is_an_option_and_every_option_an_arm():
     from run.options import Options
 
     choices = lambda name: set(Options.__dataclass_fields__[name].metadata["choices"])
-    assert choices("comparison") == baselines.ARMS.keys() | baselines.LOSSES.keys() | {"none"}
-    assert choices("bupo_baseline") == baselines.MOVERS.keys() | {"align"}
-    assert choices("temperature_form") == baselines.TEMPERATURES.keys() | {"bounded", "zscore"}
+    known = {*baselines.ADVANTAGE_BASELINES, *baselines.LOSS_BASELINES}
+    assert choices("baseline") == known | {"none"}
 
 
-def test_a_default_run_enters_no_arm(opened):
+def test_a_default_run_enters_no_baseline(opened, monkeypatch):
+    def never(*args):
+        raise AssertionError("a default step has called a baseline")
+
+    for name, value in vars(baselines).items():
+        if getattr(value, "__module__", None) == "run.baselines":
+            monkeypatch.setattr(baselines, name, never)
     run = opened()
-    assert list(run.arms) == list(run.movers) == [] and run.rival is None
-    assert run.temperature.func.__module__ == "hapo"
+    train.train_step(1, run)
+    train.train_step(2, run)
 
 
 # ----------------------------------------------------------------------------- the field's rivals
@@ -225,14 +238,14 @@ def a_rival(name, ratios, advantages, mask=None, high=0.28):
     logp = torch.tensor([ratios]).log().requires_grad_()
     ones = torch.ones_like(logp)
     batch = SimpleNamespace(
-        old_logp=torch.zeros_like(logp),
+        old=SimpleNamespace(logp=torch.zeros_like(logp)),
         advantages=torch.tensor([advantages]),
-        clip_low=3e-4 * ones,
-        clip_high=4e-4 * ones,
         loss_mask=ones.bool() if mask is None else torch.tensor([mask]).bool(),
     )
-    run = SimpleNamespace(options=SimpleNamespace(clip_high=high))
-    loss, ratio, _ = baselines.LOSSES[name](logp, batch, slice(0, 1), run)
+    options = SimpleNamespace(clip_high=high, baseline=name, dual_clip=0.0)
+    loss, ratio, low, high = baselines.policy_loss(logp, batch, slice(0, 1), options)
+    bounds = {"gspo": (3e-4, 4e-4), "cispo": (math.inf, math.inf)}[name]
+    assert (low.mean().item(), high.mean().item()) == pytest.approx(bounds)
     loss.sum().backward()
     return loss, logp.grad[0].tolist(), ratio
 
@@ -259,7 +272,6 @@ def test_gspo_by_hand():
 def test_a_rival_s_step_learns(opened, monkeypatch, name):
     verdicts(monkeypatch, True, False)
     run = opened("--algo", "dapo", "--baseline", name)
-    assert (run.rival is None) == (name not in baselines.LOSSES)
     step = train.train_step(1, run)
     assert step.updates[0].outcome == "applied" and step.updates[0].grad_norm > 0
     metrics = report.step_metrics(step, report.weight_sample(run), run)

@@ -24,7 +24,7 @@ from bridges import trl_trainers
 from bridges.trl_trainers import BuPOTrainer, HAPOBuPOTrainer, HAPOConfig, HAPOTrainer
 from common.errors import UserError
 from common.models import load_model, vocabulary
-from engine.engine import SingleProcess
+from engine.processes import SingleProcess
 from run import options
 from run.batch import Batch, rollout_of
 from run.setup import open_run

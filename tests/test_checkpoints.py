@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from common.errors import UserError
-from engine.engine import SingleProcess
+from engine.engine import Engine
+from engine.processes import SingleProcess
 from run import checkpoint, options, report
 from run.setup import open_run
 
@@ -80,17 +81,17 @@ def test_a_weight_that_reads_back_as_something_else_is_one_line(opened, monkeypa
 @pytest.mark.parametrize("at, ends", [(2, "checkpoint-1"), (3, "checkpoint-2")])
 def test_broken_weights_are_never_saved_as_good(trained, monkeypatch, at, ends):
     """NaN behind the last update of step 2 (of 3) or of the last step."""
-    real, steps = train.update, []
+    real, steps = Engine.optimizer_step, []
 
-    def update(batch, rows, layer, run):
-        result = real(batch, rows, layer, run)
+    def optimizer_step(engine, loss):
+        result = real(engine, loss)
         steps.append(1)
         if len(steps) == at:
             with torch.no_grad():
-                run.policy.model.norm.weight[0] = torch.nan
+                engine.policy.model.norm.weight[0] = torch.nan
         return result
 
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(Engine, "optimizer_step", optimizer_step)
     message = f"last good checkpoint is .*{ends}, and so is final/"
     with pytest.raises(UserError, match=message) as error:
         trained("--steps", "3", "--max-bad-steps", "9", "--save-total-limit", "9")

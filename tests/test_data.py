@@ -14,7 +14,7 @@ from conftest import TINY
 import evaluate
 import train
 from common.errors import UserError
-from engine.engine import SingleProcess
+from engine.processes import SingleProcess
 from problems.files import DatasetSpec, rows_of
 from problems.prompts import fit_context, render_prompt
 from run import report, reward_function
@@ -387,7 +387,7 @@ def test_a_function_may_pay_for_answers_that_no_rule_checks(tmp_path):
         load_problems(data=tmp_path / "a.jsonl")
     train_set, held_out = load_problems(data=tmp_path / "a.jsonl", any_answer=True)
     assert len(train_set) + len(held_out) == 8 and train_set[0].kind == "unchecked"
-    assert not any(train.grade(train_set[0], train_set[0].answer))
+    assert not any(grading.grade(train_set[0], train_set[0].answer))
 
 
 # ------------------------------------------------------------------------------------------ moving

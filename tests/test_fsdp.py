@@ -156,7 +156,7 @@ def test_every_process_starts_on_its_own_card(monkeypatch):
     import torch
 
     from engine import fsdp
-    from engine.engine import SingleProcess
+    from engine.processes import SingleProcess
 
     order = []
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -2,7 +2,6 @@
 entropies are known."""
 
 import dataclasses
-import functools
 import json
 import math
 
@@ -14,7 +13,7 @@ from conftest import TINY, checkpoint_layers, random_model
 import internals
 from common.errors import UserError
 from engine import packing
-from engine.micro_batches import passes_of_tokens
+from engine.micro_batches import split_by_tokens
 from internals import (
     boundary_layer,
     internal_entropy,
@@ -153,7 +152,7 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, steps, row
     any_model.train()
     expected = []
     for r in rows:
-        prompt, answer = PROMPTS[r // 3], ROLLOUT.answers()[r]
+        prompt, answer = PROMPTS[r // 3], ROLLOUT.responses()[r]
         line = torch.tensor([prompt + answer])
         mask = torch.ones_like(line)
         states = policy_hidden(any_model, line, mask, layer, norm=layer is None)
@@ -166,12 +165,10 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, steps, row
     monkeypatch.setattr(packing, "STEPS", steps)
     monkeypatch.setattr(packing, "cost", lambda packing, D: 0)  # pack, whatever it costs
     if steps is None:
-        monkeypatch.setattr(packing, "pack", lambda *sizes: None)
-    layout = packing.layout_for(any_model.config)
-    states, tokens = internals.response_states(
-        any_model, ROLLOUT, rows, layer, layer is None, layout
-    )
-    assert tokens.tolist() == [t for r in rows for t in ROLLOUT.answers()[r]]
+        monkeypatch.setattr(packing, "choose_packing", lambda *sizes: None)
+    packed = packing.Packer(any_model.config).pack(ROLLOUT, rows)
+    states = internals.response_states(any_model, packed, layer, layer is None)
+    assert packed.tokens.tolist() == [t for r in rows for t in ROLLOUT.responses()[r]]
     torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
     (states * weight).sum().backward()
     for p, g in zip(any_model.parameters(), grads):
@@ -190,8 +187,7 @@ def shapes_seen(model):
 
 def states_of(model, rollout, rows):
     """In the running layout."""
-    layout = packing.layout_for(model.config)
-    return internals.response_states(model, rollout, rows, layout=layout)[0]
+    return internals.response_states(model, packing.Packer(model.config).pack(rollout, rows))
 
 
 def test_a_shared_prompt_runs_once():
@@ -200,7 +196,7 @@ def test_a_shared_prompt_runs_once():
     states_of(model, ROLLOUT, [0, 1, 3, 4])
     # prompts of 4 and 1 tokens, answers of 3, 1, 2 and 4, each without its last token
     assert shapes == [(1, 11)]
-    internals.response_states(model, ROLLOUT, [0, 1, 3, 4])  # the plain layout: a line an answer
+    internals.response_states(model, internals.unpacked(ROLLOUT, [0, 1, 3, 4]))  # the plain layout: a line an answer
     assert shapes[1] == (4, 6)
 
 
@@ -212,7 +208,7 @@ def test_a_line_by_hand():
     packed = [[segment(5, 0, [0, 1]), segment(4, 1, [2, 3])], [segment(1, 1, [3])]]
     packed[0][1] = segment(4, 1, [2])
     ids, owners, positions, predecessors, tokens = packing.laid_out(
-        rollout, [2, 0, 3, 1], packed, 9, *packing.sizes_of(rollout)
+        rollout, [2, 0, 3, 1], packed, 9, rollout.lengths.tolist(), [2, 1]
     )
     assert ids.tolist() == [[1, 2, 4, 5, 7, 3, 9, 10, 11], [3] + [0] * 8]
     assert positions[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 3]
@@ -231,7 +227,7 @@ def test_packing_is_tight_and_holds_every_answer_once():
     torch.manual_seed(4)
     lengths, prompts = torch.randint(1, 30, (64,)).tolist(), torch.randint(10, 20, (8,)).tolist()
     config = random_model().config
-    packed, width = packing.pack(config, range(64), lengths, prompts, 8)
+    packed, width = packing.choose_packing(config, range(64), lengths, prompts, 8)
     assert sorted(row for line in packed for s in line for row in s.rows) == list(range(64))
     for line in packed:
         assert sum(s.size for s in line) <= width
@@ -247,18 +243,18 @@ def test_packing_takes_the_cheapest_width():
     config = random_model().config
     widths = []
     for config.hidden_size in (96, 4096):
-        _, width = packing.pack(config, range(64), [33] * 64, [16] * 8, 8)
+        _, width = packing.choose_packing(config, range(64), [33] * 64, [16] * 8, 8)
         widths.append(width)
     assert widths[0] < widths[1] == 16 + 8 * 32
     # 40 answers to as many prompts of a token: lines of their own cost no more, and see no mask
-    assert packing.pack(config, range(40), [9] * 40, [1] * 40, 1) is None
-    assert packing.pack(config, range(8), [packing.LONGEST_LINE] * 8, [2], 8) is None
+    assert packing.choose_packing(config, range(40), [9] * 40, [1] * 40, 1) is None
+    assert packing.choose_packing(config, range(8), [packing.LONGEST_ROW] * 8, [2], 8) is None
 
 
 def test_scoring_and_updating_share_a_layout():
     model = random_model()
-    layout = packing.layout_for(model.config)
-    ids = lambda rollout, rows: layout(rollout, rows).ids
+    packer = packing.Packer(model.config)
+    ids = lambda rollout, rows: packer.pack(rollout, rows).ids
     assert ids(ROLLOUT, [0, 1]) is ids(ROLLOUT, [0, 1])
     assert ids(ROLLOUT, [0, 1]) is not ids(ROLLOUT, [0, 2])
     first, other = ids(ROLLOUT, [0, 1]), dataclasses.replace(ROLLOUT)
@@ -273,14 +269,14 @@ def test_no_pass_holds_more_tokens_than_asked_for(packed):
     prompts = [[5] * n for n in torch.randint(10, 40, (12,)).tolist()]
     rollout, model = rollout_of(prompts, answers), random_model()
     shapes = shapes_seen(model)
-    packs = functools.partial(packing.packs, model.config) if packed else None
-    parts = passes_of_tokens(rollout, slice(0, 96), 700, packs)
+    assert packing.Packer(model.config).packs(rollout, slice(0, 96))
+    parts = split_by_tokens(rollout, slice(0, 96), 700, packed)
     parts = [rollout.row_list(part) for part in parts]
     for part in parts:
         if packed:
             states_of(model, rollout, part)
         else:
-            internals.response_states(model, rollout, part)
+            internals.response_states(model, internals.unpacked(rollout, part))
         real = sum(len(answers[r]) for r in part) + sum(
             len(prompts[p]) for p in {r // 8 for r in part}
         )
@@ -431,17 +427,17 @@ def test_perplexity_is_that_of_the_labels():
 
 def test_layers_outside_the_model():
     for layer in (0, 4, -1):
-        with pytest.raises(UserError, match=f"layer {layer}: this model has the layers 1 to 3"):
+        with pytest.raises(ValueError, match=f"layer {layer}: this model has the layers 1 to 3"):
             layer_hidden(random_model(), IDS, LEFT, layer)
 
 
 def test_architectures_without_such_blocks():
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50)
-    with pytest.raises(UserError, match="GPT2LMHeadModel: no 'layers'"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel: no 'layers'"):
         residual_stream(transformers.GPT2LMHeadModel(config), IDS, LEFT)
     sizes = dict(hidden_size=16, intermediate_size=32, vocab_size=50)
     config = transformers.GPTNeoXConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
-    with pytest.raises(UserError, match="GPTNeoXForCausalLM"):
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM"):
         residual_stream(transformers.GPTNeoXForCausalLM(config), IDS, LEFT)
 
 
@@ -453,7 +449,7 @@ def test_blocks_that_are_not_pre_norm_residual():
     with torch.no_grad():
         for p in granite.parameters():
             p.mul_(5)
-    with pytest.raises(UserError, match=r"H\^1 is not H\^0 \+ A\^1 \+ F\^1"):
+    with pytest.raises(ValueError, match=r"H\^1 is not H\^0 \+ A\^1 \+ F\^1"):
         residual_stream(granite, IDS, LEFT)
 
 

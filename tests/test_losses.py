@@ -267,7 +267,7 @@ def test_overlong_by_hand():
         ("overlong_penalty", ("lengths", 8, 4)),
         ("grpo_advantages", ("rewards", 2)),
         ("rloo_advantages", ("rewards", 2)),
-        ("differ", ("rewards", 2)),
+        ("has_reward_variance", ("rewards", 2)),
         ("clipped_surrogate", ("entropy", "logp", "bounds", "bounds", 3.0)),
     ],
 )

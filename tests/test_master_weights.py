@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 import train
 from common.models import load_model
-from engine.engine import SingleProcess
 from engine.master_weights import CHUNK, MasterAdamW, Masters, join, split
-from evaluate import Answer
+from engine.processes import SingleProcess
+from evaluate import Response
+from problems.grading import Grade
 from run import report
 from run.options import parse
 from run.setup import open_run
@@ -55,11 +56,11 @@ def test_the_steps_are_adamw_s_to_the_last_bit(in_main_memory, monkeypatch):
         ours.step(), theirs.step()
         ours.zero_grad(), theirs.zero_grad()
     for name, p, q in zip(names, model.parameters(), twin.parameters()):
-        assert torch.equal(masters.whole(p), q.detach()), name
+        assert torch.equal(masters.full_tensor(p), q.detach()), name
         assert p.dtype == torch.bfloat16
         assert (p.float() - q).abs().max() <= q.abs().max() * 2**-8
     untouched = dict(random_model(hidden=64).named_parameters())[names[4]]
-    assert torch.equal(masters.whole(list(model.parameters())[4]), untouched)
+    assert torch.equal(masters.full_tensor(list(model.parameters())[4]), untouched)
 
 
 def test_gradients_are_summed_in_float32():
@@ -76,9 +77,9 @@ def test_gradients_are_summed_in_float32():
 def coins(monkeypatch):
     """Every second answer is right, and nothing is evaluated, most of a short run's time."""
     coin = iter(range(10**6))
-    verdict = lambda right: train.Grade(right, right)
-    mixed = [[Answer("", verdict(right), 7, True) for right in (True, False)]] * 2
-    monkeypatch.setattr(train, "grade", lambda *a: verdict(next(coin) % 2 == 0))
+    verdict = lambda right: Grade(right, right)
+    mixed = [[Response("", verdict(right), 7, True) for right in (True, False)]] * 2
+    monkeypatch.setattr("run.rewards.grade", lambda *a: verdict(next(coin) % 2 == 0))
     monkeypatch.setattr(report, "evaluate_over", lambda *args: mixed)
 
 
@@ -125,11 +126,11 @@ def test_float16_scales_its_loss(tmp_path, tiny_folder, coins):
 def test_an_overflow_is_no_fault(opened, coins):
     """A loss scale of 2^40 overflows: no weight moves, the scale falls, the step is not bad."""
     run = opened("--dtype", "float16")
-    run.weights.scaler._init_scale = 2.0**40
+    run.engine.scaler._init_scale = 2.0**40
     before = [p.detach().clone() for p in run.policy.parameters()]
     metrics, bad = train.guarded_step(1, run)
     assert bad is None and metrics["rescaled_updates"] == 1 and metrics["skipped_updates"] == 0
-    assert run.weights.scaler.get_scale() == 2.0**39
+    assert run.engine.scaler.get_scale() == 2.0**39
     assert all(torch.equal(p, q) for p, q in zip(run.policy.parameters(), before))
 
 

@@ -55,8 +55,8 @@ def test_a_close_up_by_hand(opened, monkeypatch):
     shown = train.inspect_group(step, run)
     assert shown["rows"] == slice(2, 4)  # the only mixed group
     parts = [slice(0, 8)]
-    logp, _ = train.score(run.policy, step.batch.rollout, parts, None, run)
-    ratio = (logp - step.batch.old_logp).exp()[[2, 3]]
+    logp = run.engine.batch_logprobs(run.policy, step.batch.rollout, parts, None).logp
+    ratio = (logp - step.batch.old.logp).exp()[[2, 3]]
     assert (ratio - shown["ratio"]).abs().max() < 1e-4
     h, mask = step.batch.h[[2, 3]], step.batch.rollout.mask[[2, 3]]
     low = 0.2 * (1 - h.clamp(max=0))

@@ -10,16 +10,16 @@ import losses
 import train
 from common.errors import UserError
 from engine import decoding
-from engine.engine import SingleProcess
+from engine.processes import SingleProcess
 from problems.grading import Grade
-from run import build, options
+from run import options
 from run.setup import open_run
 from sampling import generate
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0, 0.7, lambda h: 0.8 + 0.3 * h.tanh()])
+@pytest.mark.parametrize("temperature", [0, 1.0, 0.7, lambda h, t: 0.8 + 0.3 * h.tanh()])
 def test_the_same_tokens(any_model, temperature):
     """Rows end at different steps, prompts are padded, the vocabulary is cut.
 
@@ -31,7 +31,7 @@ def test_the_same_tokens(any_model, temperature):
     fast, plain = (f(any_model, PROMPTS, 8, 12, **how) for f in (decoding.generate, generate))
     if temperature:
         assert 1 < len(set(fast.lengths.tolist())) and fast.finished.any()
-    assert fast.answers() == plain.answers() and torch.equal(fast.finished, plain.finished)
+    assert fast.responses() == plain.responses() and torch.equal(fast.finished, plain.finished)
     for name in ("temperature", "logp", "entropy"):
         a, b = getattr(fast, name), getattr(plain, name)
         if name != "entropy" or callable(temperature):  # else the running one measures none
@@ -44,7 +44,7 @@ def test_the_same_log_probabilities_and_gradients(temperature):
     weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
     targets, a, b = torch.randint(0, 50, (6, 9)), *torch.randn(2, 6, 9, dtype=torch.float64)
     chunked = losses.token_logprobs_and_entropy(hidden, weight, targets, temperature, 7)
-    plain = losses.plain_logprobs_and_entropy(hidden, weight, targets, temperature)
+    plain = losses.token_logprobs_and_entropy(hidden, weight, targets, temperature)
     ways = [chunked, plain]
     for x, y in zip(*ways):
         torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)
@@ -57,7 +57,7 @@ def test_the_same_log_probabilities_and_gradients(temperature):
 def verdicts(monkeypatch):
     """Verdicts that depend on the answer only, so that every group has something to learn."""
     verdict = lambda text: Grade(*[sum(text.encode()) % 2 == 0] * 2)
-    monkeypatch.setattr(train, "grade", lambda problem, text: verdict(text))
+    monkeypatch.setattr("run.rewards.grade", lambda problem, text: verdict(text))
 
 
 STEP = (
@@ -108,23 +108,23 @@ def test_the_same_step(tmp_path, monkeypatch, more):
 
 
 def test_fast_is_not_entered(tmp_path, monkeypatch):
-    """With --plain nothing of fast/ is called."""
+    """With --plain no fast version is called."""
     from engine import forward, logprobs, onednn, packing
 
     def never(*args, **kwargs):
-        raise AssertionError("--plain has entered fast/")
+        raise AssertionError("--plain has called a fast version")
 
     for module, names in (
         (onednn, ["onednn_linear"]),
         (decoding, ["generate", "Draw", "repeat_cache", "drop_finished", "index_and_shares"]),
         (forward, ["prefill", "next_logits"]),
-        (packing, ["layout_for", "pack", "laid_out"]),
+        (packing, ["choose_packing", "laid_out"]),
         (logprobs, ["_ChunkedLogProb"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, never)
-    for module in (losses, build):
-        monkeypatch.setattr(module, "chunked_logprobs_and_entropy", never)
+    monkeypatch.setattr("engine.fast.chunked_logprobs_and_entropy", never)
+    monkeypatch.setattr("engine.fast.generate", never)
     arguments = [*STEP, "--data", questions(tmp_path), "--out", str(tmp_path / "run"), "--plain"]
     run, _ = open_run(options.parse(arguments, ""), SingleProcess("cpu"))
     train.train_step(1, run)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine import rows
-from losses import plain_logprobs_and_entropy, token_logprobs_and_entropy
+from losses import token_logprobs_and_entropy
 
 
 def logits_and_targets():
@@ -59,7 +59,7 @@ def test_what_the_compiler_returns_is_used(monkeypatch):
     hidden, weight, targets = torch.randn(9, 4), torch.randn(20, 4), torch.arange(9)
     results = []
     chunked = functools.partial(token_logprobs_and_entropy, chunk_tokens=4)
-    for scores in (chunked, plain_logprobs_and_entropy):
+    for scores in (chunked, token_logprobs_and_entropy):
         h, w = (x.clone().requires_grad_() for x in (hidden, weight))
         logp, _ = scores(h, w, targets, 0.7, measure_entropy=False)
         logp.square().sum().backward()
@@ -104,5 +104,5 @@ def test_the_unembedding_s_gradient_is_float32_under_autocast(chunk):
     torch.testing.assert_close(weight.grad.double(), sum(parts), rtol=2e-2, atol=4e-3)
     if chunk == 1:  # bfloat16 would have lost what the later chunks add
         assert (weight.grad != weight.grad.bfloat16().float()).any()
-        exact, _ = plain_logprobs_and_entropy(h.float(), w.float().requires_grad_(), targets)
+        exact, _ = token_logprobs_and_entropy(h.float(), w.float().requires_grad_(), targets)
         torch.testing.assert_close(logp, exact, rtol=2e-2, atol=2e-2)

@@ -16,7 +16,7 @@ import losses
 import tasks
 import train
 from common.errors import UserError
-from engine.engine import SingleProcess
+from engine.processes import SingleProcess
 from evaluate import Response
 from problems.files import DatasetSpec
 from problems.grading import Grade
@@ -57,8 +57,9 @@ def test_live_groups_are_dealt_out_to_the_updates(opened, monkeypatch):
     verdicts(monkeypatch, *dead, *live, *dead, *live, *live, *dead, *dead, *dead)
     more = "--dynamic-sampling --max-rounds 2 --updates-per-rollout 2"
     run = opened("--algo", "dapo", *more.split())
-    rounds, collect = [], train.collect
-    monkeypatch.setattr(train, "collect", lambda *args: rounds.append(collect(*args)) or rounds[-1])
+    rounds, real = [], train.generate_and_grade
+    keep = lambda *args: rounds.append(real(*args)) or rounds[-1]
+    monkeypatch.setattr(train, "generate_and_grade", keep)
     step = train.train_step(1, run)
     drawn = [p.question for part in rounds for p in part.problems]
     # dealt out in turn: places 0 and 2 of the list to the first update, 1 and 3 to the second
@@ -72,7 +73,7 @@ def test_live_groups_are_dealt_out_to_the_updates(opened, monkeypatch):
 def test_an_update_without_a_token_moves_nothing(opened, monkeypatch):
     """KL and dynamic sampling, all groups dead: no momentum, no decay."""
     right = [True]
-    monkeypatch.setattr(train, "grade", lambda problem, text: Grade(*[right.pop() or False] * 2))
+    monkeypatch.setattr("run.rewards.grade", lambda problem, text: Grade(*[right.pop() or False] * 2))
     run = opened("--kl", "0.1", "--dynamic-sampling", "--max-rounds", "1", "--lr", "1e-2")
     right[:] = [True, False] * 4
     assert train.train_step(1, run).updates[0].outcome == "applied"  # AdamW has its moments
@@ -87,13 +88,13 @@ def test_an_update_without_a_token_moves_nothing(opened, monkeypatch):
 def test_a_step_with_one_skipped_update_is_a_step(opened, monkeypatch):
     verdicts(monkeypatch, True, False)
     run = opened("--updates-per-rollout", "2", "--eval-every", "1")
-    count, original = [0], run.mean_loss
+    count, original = [0], losses.masked_mean
 
     def mean_loss(*args):
         count[0] += 1
         return original(*args) * (math.nan if count[0] in (1, 3, 4) else 1.0)
 
-    run.mean_loss = mean_loss
+    monkeypatch.setattr(losses, "masked_mean", mean_loss)
     metrics, bad = train.guarded_step(1, run)
     assert bad is None and "eval_greedy" in metrics
     assert (metrics["updates"], metrics["skipped_updates"]) == (1, 1)
@@ -120,9 +121,9 @@ def test_kl_old_of_an_update(opened, monkeypatch):
     batch = train.train_step(1, run).batch
     rows = list(range(8))
     mask = batch.loss_mask.float()
-    logp = batch.old_logp + 0.5 * mask
-    _, ratio, advantage = train.policy_loss(logp, batch, rows, run)
-    update = Update("applied", 0.0, 0.0, [MicroBatchResult(rows, logp, ratio, advantage)])
+    logp = batch.old.logp + 0.5 * mask
+    loss = train.policy_loss(logp, batch, rows, run.options)
+    update = Update("applied", 0.0, 0.0, [MicroBatchResult.of(rows, logp, loss)])
     expected = (math.exp(0.5) - 0.5 - 1) * mask.sum().item()
     counts = report.clip_counts([update], batch)
     assert counts["kl_old"] == pytest.approx(expected, rel=1e-4)
@@ -143,7 +144,7 @@ def test_the_final_norm_is_applied_and_not_trained(opened, monkeypatch):
     start = run.policy.model.norm.weight.detach().clone()
     train.train_step(1, run)
     assert torch.equal(run.policy.model.norm.weight, start)
-    assert run.policy.model.norm.weight not in run.weights.optimizer.state
+    assert run.policy.model.norm.weight not in run.engine.optimizer.state
     train.train_step(2, run)
     assert not torch.equal(run.policy.model.norm.weight, start)
 
@@ -157,7 +158,7 @@ def test_the_boundary_layer_weighs_processes_by_their_tokens(opened, monkeypatch
     class Two(SingleProcess):
         size = 2
 
-        def total(self, *numbers):
+        def all_reduce_sum(self, *numbers):
             other = (1.0, 2.0, -1.0, 1)  # three changes times one token, and the token
             return [float(a) + b for a, b in zip(numbers, other)]
 
@@ -217,7 +218,7 @@ def test_rows_at_once_change_no_draw(opened):
     texts = []
     for rows in (2, 6, 100):
         how = dict(seed=3, rows_at_once=rows)
-        args = (run.policy, run.tokenizer, problems, 2, 6, run.eos_ids)
+        args = (run.engine.generate, run.tokenizer, problems, 2, 6)
         answers = evaluate.sample_responses(*args, **how)
         texts.append([a.text for row in answers for a in row])
     assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 7
@@ -237,7 +238,8 @@ def test_eval_prompts_do_not_change_the_split(tmp_path, opened):
     rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(100)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     few, many = (opened("--data", str(path), "--eval-prompts", n) for n in ("4", "400"))
-    assert [p for p, _ in few.items] == [p for p, _ in many.items] and len(few.items) == 80
+    assert [p for p, _ in few.train_examples] == [p for p, _ in many.train_examples]
+    assert len(few.train_examples) == 80
 
 
 def test_held_out_questions_that_are_trained_on_are_reported(tmp_path, opened, capsys):
@@ -409,7 +411,7 @@ def test_the_instruction_is_asked_saved_and_taken_over(opened, tmp_path):
     assert FILE_INSTRUCTION in run.tokenizer.decode(run.train_examples[0][1])
     for text in ("", "Be brief."):
         other = opened("--instruction", text)
-        question = other.items[0][0].question
+        question = other.train_examples[0][0].question
         assert question.endswith("plus 1?" if not text else "plus 1?\nBe brief.")
         saved = json.loads((other.out / "config.json").read_text(encoding="utf-8"))["instruction"]
         assert saved == text

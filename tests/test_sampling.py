@@ -1,6 +1,7 @@
 """The decoder, plain and fast: fake models whose answers are known, then real architectures."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from transformers import AutoTokenizer
 
 import sampling
 from engine import decoding, onednn, rows
-from engine.engine import split_rows
-from engine.micro_batches import even_passes, passes_of_tokens
+from engine.engine import Engine
+from engine.micro_batches import equal_counts, split_by_tokens
 from losses import token_logprobs_and_entropy
 from run.batch import join, rollout_of, select
 from sampling import (
@@ -100,7 +101,7 @@ def test_draw_at_a_temperature_is_softmax_of_scaled_logits(draw):
     drawn = draw(logits, 0.5, uniform)
     scaled = (logits / 0.5).log_softmax(-1)
     torch.testing.assert_close(drawn.logp, scaled.gather(-1, drawn.tokens[:, None]).squeeze(-1))
-    adaptive = draw(logits, lambda h: torch.full_like(h, 0.5), uniform)
+    adaptive = draw(logits, lambda h, t: torch.full_like(h, 0.5), uniform)
     assert torch.equal(adaptive.tokens, drawn.tokens)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(adaptive.entropy, entropy)
@@ -142,7 +143,7 @@ def test_the_draw_of_a_later_step_is_a_draw_of_its_own():
     """The buffer of a rollout's first step serves the others: it leaves no trace in them."""
     logits, uniform = torch.randn(4, 7), torch.rand(4)
     logits[1, 3] = -torch.inf
-    used, rule = decoding.Draw(), lambda h: 0.5 + h
+    used, rule = decoding.Draw(), lambda h, t: 0.5 + h
     used(torch.full((6, 7), 5.0), rule, torch.rand(6))
     for temperature in (1.0, 0.7, 0, rule):
         before = logits.clone()
@@ -160,7 +161,7 @@ def test_the_draw_of_a_later_step_is_a_draw_of_its_own():
 def test_matches_the_full_forward_pass(any_model, decode):
     """Every token's log-probability and entropy, for prompts of unequal length, equal those of an
     uncached, unpadded pass."""
-    rule = lambda h: 0.9 + 0.1 * h.tanh()
+    rule = lambda h, t: 0.9 + 0.1 * h.tanh()
     rollout = decode(any_model, PROMPTS, 3, 6, [3], rule, uniform=draws_of(6, 9))
     for b, answer in enumerate(rollout.responses()):
         prompt = PROMPTS[b // 3]
@@ -169,7 +170,7 @@ def test_matches_the_full_forward_pass(any_model, decode):
         n = len(answer)
         heat = rollout.temperature[b, :n]
         torch.testing.assert_close(rollout.entropy[b, :n], entropy, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(heat, rule(entropy), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(heat, rule(entropy, None), atol=1e-4, rtol=1e-4)
         logp = (logits / heat[:, None]).log_softmax(-1)[range(n), answer]
         torch.testing.assert_close(rollout.logp[b, :n], logp, atol=1e-4, rtol=1e-4)
 
@@ -239,7 +240,7 @@ def test_dropping_rows_changes_no_other_row(any_model, decode):
     free = decode(any_model, PROMPTS, 4, 10, eos_ids=[], uniform=draws)
     stop = int(free.tokens[0, 2])
     dropped = decode(any_model, PROMPTS, 4, 10, eos_ids=[stop], uniform=draws)
-    for whole, cut in zip(free.answers(), dropped.answers()):
+    for whole, cut in zip(free.responses(), dropped.responses()):
         end = whole.index(stop) + 1 if stop in whole else len(whole)
         assert cut == whole[:end]
     assert dropped.finished.any() and not free.finished.any()
@@ -327,15 +328,15 @@ def test_select_and_join_keep_rows_together():
     a = generate(random_model(), PROMPTS, 2, 5, [3])
     b = generate(random_model(), [[1, 2, 3, 4, 5, 6]], 2, 7, [3])
     joined = join([a, b])
-    assert joined.answers() == a.answers() + b.answers()
+    assert joined.responses() == a.responses() + b.responses()
     picked = select(joined, [3, 1])
-    assert picked.answers() == b.answers() + a.answers()[2:4]
+    assert picked.responses() == b.responses() + a.responses()[2:4]
     ids, mask, predicts = picked.sequences([2, 0])
-    line = PROMPTS[1] + a.answers()[2]
+    line = PROMPTS[1] + a.responses()[2]
     assert ids[0, mask[0]].tolist() == line and mask[0, : len(line)].all()  # no padding on the left
     places = predicts[0].nonzero().flatten().tolist()
     assert places == list(range(len(PROMPTS[1]) - 1, len(line) - 1))
-    assert ids[1, mask[1]].tolist() == [1, 2, 3, 4, 5, 6] + b.answers()[0]
+    assert ids[1, mask[1]].tolist() == [1, 2, 3, 4, 5, 6] + b.responses()[0]
     _, _, response = picked.with_response_mask(4)
     assert response.sum().item() == picked.mask.sum().item() and not response[:, 0].any()
 
@@ -343,28 +344,31 @@ def test_select_and_join_keep_rows_together():
 def test_micro_batches_cover_every_row_once():
     lengths = (1, 9, 2, 8, 3, 7)
     rollout = rollout_of([[1, 1]] * 6, [[5] * n for n in lengths])
-    assert split_rows(rollout, slice(0, 6), 4) == [slice(0, 4), slice(4, 6)]
-    assert split_rows(rollout, slice(2, 6)) == [slice(2, 6)]
-    parts = passes_of_tokens(rollout, slice(0, 6), tokens=20)
+    split = lambda rows, size: Engine.micro_batches(
+        SimpleNamespace(options=SimpleNamespace(micro_batch=size)), rollout, rows
+    )
+    assert split(slice(0, 6), 4) == [slice(0, 4), slice(4, 6)]
+    assert split(slice(2, 6), 0) == [slice(2, 6)]
+    parts = split_by_tokens(rollout, slice(0, 6), 20, packed=False)
     parts = [rollout.row_list(part) for part in parts]
     assert sorted(sum(parts, [])) == list(range(6))
     assert all(len(p) == 1 or len(p) * (2 + max(lengths[r] for r in p)) <= 20 for p in parts)
     # one answer longer than the limit still goes through
-    assert passes_of_tokens(rollout, [1], tokens=3) == [slice(1, 2)]
+    assert split_by_tokens(rollout, [1], 3, packed=False) == [slice(1, 2)]
 
 
 def test_every_rank_makes_the_same_number_of_passes():
     """A rank with two passes where another has four cuts its longest ones in two."""
 
     class Other:
-        def max(self, count):
+        def all_reduce_max(self, count):
             return max(count, 4)
 
     rollout = rollout_of([[1]] * 6, [[5]] * 6)
-    two = lambda rollout, rows: [[0, 2, 1, 3, 4], slice(5, 6)]
-    parts = [rollout.row_list(part) for part in even_passes(two, Other(), rollout, slice(0, 6))]
+    parts = equal_counts([[0, 2, 1, 3, 4], [5]], Other())
+    parts = [rollout.row_list(part) for part in parts]
     assert len(parts) == 4 and sorted(sum(parts, [])) == list(range(6)) and all(parts)
-    found = even_passes(split_rows, Other(), rollout, slice(0, 4))
+    found = equal_counts([[0, 1, 2, 3]], Other())
     assert found == [slice(i, i + 1) for i in range(4)]
 
 
@@ -372,17 +376,17 @@ def test_every_rank_makes_the_same_number_of_passes():
 
 
 def test_logits_processor_samples_the_same_distribution():
-    rule = lambda entropy: 1 + 0.3 * entropy.tanh()
+    rule = lambda entropy, position: 1 + 0.3 * entropy.tanh()
     logits = torch.randn(5, 20)
-    scaled = AdaptiveTemperature(rule)(None, logits)
+    scaled = AdaptiveTemperature(rule)(torch.zeros(len(logits), 1).long(), logits)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(scaled, logits / rule(entropy)[:, None])
-    model, rule = random_model().eval(), lambda entropy: 0.1 * entropy
+    torch.testing.assert_close(scaled, logits / rule(entropy, None)[:, None])
+    model, rule = random_model().eval(), lambda entropy, position: 0.1 * entropy
     ids, processors = torch.tensor([[5, 6]]).repeat(5_000, 1), [AdaptiveTemperature(rule)]
     how = dict(do_sample=True, top_k=0, max_new_tokens=1, pad_token_id=0)
     drawn = model.generate(ids, **how, logits_processor=processors)[:, -1]
     first = full_logits(model, [5, 6])[-1:]
-    share = (first / rule(entropy_of(first))[:, None]).softmax(-1)[0]
+    share = (first / rule(entropy_of(first), None)[:, None]).softmax(-1)[0]
     assert (torch.bincount(drawn, minlength=50) / 5_000 - share).abs().max() < 0.015
     # the rule makes a difference that this would see
     assert (first.softmax(-1)[0] - share).abs().max() > 0.03

@@ -7,14 +7,14 @@ import zlib
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, changed_scores, drawn, given_batch, verdicts
 
 import losses
 import sampling
 import train
 from common.errors import UserError
 from engine import decoding, forward
-from engine.engine import SingleProcess
+from engine.processes import SingleProcess
 from problems.grading import Grade
 from run import baselines, options, report
 from run.setup import open_run
@@ -43,7 +43,7 @@ def exact(logits, targets):
     return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
-SCORERS = {False: losses.token_logprobs_and_entropy, True: losses.plain_logprobs_and_entropy}
+SCORERS = {False: losses.token_logprobs_and_entropy, True: losses.token_logprobs_and_entropy}
 
 
 def eye_scores(plain):
@@ -176,7 +176,7 @@ def opened(tmp_path, monkeypatch):
         "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
     )
     monkeypatch.setattr(
-        train, "grade", lambda p, text: Grade(*[zlib.crc32(text.encode()) % 3 == 0] * 2)
+        "run.rewards.grade", lambda p, text: Grade(*[zlib.crc32(text.encode()) % 3 == 0] * 2)
     )
 
     def open_one(*more):
@@ -214,10 +214,9 @@ def test_the_first_ratios_of_several_updates(opened):
 
 
 def test_ratios_beyond_the_limit_are_counted(opened, monkeypatch):
-    run, original = opened("--algo", "dapo"), train.score
-    monkeypatch.setattr(
-        train, "score", lambda *args: (original(*args)[0] - 30.0, original(*args)[1])
-    )
+    run = opened("--algo", "dapo")
+    less = lambda scores, model: scores._replace(logp=scores.logp - 30.0)
+    changed_scores(monkeypatch, run, less)
     step = train.train_step(1, run)
     (update,) = step.updates
     counts = report.clip_counts([update], step.batch)
@@ -330,23 +329,22 @@ SETTINGS = [
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_whole_step_against_a_naive_one(opened, monkeypatch, setting):
-    run, original, seen = opened(*setting.split()), train.score, {}
+    run, seen = opened(*setting.split()), {}
     noise = 0.25 * torch.randn(48, 12, generator=torch.Generator().manual_seed(5))
     if run.reference is not None:
         with torch.no_grad():
             run.reference.model.norm.weight.mul_(1.2)
 
-    def score(model, rollout, *more):
+    def off(scores, model):
         """The old policy is a little off, so that ratios are anywhere around 1."""
-        logp, entropy = original(model, rollout, *more)
-        off = noise[: len(logp), : logp.shape[1]] * rollout.mask
-        return (logp if model is run.reference else logp + off), entropy
+        logp = scores.logp + noise[: len(scores.logp), : scores.logp.shape[1]] * (scores.logp != 0)
+        return scores if model is run.reference else scores._replace(logp=logp)
 
     def step(optimizer):
         named = run.policy.named_parameters()
         seen.update({n: p.grad.clone() for n, p in named if p.grad is not None})
 
-    monkeypatch.setattr(train, "score", score)
+    changed_scores(monkeypatch, run, off)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     done = train.train_step(1, run)
     (update,) = done.updates
@@ -378,7 +376,7 @@ def test_the_statistics_are_logged(opened):
     run = opened()
     step = train.train_step(1, run)
     metrics = report.step_metrics(step, report.weight_sample(run), run)
-    x = step.batch.entropy[step.batch.rollout.mask].clamp_min(1e-8).log()
+    x = step.batch.full.entropy[step.batch.rollout.mask].clamp_min(1e-8).log()
     assert metrics["h_max"] == pytest.approx((x.max() - metrics["pivot"]).item(), rel=1e-5)
     assert metrics["h_min"] == pytest.approx((x.min() - metrics["pivot"]).item(), rel=1e-5)
     assert 0 <= metrics["at_floor"] <= 1 and metrics["sigma"] > 0
@@ -395,18 +393,19 @@ def test_sampler_against_scorer(opened, monkeypatch):
     assert metrics["sampler_kl"] == pytest.approx(math.exp(0.1) - 1.1, rel=1e-2)
 
 
-def test_the_correction_weighs_tokens(opened):
+def test_the_correction_weighs_tokens(opened, monkeypatch):
+    monkeypatch.setattr(losses, "grpo_advantages", lambda rewards, size: torch.ones_like(rewards))
+    verdicts(monkeypatch, True, False)
     for excess, weight in ((0.0, 1.0), (0.5, math.exp(0.5)), (3.0, 2.0)):
         run = opened("--algo", "dapo", "--sampler-correction")
-        batch = train.collect(1, None, run)
-        parts = [slice(0, 12)]
-        batch.old_logp, batch.entropy = train.score(run.policy, batch.rollout, parts, None, run)
-        batch.rollout.logp = batch.old_logp - excess
-        batch.advantages = torch.ones_like(batch.old_logp) * batch.loss_mask
-        batch.clip_low, batch.clip_high = train.clip_range(batch, run)
-        for arm in run.arms:
-            arm(batch, run)
-        assert train.update(batch, parts[0], None, run).loss == pytest.approx(-weight, rel=1e-5)
+        batch = drawn(run)
+        rows = [slice(0, len(batch.texts))]
+        scores = run.engine.batch_logprobs(run.policy, batch.rollout, rows, None)
+        batch.rollout.logp = scores.logp - excess
+        with monkeypatch.context() as patch:
+            given_batch(patch, batch)
+            (update,) = train.train_step(1, run).updates
+        assert update.loss == pytest.approx(-weight, rel=1e-5)
     with pytest.raises(UserError, match="--sampler-correction True: it would mistake"):
         options.parse("--estimate --sampler-correction --algo dapo --bupo-layer 1".split(), "")
 
@@ -423,8 +422,8 @@ def test_the_correction_undoes_the_sampler_s_heat(opened):
     train.train_step(1, run)
     batch = train.train_step(2, run).batch
     heated = batch.rollout.temperature[batch.rollout.mask] != 1
-    off = (batch.weight[batch.rollout.mask] - 1).abs()
-    assert heated.any() and off[heated].max() > 1e-3 and batch.weight.max() <= 2
+    off = (batch.importance_weights[batch.rollout.mask] - 1).abs()
+    assert heated.any() and off[heated].max() > 1e-3 and batch.importance_weights.max() <= 2
 
 
 def test_cudnn_attention_is_off():
@@ -435,7 +434,7 @@ def test_cudnn_attention_is_off():
 
 
 def test_no_comparison_wakes_a_dead_group(opened, monkeypatch):
-    monkeypatch.setattr(train, "grade", lambda problem, text: Grade(False, False))
+    monkeypatch.setattr("run.rewards.grade", lambda problem, text: Grade(False, False))
     for arm in ("entropy-advantage", "edge", "forking", "archer"):
         run = opened("--algo", "dapo", "--baseline", arm, "--temperature", "0.8")
         assert train.train_step(1, run).updates == [train.Update()]

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, verdicts
+from conftest import ROOT, changed_scores, drawn, given_batch, verdicts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bupo
@@ -19,7 +19,7 @@ import internals
 import losses
 import train
 from common.errors import UserError
-from engine.engine import SingleProcess
+from engine.processes import SingleProcess
 from run import baselines, checkpoint, options, report, setup
 from run.batch import join, rollout_of, select
 from run.setup import open_run
@@ -43,9 +43,9 @@ def a_batch(name, answers):
         rollout=rollout,
         strict=~right,
         lenient=right,
-        right=right,
+        correct=right,
         rewards=right.float() - 0.5 * torch.arange(len(pairs)),
-        live=~right,
+        has_reward_variance=~right,
         in_loss=right,
         loss_mask=rollout.mask,
     )
@@ -61,7 +61,7 @@ def test_select_and_join_carry_every_field_along():
     assert picked.texts == b.texts + a.texts[:2]
     assert picked.rollout.responses() == [[9], [4, 4, 4, 4], [5], [6, 6, 6]]
     assert picked.rewards.tolist() == [0, 0.5, 0, 0.5]
-    for name in ("strict", "lenient", "right", "live", "in_loss"):
+    for name in ("strict", "lenient", "correct", "has_reward_variance", "in_loss"):
         expected = torch.cat([getattr(b, name), getattr(a, name)[:2]])
         assert getattr(picked, name).tolist() == expected.tolist()
     assert picked.entropy is None
@@ -84,14 +84,14 @@ def test_equal_answers_are_paid_the_same(opened, monkeypatch, reward):
     paid = step.batch.rewards.view(8, 4)
     assert torch.equal(paid, paid[:, :1].expand(8, 4))
     assert reward == "lenient" or 0 < paid.mean() < 1  # a coin for each prompt
-    assert [update.outcome for update in step.updates] == ["dead"]
+    assert [update.outcome for update in step.updates] == ["no_signal"]
     assert all(torch.equal(p, q) for p, q in zip(before, run.policy.parameters()))
 
 
 def test_equal_answers_are_those_to_one_prompt(opened, monkeypatch):
     verdicts(monkeypatch, True, False, False)
     monkeypatch.setattr(train, "response_texts", lambda answers, tokenizer: list("abab" * 4))
-    batch = train.collect(1, None, opened("--num-generations", "4"))
+    batch = drawn(opened("--num-generations", "4"))
     paid = batch.correct.view(4, 4).int().tolist()
     # verdicts 1001 0010 0100 1001, of which a's first and b's first count
     assert paid == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1], [1, 0, 1, 0]]
@@ -100,11 +100,11 @@ def test_equal_answers_are_those_to_one_prompt(opened, monkeypatch):
 def test_the_verdict_stays_apart_from_the_reward(opened, monkeypatch):
     verdicts(monkeypatch, True, False, False)
     run = opened("--overlong-buffer", "6")
-    batch = train.collect(1, None, run)
+    batch = drawn(run)
     assert batch.correct.tolist() == [True, False, False] * 2 + [True, False]
     penalty = losses.overlong_penalty(batch.rollout.lengths, 6, 6)
     assert torch.equal(batch.rewards, batch.correct.float() + penalty) and (penalty < 0).any()
-    assert report.tally(batch)["right"] == 3 == report.tally(batch)["strict"]
+    assert report.tally(batch)["correct"] == 3 == report.tally(batch)["strict"]
     assert report.tally(batch)["rewards"] == pytest.approx(batch.rewards.sum().item())
 
 
@@ -119,19 +119,19 @@ def test_rloo_by_hand():
     assert (losses.rloo_advantages(torch.tensor([3.0, 1.0]), 1) == 0).all()
 
 
-@pytest.mark.parametrize("name", losses.GROUP_RULES)
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_a_rule_reaches_every_arm(opened, monkeypatch, name):
     verdicts(monkeypatch, True, False, False, False, True, True, False, False)
-    rule = losses.GROUP_RULES[name]
+    rule = {"grpo": losses.grpo_advantages, "rloo": losses.rloo_advantages}[name]
     for arm in ("none", "entropy-advantage", "edge"):
         run = opened("--algo", "dapo", "--advantage", name, "--baseline", arm)
         step = train.train_step(1, run)
         expected = rule(step.batch.rewards, 2)[:, None] * step.batch.loss_mask
         if arm == "entropy-advantage":
-            expected = baselines.entropy_advantage(expected, step.batch.entropy)
+            expected = baselines.entropy_advantage(expected, step.batch.full.entropy)
         if arm == "edge":
             mask = step.batch.loss_mask
-            entropy = (step.batch.entropy * mask).sum(1) / mask.sum(1)
+            entropy = (step.batch.full.entropy * mask).sum(1) / mask.sum(1)
             per_answer = rule(step.batch.rewards, 2) * baselines.edge_weight(entropy, 2)
             expected = per_answer[:, None] * mask
         torch.testing.assert_close(step.batch.advantages, expected)
@@ -150,9 +150,9 @@ def test_the_share_of_needed_tokens_by_hand(opened, monkeypatch):
     step = train.train_step(1, run)
     lengths, prompts = step.batch.rollout.lengths, step.batch.rollout.prompt_mask.sum(1)
     needed = int(lengths.sum()) - 4 + int(prompts.sum())
-    packed = run.layout(step.batch.rollout, [0, 1, 2, 3]).ids.numel()
+    packed = run.engine.pack(step.batch.rollout, [0, 1, 2, 3]).ids.numel()
     assert report.useful_token_fraction(step.updates, step.batch, run) == needed / packed > 0.8
-    run.layout = internals.unpacked
+    monkeypatch.setattr(run.engine, "pack", internals.unpacked)
     width = int((prompts.repeat_interleave(2) + lengths).max()) - 1
     share = report.useful_token_fraction(step.updates, step.batch, run)
     assert share == needed / (4 * width) < 0.7
@@ -168,16 +168,15 @@ def test_groups_that_stayed_dead_are_not_in_the_denominator(opened, monkeypatch,
     alive = "--loss-mean", mean, "--algo", "dapo", "--dynamic-sampling", "--max-rounds", "1"
     verdicts(monkeypatch, True, False, *[False] * 6)
     run = opened(*alive)
-    batch = run.rounds(train.collect, 1, None, run)
+    batch = drawn(run)
+    assert report.tally(batch)["zero_std"] == 3
+    batch.rollout.mask[0, 4:] = False  # a shorter response: the three means differ
+    given_batch(monkeypatch, batch)
+    shift = 0.1 * torch.arange(8)[:, None]  # so that the loss is not 0
+    changed_scores(monkeypatch, run, lambda s, model: s._replace(logp=s.logp + shift))
+    step = train.train_step(1, run)
+    batch, (everything,) = step.batch, step.updates
     assert batch.in_loss.tolist() == [True, True] + [False] * 6
-    assert report.tally(batch)["dead"] == 3
-    batch.rollout.mask[0, 4:] = False  # a shorter answer: the three means differ
-    batch.loss_mask &= batch.rollout.mask
-    batch.old_logp, batch.entropy = train.score(run.policy, batch.rollout, [slice(0, 8)], None, run)
-    batch.old_logp += 0.1 * torch.arange(8)[:, None]  # so that the loss is not 0
-    batch.advantages = train.advantages(batch, run)
-    batch.clip_low, batch.clip_high = train.clip_range(batch, run)
-    everything = train.update(batch, slice(0, 8), None, run)
     counts = report.clip_counts([everything], batch)
     assert everything.outcome == "applied" and counts["tokens"] == batch.rollout.lengths[:2].sum()
 
@@ -203,7 +202,7 @@ def test_without_kl_there_is_no_reference_and_a_dead_update_moves_nothing(opened
     verdicts(monkeypatch, False)
     before = [p.detach().clone() for p in run.policy.parameters()]
     (dead,) = train.train_step(2, run).updates
-    assert dead == train.Update() and dead.outcome == "dead"
+    assert dead == train.Update() and dead.outcome == "no_signal"
     assert all(torch.equal(a, b) for a, b in zip(before, run.policy.parameters()))
 
 
@@ -214,7 +213,7 @@ def test_kl_adds_its_term_and_wakes_an_update_whose_groups_are_dead(opened, monk
         run.reference.model.norm.weight.mul_(1.5)
     step = train.train_step(1, run)
     batch, mask = step.batch, step.batch.loss_mask
-    expected = 0.5 * losses.kl_k3(batch.old_logp, batch.ref_logp)[mask].mean().item()
+    expected = 0.5 * losses.kl_k3(batch.old.logp, batch.reference.logp)[mask].mean().item()
     assert step.updates[0].outcome == "applied" and expected > 1e-3
     assert step.updates[0].loss == pytest.approx(expected, rel=1e-3)
 
@@ -334,13 +333,14 @@ def test_a_run_holds_the_lock_of_its_folder(opened):
 
 def test_the_reference_is_scored_without_an_entropy(opened, monkeypatch):
     """Nobody reads it; the policy's own is measured once, and not again in the update."""
-    run, asked, real = opened("--kl", "0.1"), [], train.token_scores
+    run, asked = opened("--kl", "0.1"), []
+    real = run.engine.token_logprobs
 
-    def spy(model, rollout, rows, layer, run, measure_entropy=False):
+    def spy(model, rollout, rows, layer, measure_entropy=True):
         asked.append((model is run.reference, measure_entropy))
-        return real(model, rollout, rows, layer, run, measure_entropy)
+        return real(model, rollout, rows, layer, measure_entropy)
 
-    monkeypatch.setattr(train, "token_scores", spy)
+    monkeypatch.setattr(run.engine, "token_logprobs", spy)
     train.train_step(1, run)
     assert asked == [(False, True), (True, False), (False, False)]
 
@@ -352,7 +352,7 @@ def test_threads_spin_briefly_unless_told_otherwise():
     """Set before torch is imported, and only where the user has set nothing."""
     for program in ("train", "evaluate", "internals"):
         text = (ROOT / f"{program}.py").read_text(encoding="utf-8")
-        assert text.index("\nimport common.threads") < text.index("\nimport torch")
+        assert text.index("import common.threads") < text.index("\nimport torch")
     say = "import os, common.threads; print(os.environ.get('GOMP_SPINCOUNT'))"
     base = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     cases = [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
@@ -404,14 +404,13 @@ def test_waits_do_not_grow_with_the_passes(opened, monkeypatch):
     asked = []
     for more in ([], ["--micro-batch", "2"]):
         run = opened("--prompts-per-step", "8", "--updates-per-rollout", "4", *more)
-        before, collect = report.weight_sample(run), train.collect
-        batch = collect(1, None, run)
-        run.rounds = lambda *args, batch=batch: batch
-        with Asks() as asks:
+        before, batch = report.weight_sample(run), drawn(run)
+        with monkeypatch.context() as patch, Asks() as asks:
+            given_batch(patch, batch)
             step = train.train_step(1, run)
             metrics = report.step_metrics(step, before, run)
         assert metrics["updates"] == 4
-        assert len(step.updates[0].passes) == (2 if more else 1)
+        assert len(step.updates[0].micro_batches) == (2 if more else 1)
         asked.append(asks.count)
     assert asked[0] == asked[1] < 25
 
@@ -420,12 +419,13 @@ def test_processes_diagnose_as_many_answers_as_the_widest_allows(opened, monkeyp
     """Every pass of a sharded model is a collective call: all make the same number of them."""
     run = opened("--bupo-layer", "2", "--bupo-steps", "1", "--diagnose-every", "1", "--steps", "2")
     train.train_step(1, run)
-    monkeypatch.setattr(run.dist, "max", lambda width: torch.tensor(internals.DIAGNOSED // 3))
+    width = torch.tensor(internals.DIAGNOSED_TOKENS // 3)
+    monkeypatch.setattr(run.dist, "all_reduce_max", lambda own: width)
     asked = []
     names = ("layer_similarity", "internal_entropy", "perplexity")
     for room, name in (*((internals, n) for n in names), (bupo, "internal_entropy")):
         real = getattr(room, name)
-        spy = lambda *given, real=real: (asked.append(given[-1]), real(*given))[1]
+        spy = lambda *given, real=real, **more: (asked.append(given[-1]), real(*given, **more))[1]
         monkeypatch.setattr(room, name, spy)
     report.diagnose(run)
     bupo.measure_boundary(run.policy, *run.diagnosed, run.vocab_size, run.dist)
@@ -452,7 +452,7 @@ def test_no_gradient_passes_an_operation_whose_ties_torch_leaves_open(opened, mo
     """Of all operations between the weights and the loss of a step, none is one of OPEN."""
     verdicts(monkeypatch, True, False)
     run, passed = opened(*options.split()), set()
-    backward = run.weights.backward
+    backward = run.engine.backward
 
     def record(loss):
         waiting = [loss.grad_fn]
@@ -463,7 +463,7 @@ def test_no_gradient_passes_an_operation_whose_ties_torch_leaves_open(opened, mo
                 waiting += [following for following, _ in node.next_functions]
         backward(loss)
 
-    monkeypatch.setattr(run.weights, "backward", record)
+    monkeypatch.setattr(run.engine, "backward", record)
     train.train_step(1, run)
     names = {type(node).__name__.partition("Backward")[0] for node in passed}
     assert len(names) > 10 and not names & set(OPEN)

@@ -12,16 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import TINY, write_questions
+from conftest import TINY, changed_scores, write_questions
 from safetensors.torch import load_file, save_file
 
+import hapo
 import losses
 import train
 from common.command import run_main
 from common.errors import UserError
 from engine import packing
-from engine.engine import SingleProcess, Weights
 from engine.float16 import Fp16Engine
+from engine.processes import SingleProcess
 from evaluate import Response
 from problems.grading import Grade
 from problems.latex import LATEX
@@ -63,7 +64,7 @@ def invent_verdicts(monkeypatch):
         return Grade(right, right)
 
     mixed = [[Response("", Grade(right, right), 7, True) for right in (True, False)]] * 2
-    monkeypatch.setattr(train, "grade", grade)
+    monkeypatch.setattr("run.rewards.grade", grade)
     monkeypatch.setattr(report, "evaluate_over", lambda *args: mixed)
 
 
@@ -200,7 +201,7 @@ def test_nothing_is_outside_the_clip_range_before_the_first_update(tmp_path):
 
 
 @pytest.fixture
-def one_update(tmp_path):
+def one_update(tmp_path, monkeypatch):
     """one_update(advantage, shift, *options, h=0.0, ref=None): loss of one token-mean update whose
     ratios are all exp(shift) and h all the same."""
 
@@ -208,13 +209,20 @@ def one_update(tmp_path):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         o = options.parse([*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], "")
         run, _ = open_run(o, SingleProcess("cpu"))
-        batch = train.collect(1, None, run)
-        logp, batch.entropy = train.score(run.policy, batch.rollout, [slice(0, 16)], None, run)
-        batch.old_logp = logp - shift
-        batch.advantages, batch.h = (x * torch.ones_like(logp) for x in (advantage, h))
-        batch.clip_low, batch.clip_high = train.clip_range(batch, run)
-        batch.ref_logp = None if ref is None else logp + ref
-        return train.update(batch, slice(0, 16), None, run).loss
+
+        def shifted(scores, model):
+            by = ref if model is run.reference else -shift
+            return scores._replace(logp=scores.logp + by)
+
+        def advantages(rewards, mask, *more):
+            return advantage * torch.ones(mask.shape)
+
+        with monkeypatch.context() as patch:
+            changed_scores(patch, run, shifted)
+            patch.setattr(hapo, "token_group_advantages", advantages)
+            patch.setattr(hapo, "modulation", lambda H, *more: h * torch.ones_like(H))
+            (update,) = train.train_step(1, run).updates
+        return update.loss
 
     return loss
 
@@ -243,16 +251,17 @@ def test_warm_up_is_linear(tmp_path):
 
 
 def test_the_overlong_penalty_is_part_of_the_reward_and_not_of_the_accuracy(tmp_path, monkeypatch):
-    kept, original = [], train.collect
-    monkeypatch.setattr(train, "collect", lambda *args: kept.append(original(*args)) or kept[-1])
+    kept, original = [], train.generate_and_grade
+    keep = lambda *args: kept.append(original(*args)) or kept[-1]
+    monkeypatch.setattr(train, "generate_and_grade", keep)
     _, rows = run(tmp_path / "run", "--overlong-buffer", "4", steps=1)
     batch = kept[0]
     penalty = [max(-1.0, min(0.0, (4 - n) / 4)) for n in batch.rollout.lengths.tolist()]
     right = batch.rewards - torch.tensor(penalty)
     assert set(right.tolist()) <= {0.0, 1.0} and (batch.rewards < 0).any()
-    assert rows[1]["right"] == pytest.approx(right.mean().item())
+    assert rows[1]["correct"] == pytest.approx(right.mean().item())
     assert rows[1]["reward"] == pytest.approx(batch.rewards.mean().item())
-    assert rows[1]["reward"] < rows[1]["right"]
+    assert rows[1]["reward"] < rows[1]["correct"]
 
 
 def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
@@ -261,8 +270,8 @@ def test_a_question_that_is_asked_twice_counts_once(monkeypatch):
     monkeypatch.setattr(report, "sample_responses", lambda *args, **kwargs: answers)
     fake = SimpleNamespace(
         options=SimpleNamespace(max_new_tokens=4, responses_per_step=8),
-        ranks=SingleProcess("cpu"),
-        actor=lambda: None,
+        dist=SingleProcess("cpu"),
+        engine=SimpleNamespace(generate=None),
         generate=None,
         tokenizer=None,
         eos_ids=[],
@@ -325,26 +334,37 @@ def test_bupo_phases_in_training(tiny_folder, tmp_path):
 
 
 def test_an_entropy_is_named_by_its_temperature(tmp_path, opened, capsys):
-    """At T_base 0.5 the raw logits' entropy, which phase 1 has, is not the one of phase 2."""
+    """At T_base 0.5 the entropies that h is computed from are those of logits / 0.5, in phase 1 as
+    in phase 2, and not the sampler's, which are of raw logits."""
     run = opened(*"--bupo-layer 2 --bupo-steps 1 --temperature 0.5 --lr 0".split())
     metrics, _ = train.guarded_step(1, run)
     report.record(1, metrics, None, run)
-    assert "entropy" not in metrics and "  sampler entropy " in capsys.readouterr().out
-    rollout, every = run.last_batch.rollout, [slice(0, 8)]
-    tokens = rollout.mask.sum()
-    _, scored = train.score(run.policy, rollout, every, None, run)
-    at_1 = dataclasses.replace(run, options=dataclasses.replace(run.options, temperature=1.0))
-    _, raw = train.score(run.policy, rollout, every, None, at_1)
-    assert metrics["sampler_entropy"] == pytest.approx(float(raw.sum() / tokens), rel=1e-4)
-    assert float(scored.sum() / tokens) < 0.95 * metrics["sampler_entropy"]
-    sample = json.loads(open(run.out / "samples.jsonl", encoding="utf-8").readline())
-    assert "sampler_entropy" in sample and "entropy" not in sample
+    assert "  entropy " in capsys.readouterr().out
+    batch, every = run.last_batch, [slice(0, 8)]
+    tokens = batch.rollout.mask.sum()
+    assert (batch.old.policy, batch.old.temperature) == ("layer 2", 0.5)
+    assert (batch.full.policy, batch.full.entropy_temperature) == ("full policy", 0.5)
+    scored = run.engine.batch_logprobs(run.policy, batch.rollout, every, None).entropy
+    assert torch.equal(batch.full.entropy, scored)
+    assert metrics["entropy"] == pytest.approx(float(scored.sum() / tokens), rel=1e-6)
+    sampler = batch.rollout.scores
+    assert (sampler.policy, sampler.entropy_temperature) == ("sampler", 1.0)
+    assert metrics["entropy"] < 0.95 * float(sampler.entropy.sum() / tokens)
+    assert '"entropy"' in open(run.out / "samples.jsonl", encoding="utf-8").readline()
     metrics, _ = train.guarded_step(2, run)
-    report.record(2, metrics, None, run)
-    assert "sampler_entropy" not in metrics and "  entropy " in capsys.readouterr().out
-    at_base = run.last_batch.trained_entropy.sum() / run.last_batch.rollout.mask.sum()
+    batch = run.last_batch
+    assert batch.full is batch.old and batch.full.policy == "full policy"
+    at_base = batch.old.entropy.sum() / batch.rollout.mask.sum()
     assert metrics["entropy"] == pytest.approx(float(at_base), rel=1e-6)
-    assert '"entropy"' in open(run.out / "samples.jsonl", encoding="utf-8").readlines()[-1]
+
+
+def test_phase_1_at_temperature_1_takes_the_sampler_s_entropies(opened):
+    """There they are the full policy's at T_base, and cost no pass of the whole model."""
+    run = opened(*"--bupo-layer 2 --bupo-steps 1".split())
+    batch = train.train_step(1, run).batch
+    assert batch.full.policy == "sampler" and batch.full.entropy is batch.rollout.entropy
+    scored = run.engine.batch_logprobs(run.policy, batch.rollout, [slice(0, 8)], None).entropy
+    torch.testing.assert_close(batch.full.entropy, scored, atol=1e-5, rtol=1e-4)
 
 
 def test_bupo_auto_and_arms(tiny_folder, tmp_path, capsys):
@@ -564,28 +584,28 @@ def test_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
 
 
 def test_broken_weights_end_the_run(tmp_path, monkeypatch):
-    original = train.update
+    original = Engine.optimizer_step
 
-    def update(batch, rows, layer, run):
-        result = original(batch, rows, layer, run)
+    def optimizer_step(engine, loss):
+        result = original(engine, loss)
         with torch.no_grad():
-            run.policy.model.norm.weight[0] = torch.nan
+            engine.policy.model.norm.weight[0] = torch.nan
         return result
 
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(Engine, "optimizer_step", optimizer_step)
     with pytest.raises(UserError, match="bad steps in a row"):
         run(tmp_path / "run", "--max-bad-steps", 2, steps=9)
 
 
 def test_a_nan_reward_is_refused(tmp_path, monkeypatch):
-    original = train.collect
+    original = train.generate_and_grade
 
-    def collect(*args):
+    def generate_and_grade(*args):
         batch = original(*args)
         batch.rewards[0] = torch.nan
         return batch
 
-    monkeypatch.setattr(train, "collect", collect)
+    monkeypatch.setattr(train, "generate_and_grade", generate_and_grade)
     with pytest.raises(UserError, match="bad steps in a row"):
         run(tmp_path / "run", "--max-bad-steps", 2, steps=9)
     bad = [
@@ -663,13 +683,15 @@ def test_what_becomes_of_an_update():
             p = torch.nn.Parameter(torch.ones(2))
             module = torch.nn.Module()
             module.p = p
-            weights = Weights(module, [{"params": [p]}], settings)
+            module.config = None
+            engine = Engine(module, settings, SingleProcess("cpu"), 1, [])
             if kind != "float32":
-                weights = Fp16Engine(module, [{"params": [p]}], settings, "cpu", lambda x: None)
-                weights.scaler._init_scale = 1024.0 if kind == "float16" else 1.0
-                weights.scaler.scale(torch.ones(1))
+                settings = dataclasses.replace(settings, plain=True)
+                engine = Fp16Engine(module, settings, SingleProcess("cpu"), 1, [])
+                engine.scaler._init_scale = 1024.0 if kind == "float16" else 1.0
+                engine.scaler.scale(torch.ones(1))
             p.grad = torch.tensor([gradient, 0.0])
-            assert weights.step(loss)[0] == outcome, (kind, loss, gradient)
+            assert engine.optimizer_step(loss)[0] == outcome, (kind, loss, gradient)
             assert (p != 1).any() == (outcome == "applied") and p.grad is None
 
 

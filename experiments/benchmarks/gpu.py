@@ -35,7 +35,7 @@ from common.attention import head_size
 from common.command import run_main
 from common.errors import UserError
 from engine import memory
-from engine.engine import SingleProcess
+from engine.processes import SingleProcess
 from problems.grading import Grade
 from run import options
 from run.build import choose
@@ -152,7 +152,7 @@ def measured_step(number, run):
         torch.cuda.reset_peak_memory_stats()
         return train.train_step(number, run), torch.cuda.max_memory_allocated()
     return peak_on_cpu(
-        lambda: train.train_step(number, run), run.policy, run.weights.optimizer, run.actor()
+        lambda: train.train_step(number, run), run.policy, run.engine.optimizer, run.actor()
     )
 
 

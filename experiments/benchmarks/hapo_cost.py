@@ -19,7 +19,7 @@ import tempfile
 from timing import in_turn, median, ratio
 
 import train
-from engine.engine import SingleProcess
+from engine.processes import SingleProcess
 from run import options
 from run.build import choose_steps
 from run.setup import open_run

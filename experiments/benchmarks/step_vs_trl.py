@@ -22,7 +22,7 @@ import time
 from timing import AutoTokenizer, median, qwen3, ratio
 
 import train
-from engine.engine import SingleProcess
+from engine.processes import SingleProcess
 from problems.grading import Grade, grade
 from problems.prompts import render_prompt
 from run import options
