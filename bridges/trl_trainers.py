@@ -22,7 +22,6 @@ Shapes: B answers of this process, S positions of prompts and answers, T of answ
 """
 
 import contextlib
-import functools
 import inspect
 from dataclasses import dataclass, field
 
@@ -149,12 +148,12 @@ class Bridge:
         """Ids of the tokenizer: those behind only pad the model's vocabulary."""
         return vocabulary(getattr(self.processing_class, "tokenizer", self.processing_class))
 
-    # what bupo.measure_boundary asks of several processes
-    def total(self, *numbers):
+    # bupo.measure_boundary calls these three, since several processes measure together
+    def all_reduce_sum(self, *numbers):
         sums = torch.tensor(numbers, device=self.accelerator.device)
         return self.accelerator.reduce(sums, "sum").tolist()
 
-    def max(self, number):
+    def all_reduce_max(self, number):
         return self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max()
 
     def reshard(self, model):
@@ -206,14 +205,15 @@ class HAPO(Bridge):
             return
         stats = hapo.EntropyStats(*torch.tensor(stats, device=self.accelerator.device))
         how = dict(stats=stats, tau=a.tau, form=a.temperature_form)
-        heat = AdaptiveTemperature(functools.partial(hapo.adaptive_temperature, **how))
-        heat.supports_continuous_batching = True
+        rule = lambda entropy, positions: hapo.adaptive_temperature(entropy, **how)
+        processor = AdaptiveTemperature(rule)
+        processor.supports_continuous_batching = True
         model = self._causal_lm(self.model)
         build = model._get_logits_processor
 
         def heated(*args, **kwargs):
             processors = build(*args, **kwargs)
-            processors.append(heat)  # behind T_base
+            processors.append(processor)  # after T_base
             return processors
 
         model._get_logits_processor = heated
@@ -264,7 +264,8 @@ class HAPO(Bridge):
             states = out.last_hidden_state[:, -size - 1 : -1]
             nothing = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
             how = (states, weight[: self._tokens()], nothing, self.temperature)
-            exact.append(losses.token_logprobs_and_entropy(*how)[1])
+            chunk = max(1, internals.LOGITS_CHUNK // self._tokens())
+            exact.append(losses.token_logprobs_and_entropy(*how, chunk_tokens=chunk)[1])
 
         hook = model.base_model.register_forward_hook(measure)
         try:
@@ -300,7 +301,10 @@ class BuPO(Bridge):
         super().__init__(*args, **kwargs)
         if self.args.bupo_layer not in (None, bupo.AUTO):
             body = self._causal_lm(self.model)
-            internals.check_layer(body, int(self.args.bupo_layer), "bupo_layer")
+            try:
+                internals.check_layer(body, int(self.args.bupo_layer), "bupo_layer")
+            except ValueError as error:
+                raise UserError(str(error)) from error
 
     def _generate_and_score_completions(self, inputs):
         if self.model.training:
@@ -310,6 +314,9 @@ class BuPO(Bridge):
             layer = self._kept.layer or self.args.bupo_layer
             layer = layer if layer in (None, bupo.AUTO) else int(layer)
             self._layer = bupo.target_layer(rollout, self.args.bupo_steps, layer)
+            if self.args.bupo_norm:  # phase 1 applies the final norm and leaves its weights unchanged
+                norm = internals.decoder_body(self._causal_lm(self.model)).norm
+                norm.requires_grad_(self._layer is None)
         with self._without_reference():
             batch = super()._generate_and_score_completions(inputs)
         if self.model.training:

@@ -36,7 +36,7 @@ def masses(given):
     the answers of a world's model."""
     with tempfile.TemporaryDirectory() as out:
         run, _ = open_run(options.parse([*given.split(), "--out", out], ""), SingleProcess("cpu"))
-        batch, G = train.collect(1, None, run), run.options.num_generations
+        batch, G = train.generate_and_grade(1, 0, None, 1.0, run), run.options.num_generations
     mask, lengths = batch.rollout.mask, batch.rollout.lengths
     rules = {
         "GRPO's advantages": losses.grpo_advantages(batch.rewards, G)[:, None] * mask,

@@ -33,22 +33,24 @@ train.losses.masked_mean = new
 """
 PATCHES = {
     "NaN in a reward": """
-old = train.collect
+old = train.generate_and_grade
 def new(step, *a):
     batch = old(step, *a)
     if step >= 3:
         batch.rewards[0] = float('nan')
     return batch
-train.collect = new
+train.generate_and_grade = new
 """,
     "NaN in a weight": """
-old = train.update
-def new(batch, rows, layer, run):
-    result = old(batch, rows, layer, run)
-    if run.prompts_consumed >= 12:
-        next(run.policy.parameters()).data[5] = float('nan')
+from engine.engine import Engine
+old, steps = Engine.optimizer_step, [0]
+def new(engine, loss):
+    result = old(engine, loss)
+    steps[0] += 1
+    if steps[0] >= 5:  # the first of step 3
+        next(engine.policy.parameters()).data[5] = float('nan')
     return result
-train.update = new
+Engine.optimizer_step = new
 """,
     "NaN in every gradient": NAN_LOSS.format(when=">"),
     "NaN in one gradient": NAN_LOSS.format(when="=="),

@@ -59,15 +59,13 @@ def open_run(options, dist):
         engine=build_engine(policy, options, dist, vocab_size, eos_ids),
         reward_function=reward_function,
         tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        eos_ids=eos_ids,
         train_examples=train_examples,
         held_out=held_out,
         out=out,
         guard=Guard(say),
         layer=layer_of(options),
     )
-    if not run.eos_ids:
+    if not eos_ids:
         say(
             "note: neither the model nor the tokenizer names an end-of-sequence token; "
             "responses end at --max-new-tokens only"

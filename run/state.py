@@ -30,8 +30,6 @@ class Run:
     reference: torch.nn.Module | None  # the initial model, where --kl needs it
     reward_function: RewardFunction | None  # --reward-function
     tokenizer: object
-    vocab_size: int  # ids from here on only pad the model's vocabulary
-    eos_ids: list
     train_examples: list  # (problem, prompt ids)
     held_out: list  # problems
     out: pathlib.Path
@@ -52,6 +50,10 @@ class Run:
     @property
     def policy(self):
         return self.engine.policy
+
+    @property
+    def vocab_size(self):
+        return self.engine.vocab_size
 
     def say(self, text):
         """Print a line, in one process."""

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, given_batch
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -146,29 +146,42 @@ def our_step(trainer, batch, folder, tmp_path, *more):
     rollout = rollout_of(prompts[::G], answers)
     texts = trainer.processing_class.batch_decode(answers, skip_special_tokens=True)
     rewards, mask = torch.tensor(reward(texts)), rollout.mask
-    live = train.losses.has_reward_variance(rewards, G)
+    varied = train.losses.has_reward_variance(rewards, G)
     own = Batch(
-        problems=[None] * P, texts=texts, rollout=rollout, strict=live, lenient=live, right=live,
-        rewards=rewards, live=live, in_loss=torch.ones_like(live), loss_mask=mask,
-    )  # fmt: skip
-    layer, rows = run.schedule(1), slice(0, P * G)
-    own.old_logp, own.trained_entropy = train.score(run.policy, rollout, [rows], layer, run)
-    _, own.entropy = train.score(run.policy, rollout, [rows], None, run)
-    if run.reference is not None and layer is None:
-        own.ref_logp, _ = train.score(run.reference, rollout, [rows], None, run)
+        problems=[None] * P,
+        texts=texts,
+        rollout=rollout,
+        strict=varied,
+        lenient=varied,
+        correct=varied,
+        rewards=rewards,
+        has_reward_variance=varied,
+        in_loss=torch.ones_like(varied),
+        loss_mask=mask,
+    )
+    rows = [slice(0, P * G)]
+    with torch.no_grad():  # phase 1 of ours takes the entropies that its sampler has recorded
+        rollout.entropy = run.engine.batch_logprobs(run.policy, rollout, rows, None).entropy
+    scored, kept = run.engine.token_logprobs, {}
+
+    def score_after_a_move(*args, **how):
+        if torch.is_grad_enabled():
+            move(run.policy)
+        return scored(*args, **how)
+
+    def keep_gradients(loss):
+        kept.update({n: p.grad for n, p in run.policy.named_parameters()})
+        return "applied", 0.0
+
+    run.engine.token_logprobs, run.engine.optimizer_step = score_after_a_move, keep_gradients
+    with pytest.MonkeyPatch.context() as patch:
+        given_batch(patch, own)
+        step = train.train_step(1, run)
     if o.algo == "hapo":
-        own.stats = train.statistics(own.entropy, own, run)
-        own.h = hapo.modulation(own.entropy, own.stats, mask)
         assert torch.allclose(batch["h"][:, : mask.shape[1]], own.h, atol=1e-4)
-    own.advantages = train.advantages(own, run)
-    own.clip_low, own.clip_high = train.clip_range(own, run)
-    move(run.policy)
-    logp, _ = train.token_scores(run.policy, rollout, rows, layer, run, False)
-    per_token, ratio, _ = train.policy_loss(logp, own, rows, run)
-    loss = run.mean_loss(per_token, mask, mask.sum(), P * G)
-    loss.backward()
-    gradients = {n: p.grad for n, p in run.policy.named_parameters()}
-    return loss.item(), gradients, ((ratio - 1).abs() * mask).max().item()
+    (update,) = step.updates
+    (result,) = update.micro_batches
+    return update.loss, kept, ((result.ratio - 1).abs() * mask).max().item()
 
 
 SETTINGS = {
@@ -305,9 +318,9 @@ def test_auto_measures_the_boundary_layer_on_the_first_answers(made, folder, mon
     expected, _ = trl_trainers.bupo.boundary_or_fallback(entropy.feed_forward_change)
     assert trainer._layer == trainer._kept.layer == expected
     assert trainer._metrics["train"]["bupo/layer"] == [expected]
-    ((*masks, size, ranks),) = asked
+    ((*masks, size, processes),) = asked
     assert all(map(torch.equal, masks, (ids, seen, response)))
-    assert size == trainer._tokens() and dist.all_reduce_sum(2.0, 3.0) == [2.0, 3.0]
+    assert size == trainer._tokens() and processes.all_reduce_sum(2.0, 3.0) == [2.0, 3.0]
 
 
 def test_auto_where_trl_scores_nothing(made):

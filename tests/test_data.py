@@ -16,6 +16,7 @@ import train
 from common.errors import UserError
 from engine.processes import SingleProcess
 from problems.files import DatasetSpec, rows_of
+from problems.grading import grade
 from problems.prompts import fit_context, render_prompt
 from run import report, reward_function
 from run.options import parse
@@ -364,7 +365,7 @@ def test_a_step_is_paid_by_the_function(opened, tmp_path, capsys):
     expected = torch.tensor([text.count("1") / 7 + n for text, n in zip(batch.texts, gold)])
     assert bad is None and torch.allclose(batch.rewards, expected)
     assert metrics["reward"] == pytest.approx(expected.mean().item())
-    assert metrics["right"] == batch.lenient.float().mean().item()
+    assert metrics["correct"] == batch.lenient.float().mean().item()
     pairs = expected.view(-1, 2)
     assert (
         batch.has_reward_variance.view(-1, 2)[:, 0].tolist()
@@ -387,7 +388,7 @@ def test_a_function_may_pay_for_answers_that_no_rule_checks(tmp_path):
         load_problems(data=tmp_path / "a.jsonl")
     train_set, held_out = load_problems(data=tmp_path / "a.jsonl", any_answer=True)
     assert len(train_set) + len(held_out) == 8 and train_set[0].kind == "unchecked"
-    assert not any(grading.grade(train_set[0], train_set[0].answer))
+    assert not any(grade(train_set[0], train_set[0].answer))
 
 
 # ------------------------------------------------------------------------------------------ moving

@@ -196,7 +196,9 @@ def test_a_shared_prompt_runs_once():
     states_of(model, ROLLOUT, [0, 1, 3, 4])
     # prompts of 4 and 1 tokens, answers of 3, 1, 2 and 4, each without its last token
     assert shapes == [(1, 11)]
-    internals.response_states(model, internals.unpacked(ROLLOUT, [0, 1, 3, 4]))  # the plain layout: a line an answer
+    internals.response_states(
+        model, internals.unpacked(ROLLOUT, [0, 1, 3, 4])
+    )  # the plain layout: a line an answer
     assert shapes[1] == (4, 6)
 
 

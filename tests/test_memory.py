@@ -130,7 +130,7 @@ def test_the_estimate_is_what_the_allocator_sees(more, monkeypatch):
     config, o = gpu.config_of("small"), gpu.step_options(a, more.split())
     config.vocab_size = 2_000
     run = gpu.make_run(a, config, o)
-    run.eos_ids = []  # answers of full length, which the estimate is of
+    run.engine.eos_ids = []  # answers of full length, which the estimate is of
     run.train_examples = [
         (problem, [1] * (a.prompt - len(ids)) + ids) for problem, ids in run.train_examples
     ]
@@ -154,7 +154,7 @@ def test_diagnostics_by_hand():
         found = memory.estimate(config, o, prompt_tokens=20).diagnostics
         assert found == tokens * (32 * stream + a_logit * 50)
     assert memory.estimate(config, some_options(), prompt_tokens=20).diagnostics == 0
-    long = memory.estimate(config, watched, prompt_tokens=internals.DIAGNOSED).diagnostics
+    long = memory.estimate(config, watched, prompt_tokens=internals.DIAGNOSED_TOKENS).diagnostics
     assert long == 10 * (32 * stream + 20 * 50)  # one sequence at a time
 
 
@@ -163,7 +163,7 @@ def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypat
 
     small = lambda device: SimpleNamespace(total_memory=10**6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", small)
-    ranks = SimpleNamespace(device=torch.device("cuda"), size=1, sharded=False)
+    dist = SimpleNamespace(device=torch.device("cuda"), size=1, sharded=False)
     more = ["--max-new-tokens", "400"]
     for given, advice in [
         (more, "--gradient-checkpointing"),
@@ -171,7 +171,9 @@ def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypat
         (["--max-new-tokens", "1", "--no-capture"], "--split-master .a fifth less., --offload, or"),
         (["--max-new-tokens", "1", "--no-capture", "--offload"], "more processes .torchrun"),
     ]:
-        fake = SimpleNamespace(options=some_options(*given), items=[(None, [1, 2])], ranks=ranks)
+        fake = SimpleNamespace(
+            options=some_options(*given), train_examples=[(None, [1, 2])], dist=dist
+        )
         message = f"this run needs 0.. GiB and the device has 0.0; try {advice}"
         with pytest.raises(UserError, match=message):
             setup.describe(fake, load_config(TINY), print)
@@ -184,7 +186,7 @@ def test_the_benchmark_rehearses_and_records(tmp_path, monkeypatch, capsys):
     import gpu
 
     monkeypatch.setattr(rewards, "grade", rewards.grade)
-    sizes = "--shape tiny --prompts 2 --answers 2 --answer 8 --prompt 12 --micro-batch 2".split()
+    sizes = "--shape tiny --prompts 2 --answers 4 --answer 8 --prompt 12 --micro-batch 2".split()
     record = tmp_path / "gpu.json"
     command = ["gpu.py", *sizes, "--rehearse", "--json", str(record), "--gradient-checkpointing"]
     monkeypatch.setattr("sys.argv", command)
@@ -192,7 +194,10 @@ def test_the_benchmark_rehearses_and_records(tmp_path, monkeypatch, capsys):
     row = json.loads(record.read_text(encoding="utf-8"))
     assert row["options"] == ["--micro-batch", "2", "--gradient-checkpointing"]
     assert row["rows"] == 4 and row["ratio_off"] == 0 and 0 < row["peak_gib"] < 0.1
-    assert row["tokens"] > row["answer_tokens"] > 3 and row["updates"][0] in ("applied", "no_signal")
+    assert row["tokens"] > row["answer_tokens"] > 3 and row["updates"][0] in (
+        "applied",
+        "no_signal",
+    )
     assert "memory:" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["gpu.py", *sizes])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -207,7 +212,7 @@ def test_the_benchmark_decodes_alone_and_profiles(monkeypatch, capsys):
     import gpu
 
     monkeypatch.setattr(rewards, "grade", rewards.grade)
-    sizes = "--shape tiny --prompts 2 --answers 2 --answer 8 --prompt 12 --rehearse".split()
+    sizes = "--shape tiny --prompts 2 --answers 4 --answer 8 --prompt 12 --rehearse".split()
     monkeypatch.setattr("sys.argv", ["gpu.py", *sizes, "--decode-alone"])
     gpu.main()
     draw = gpu.random.Random(0)
@@ -223,7 +228,7 @@ def test_the_benchmark_decodes_alone_and_profiles(monkeypatch, capsys):
 
     model = random_model()
     rollout = rollout_of([[1, 2], [3]], [[4, 5, 6], [7]])
-    run = SimpleNamespace(policy=model, actor=lambda: model)
+    run = SimpleNamespace(policy=model, engine=SimpleNamespace(replica=None))
     # tokens 1 and 2 of an answer behind a prompt of 2 see 3 and 4 keys; 2 steps; 3 layers, 2 heads
     a_position = 2 * 3 * 2 * 128 * 4
     expected = 2 * 4 * sum(p.numel() for p in model.parameters()) + (3 + 4) * a_position

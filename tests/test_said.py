@@ -73,7 +73,9 @@ def test_live_groups_are_dealt_out_to_the_updates(opened, monkeypatch):
 def test_an_update_without_a_token_moves_nothing(opened, monkeypatch):
     """KL and dynamic sampling, all groups dead: no momentum, no decay."""
     right = [True]
-    monkeypatch.setattr("run.rewards.grade", lambda problem, text: Grade(*[right.pop() or False] * 2))
+    monkeypatch.setattr(
+        "run.rewards.grade", lambda problem, text: Grade(*[right.pop() or False] * 2)
+    )
     run = opened("--kl", "0.1", "--dynamic-sampling", "--max-rounds", "1", "--lr", "1e-2")
     right[:] = [True, False] * 4
     assert train.train_step(1, run).updates[0].outcome == "applied"  # AdamW has its moments

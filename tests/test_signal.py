@@ -54,7 +54,7 @@ def eye_scores(plain):
     return scores
 
 
-def drawn(draw):
+def sampled(draw):
     def scores(logits, targets):
         # u picks the likeliest id, which is the target here
         one = draw(logits, 1.0, torch.full((len(logits),), 0.5))
@@ -66,8 +66,8 @@ def drawn(draw):
 WAYS = {
     "scorer": eye_scores(False),
     "plain scorer": eye_scores(True),
-    "sampler": drawn(lambda *args: decoding.Draw()(*args, measure_entropy=True)),
-    "plain sampler": drawn(sampling.draw),
+    "sampler": sampled(lambda *args: decoding.Draw()(*args, measure_entropy=True)),
+    "plain sampler": sampled(sampling.draw),
 }
 
 

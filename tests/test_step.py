@@ -64,7 +64,7 @@ def test_select_and_join_carry_every_field_along():
     for name in ("strict", "lenient", "correct", "has_reward_variance", "in_loss"):
         expected = torch.cat([getattr(b, name), getattr(a, name)[:2]])
         assert getattr(picked, name).tolist() == expected.tolist()
-    assert picked.entropy is None
+    assert picked.old is None
     # padded to the longest, rows in the new order
     assert picked.loss_mask.sum(1).tolist() == [1, 4, 1, 3]
 

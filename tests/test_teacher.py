@@ -8,7 +8,6 @@ from conftest import TINY
 import evaluate
 from common.models import load_model
 from problems.grading import grade
-from sampling import eos_ids_of
 from scripts.pretrain_tiny import bare, numbers_of, worked
 from tasks import BUILT_IN, Problem, load_problems
 
@@ -61,7 +60,7 @@ def test_the_shipped_model_blurts(temperature, low, high):
     """Seldom right, and most of its answers bare: what the default run starts from."""
     model, tokenizer = load_model(str(TINY))
     problems = load_problems("addition")[1][:256]
-    how = (1, 40, eos_ids_of(model, tokenizer), temperature)
-    rows = evaluate.sample_responses(model, tokenizer, problems, *how)
+    draw = evaluate.decoder_of(model, tokenizer)
+    rows = evaluate.sample_responses(draw, tokenizer, problems, 1, 40, temperature)
     assert low < evaluate.summarise(rows).strict < high
     assert sum("####" in row[0].text for row in rows) / len(rows) < 0.4

@@ -21,6 +21,7 @@ import train
 from common.command import run_main
 from common.errors import UserError
 from engine import packing
+from engine.engine import Engine
 from engine.float16 import Fp16Engine
 from engine.processes import SingleProcess
 from evaluate import Response
@@ -183,7 +184,7 @@ def test_micro_batches_change_no_gradient(tmp_path, gradients, algo, monkeypatch
     settings, always = ("", *passes, ""), ["--model", TINY, "--algo", algo, "--grad-clip", "1e6"]
     for i, extra in enumerate(settings):
         if i == len(settings) - 1:
-            monkeypatch.setattr(packing, "pack", lambda *sizes: None)
+            monkeypatch.setattr(packing, "choose_packing", lambda *sizes: None)
         run(tmp_path / str(i), *always, *extra.split(), steps=1)
     assert len(gradients) == 2 * len(settings)
     for i in range(1, len(settings)):
@@ -221,7 +222,7 @@ def one_update(tmp_path, monkeypatch):
             changed_scores(patch, run, shifted)
             patch.setattr(hapo, "token_group_advantages", advantages)
             patch.setattr(hapo, "modulation", lambda H, *more: h * torch.ones_like(H))
-            (update,) = train.train_step(1, run).updates
+            update = train.train_step(1, run).updates[0]
         return update.loss
 
     return loss
@@ -360,7 +361,7 @@ def test_an_entropy_is_named_by_its_temperature(tmp_path, opened, capsys):
 
 def test_phase_1_at_temperature_1_takes_the_sampler_s_entropies(opened):
     """There they are the full policy's at T_base, and cost no pass of the whole model."""
-    run = opened(*"--bupo-layer 2 --bupo-steps 1".split())
+    run = opened(*"--bupo-layer 2 --bupo-steps 1 --lr 0".split())
     batch = train.train_step(1, run).batch
     assert batch.full.policy == "sampler" and batch.full.entropy is batch.rollout.entropy
     scored = run.engine.batch_logprobs(run.policy, batch.rollout, [slice(0, 8)], None).entropy
@@ -675,7 +676,7 @@ def test_what_becomes_of_an_update():
     """By loss and gradient norm; under float16 an overflow is no fault as long as the loss scale
     can still fall, a NaN loss is."""
     inf, nan = math.inf, math.nan
-    settings = options.parse(["--estimate"], "")
+    settings = dataclasses.replace(options.parse(["--estimate"], ""), dtype="float32")
     cases = [(0.0, 1.0, "applied"), (inf, 1.0, "skipped"), (0.0, nan, "skipped")]
     scaled = [(0.0, 1.0, "applied"), (0.0, inf, "rescaled"), (nan, nan, "skipped")]
     for kind, rows in (("float32", cases), ("float16", scaled), ("at scale 1", cases)):

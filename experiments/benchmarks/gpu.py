@@ -28,17 +28,17 @@ import time
 import phases
 import torch
 import transformers
+from timing import AutoModelForCausalLM, Qwen2Config, peak_on_cpu
 
 import train
-from common import AutoModelForCausalLM, Qwen2Config, peak_on_cpu
 from common.attention import head_size
 from common.command import run_main
 from common.errors import UserError
 from engine import memory
 from engine.processes import SingleProcess
 from problems.grading import Grade
-from run import options
-from run.build import choose
+from run import options, rewards
+from run.build import build_engine, layer_of
 from run.guard import Guard
 from run.report import largest_ratios
 from run.state import Run
@@ -115,9 +115,9 @@ def step_options(a, more):
 
 def make_run(a, config, o):
     """A run as train.py opens one, but for random weights and questions."""
-    ranks = SingleProcess(o.device)
+    dist = SingleProcess(o.device)
     torch.manual_seed(0)
-    with ranks.device:
+    with dist.device:
         policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if o.gradient_checkpointing:
         # its name from transformers 5.20 on
@@ -127,33 +127,39 @@ def make_run(a, config, o):
     draw, known = random.Random(0), config.vocab_size - 271  # the last ids only pad
     lengths = [draw.randint(a.prompt // 2, a.prompt) for _ in range(4 * a.prompts)]
     prompts = [[draw.randrange(known) for _ in range(n)] for n in lengths]
+    eos_ids = list(range(0, known, a.answer))  # a response ends with a chance of 1 / its cap
     run = Run(
         options=o,
-        ranks=ranks,
-        policy=policy,
+        dist=dist,
+        engine=build_engine(policy, o, dist, known, eos_ids),
         reference=None,
+        reward_function=None,
         tokenizer=Words(known),
-        vocab_size=known,
-        eos_ids=list(range(0, known, a.answer)),  # an answer ends with a chance of 1 / its cap
-        items=[(Problem("", "1"), prompt) for prompt in prompts],
+        train_examples=[(Problem("", "1"), prompt) for prompt in prompts],
         held_out=[],
         out=pathlib.Path(o.out),
         guard=Guard(print),
+        layer=layer_of(o),
     )
-    choose(run)
     return run
 
 
 def measured_step(number, run):
     """(train.Step, largest number of bytes in use), verdicts being coins."""
     coin = random.Random(number)
-    train.grade = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
+    rewards.grade = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
     if run.dist.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return train.train_step(number, run), torch.cuda.max_memory_allocated()
     return peak_on_cpu(
-        lambda: train.train_step(number, run), run.policy, run.engine.optimizer, run.actor()
+        lambda: train.train_step(number, run), run.policy, run.engine.optimizer, sampling_model(run)
     )
+
+
+def sampling_model(run):
+    """Return the model that responses are drawn from: the policy, or its copy in fewer bits."""
+    replica = run.engine.replica
+    return run.policy if replica is None else replica.model
 
 
 def of_card(table, card):
@@ -162,7 +168,7 @@ def of_card(table, card):
 
 def bytes_of_decoding(run, rollout):
     """What decoding must read: the weights once a step, a row's keys and values once a token."""
-    config, actor = run.policy.config, run.actor()
+    config, actor = run.policy.config, sampling_model(run)
     width = next(actor.parameters()).element_size()
     heads = config.num_key_value_heads * head_size(config)
     a_position = 2 * config.num_hidden_layers * heads * width
@@ -186,9 +192,8 @@ def decode_alone(a, run):
         draws[length - 1, row] = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        rollout = run.generate(
-            run.actor(), prompts, 1, longest, [0], 1.0, run.vocab_size, uniform=draws
-        )
+        run.engine.eos_ids = [0]
+        rollout = run.engine.generate(prompts, 1, longest, 1.0, draws)
         tokens = int(rollout.lengths.sum())
         seconds = time.perf_counter() - started
     assert rollout.lengths.tolist() == [length for _, length in sizes]

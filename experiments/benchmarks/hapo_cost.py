@@ -18,10 +18,10 @@ import tempfile
 
 from timing import in_turn, median, ratio
 
+import hapo
 import train
 from engine.processes import SingleProcess
 from run import options
-from run.build import choose_steps
 from run.setup import open_run
 
 HAPO_AS_DAPO = "hapo, --tau 0"  # all of HAPO's work, DAPO's answers
@@ -44,8 +44,7 @@ def open_both(more="", after=0):
 
 def take(run, options):
     """From here on the run takes its steps with these options."""
-    run.options = options
-    choose_steps(run)
+    run.options = run.engine.options = options
 
 
 def stepper(run, algos):
@@ -57,9 +56,13 @@ def stepper(run, algos):
         def go():
             take(run, algos[name])
             run.prompts_consumed = 0
+            draw = train.generate_and_grade
             if answers is not None:
-                run.rounds = lambda *args: dataclasses.replace(answers)
-            train.train_step(2, run)
+                train.generate_and_grade = lambda *args: dataclasses.replace(answers)
+            try:
+                train.train_step(2, run)
+            finally:
+                train.generate_and_grade = draw
             for p, q in zip(run.policy.parameters(), weights):
                 p.data.copy_(q)
 
@@ -72,7 +75,12 @@ def drawn(run, o):
     """The answers that a run draws with these options."""
     take(run, o)
     run.prompts_consumed = 0
-    return train.collect(2, None, run)
+    stats, temperature = run.sampler_stats, o.temperature
+    if o.uses("A"):
+        temperature = lambda entropy, position: hapo.adaptive_temperature(
+            entropy, stats, o.temperature, o.tau
+        )
+    return train.generate_and_grade(2, 0, None, temperature, run)
 
 
 def main():

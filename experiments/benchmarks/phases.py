@@ -5,10 +5,11 @@ On a CPU the same table holds operators instead of launches and kernels.
 
 import collections
 
+import timing  # noqa: F401 - the project's root is on the path now
+import torch
 from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-import common  # noqa: F401 - the project's root is on the path now
 import train
 from common.devices import synchronize
 
@@ -22,6 +23,8 @@ def profiled_step(number, run):
 
     def watched(phase, function):
         def call(*args, **kwargs):
+            if phase == "update" and not torch.is_grad_enabled():
+                return function(*args, **kwargs)  # part of scoring, which is watched as a whole
             kinds = [ProfilerActivity.CPU]
             kinds += [ProfilerActivity.CUDA] if run.dist.device.type == "cuda" else []
             with profile(activities=kinds) as watch:
@@ -33,13 +36,18 @@ def profiled_step(number, run):
 
         return call
 
-    rounds, score, update = run.rounds, train.score, train.update
-    run.rounds, train.score = watched("generate", rounds), watched("score", score)
-    train.update = watched("update", update)
+    engine, draw = run.engine, train.generate_and_grade
+    train.generate_and_grade = watched("generate", draw)
+    phases = {"batch_logprobs": "score"}
+    phases |= dict.fromkeys(("token_logprobs", "backward", "optimizer_step"), "update")
+    for name, phase in phases.items():
+        setattr(engine, name, watched(phase, getattr(engine, name)))
     try:
         train.train_step(number, run)
     finally:
-        run.rounds, train.score, train.update = rounds, score, update
+        train.generate_and_grade = draw
+        for name in phases:
+            delattr(engine, name)
     return seen
 
 
