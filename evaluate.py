@@ -183,15 +183,15 @@ def parse(argv: list[str] | None) -> object:
     add(
         "--instruction",
         metavar="TEXT",
-        help="line behind every question, '' for none; default: that of the run whose folder holds "
+        help="line after every question, '' for none; default: that of the run whose folder holds "
         f"the model, else '{FILE_INSTRUCTION}' for files",
     )
-    add("--samples", type=int, default=8, metavar="K", help="answers a question, 1 to 256")
+    add("--samples", type=int, default=8, metavar="K", help="responses per question, 1 to 256")
     add("--temperature", type=float, default=1.0, help="0 is greedy")
     add("--max-new-tokens", type=int, default=None, help="default: the run's or the task's")
-    add("--limit", type=int, metavar="N", help="only the first N questions")
+    add("--limit", type=int, metavar="N", help="ask only the first N questions")
     add("--seed", type=int, default=0)
-    add("--rows-at-once", type=int, default=512, help="answers decoded together")
+    add("--rows-at-once", type=int, default=512, help="responses decoded at a time")
     add("--threads", type=int, default=None, metavar="N", help="CPU threads")
     add("--device", default=default_device())
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the device's own")
@@ -211,7 +211,7 @@ def parse(argv: list[str] | None) -> object:
         raise UserError(f"--temperature {args.temperature}: must lie between 0 (greedy) and 100")
     if args.temperature == 0 and args.samples > 1:
         raise UserError(
-            f"--samples {args.samples}: greedy decoding (--temperature 0) has one answer a "
+            f"--samples {args.samples}: greedy decoding (--temperature 0) has one response per "
             "question; use --samples 1"
         )
     return args
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> dict:
     level = f", level {asked.difficulty}" if asked.difficulty else ""
     print(
         f"{asked.eval_data or asked.data or asked.task}{level}: {len(problems)} questions, "
-        f"{args.samples} answers each, at most {cap} tokens; "
+        f"{args.samples} responses each, at most {cap} tokens; "
         f"the first prompt ({len(ids)} tokens):\n{text}"
     )
     answers = sample_responses(

@@ -127,8 +127,8 @@ def load_problems(
     """(training problems, held-out problems), disjoint by key_of, and the same in every run.
 
     Built-in tasks draw QUESTIONS questions and hold out a fifth of the different ones. A file's
-    rows are shuffled, and the last HELD_OUT of them (at most a fifth) are kept apart. UserError says
-    in one line what to do.
+    rows are shuffled, and the last HELD_OUT of them (at most a fifth) are kept apart. UserError
+    says in one line what to do.
     """
     rng = random.Random(f"{task} 0")
     if data is not None:
@@ -198,8 +198,8 @@ def _problem_of(row: Row, any_answer: bool) -> Problem:
     return Problem(row.question, answer, kind, (), row.history, row.place, row.columns)
 
 
-UNCHECKED = "its answer is empty, or of several lines without #### or \\boxed"
+UNCHECKED = "its reference answer is empty, or of several lines without #### or \\boxed"
 NO_LATEX = (
-    "its answer is neither a number nor a word, and LaTeX needs math-verify: pip install "
+    "its reference answer is neither a number nor a word, and LaTeX needs math-verify: pip install "
     "math-verify"
 )

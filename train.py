@@ -143,10 +143,10 @@ def train_step(step: int, run: Run) -> StepRecord:
         total, results = 0.0, []
         for rows in engine.micro_batches(rollout, mini_batch):
             new = engine.token_logprobs(engine.policy, rollout, rows, layer, measure_entropy=False)
-            of_tokens = policy_loss(new.logp, batch, rows, options)  # HAPO C and D
-            if options.loss_mean == "token":
+            of_tokens = policy_loss(new.logp, batch, rows, options)  # with C and D of HAPO
+            if of_tokens.loss_mean == "token":
                 loss = losses.masked_mean(of_tokens.per_token, batch.loss_mask[rows], tokens)
-            elif options.loss_mean == "sequence":
+            elif of_tokens.loss_mean == "sequence":
                 loss = losses.sequence_mean(of_tokens.per_token, batch.loss_mask[rows], responses)
             else:
                 loss = losses.fixed_length_mean(
@@ -195,12 +195,13 @@ def generate_and_grade(
 def policy_loss(logp: Tensor, batch: Batch, rows: Rows, options: Options) -> PolicyLoss:
     """Return the loss of some responses, (rows, T), from their log-probabilities now.
 
-    A ratio and its clip bounds belong together: whoever changes one changes both, here.
+    A ratio, its clip bounds and its mean belong together: whoever changes one changes all, here.
     """
     advantages, h = batch.advantages[rows], None if batch.h is None else batch.h[rows]
     if options.baseline in baselines.LOSS_BASELINES:
-        loss, ratio, low, high = baselines.policy_loss(logp, batch, rows, options)
+        loss, ratio, low, high, _, loss_mean = baselines.policy_loss(logp, batch, rows, options)
     else:
+        loss_mean = options.loss_mean
         ratio = losses.likelihood_ratio(logp, batch.old.logp[rows])
         low = torch.full_like(logp, options.clip_low)
         high = torch.full_like(logp, options.clip_high)
@@ -217,7 +218,7 @@ def policy_loss(logp: Tensor, batch: Batch, rows: Rows, options: Options) -> Pol
         loss = loss * batch.importance_weights[rows]
     if batch.reference is not None:
         loss = loss + options.kl * losses.kl_k3(logp, batch.reference.logp[rows])
-    return PolicyLoss(loss, ratio, low, high, advantages)
+    return PolicyLoss(loss, ratio, low, high, advantages, loss_mean)
 
 
 # ----------------------------------------------------------------------------------------- the run

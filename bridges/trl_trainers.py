@@ -314,7 +314,7 @@ class BuPO(Bridge):
             layer = self._kept.layer or self.args.bupo_layer
             layer = layer if layer in (None, bupo.AUTO) else int(layer)
             self._layer = bupo.target_layer(rollout, self.args.bupo_steps, layer)
-            if self.args.bupo_norm:  # phase 1 applies the final norm and leaves its weights unchanged
+            if self.args.bupo_norm:  # phase 1 leaves the final norm's weights unchanged
                 norm = internals.decoder_body(self._causal_lm(self.model)).norm
                 norm.requires_grad_(self._layer is None)
         with self._without_reference():

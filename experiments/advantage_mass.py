@@ -67,16 +67,16 @@ def main():
     real = parser.parse_args().real
     plan = claims_runs.read_json(claims_plan.PLAN)
     claims_runs.make_models(plan, plan["models"])
-    found = claims_runs.read_json(claims_page.MASSES)
+    found = claims_runs.read_json(claims_runs.MASSES)
     for world in plan["models"]:
         given = f"{OPTIONS} --difficulty 2 --model {ROOT}/runs/worlds/{world}"
         found[world] = masses(given)
     if real:
         given = plan["real model"]["options"].replace("REAL", real)
         found["real"] = masses(f"{given} {OPTIONS}")
-    claims_page.MASSES.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+    claims_runs.MASSES.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
     print(claims_page.mass_table(claims_page.before_training(found)))
-    print(f"saved to {claims_page.MASSES.relative_to(ROOT)}; python experiments/claims.py draws it")
+    print(f"saved to {claims_runs.MASSES.relative_to(ROOT)}; python experiments/claims.py draws it")
 
 
 if __name__ == "__main__":

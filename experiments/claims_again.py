@@ -17,6 +17,7 @@ import sys
 import claims_runs
 from claims_plan import options_of
 
+from common import renamed
 from common.errors import UserError
 
 AGAIN = claims_runs.ROOT / "runs" / "claims" / "again.json"  # the arms that are the same so far
@@ -90,10 +91,17 @@ def code_at(commit):
         claims_runs.git("worktree", "remove", "--force", str(folder))
 
 
+def flag(name):
+    return name.replace("_", "-")
+
+
 def short_run(code, name, options, seed):
     """{what: value} that a run with the project in some folder leaves: the hash of its last
     weights, and its metrics but for times, a list each."""
     out = code / "runs" / "again" / name
+    if not (code / "common" / "renamed.py").exists():  # code from before some options were renamed
+        for old, new in renamed.OPTIONS.items():
+            options = re.sub(rf"--{flag(new)}(?= |$)", f"--{flag(old)}", options)
     command = [sys.executable, "train.py", *shlex.split(options), "--seed", str(seed)]
     done = claims_runs.one_thread([*command, "--out", str(out), "--overwrite"], code)
     if done.returncode:
@@ -101,7 +109,7 @@ def short_run(code, name, options, seed):
     weights = (out / "final" / "model.safetensors").read_bytes()
     left = {"weights": hashlib.sha256(weights).hexdigest()}
     for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        for key, value in json.loads(line).items():
+        for key, value in renamed.with_new_names(json.loads(line), renamed.METRICS).items():
             if key not in TIMES:
                 left.setdefault(key, []).append(value)
     shutil.rmtree(out)

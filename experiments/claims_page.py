@@ -10,14 +10,13 @@ from collections import Counter
 from statistics import mean
 
 import paired
-from claims_runs import read_json
+from claims_runs import MASSES, late, read_json
 
 from common.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE, PLOTS = ROOT / "docs" / "evidence.md", ROOT / "assets" / "evidence"
 NOTES = pathlib.Path(__file__).resolve().parent / "claims_notes.md"
-MASSES = NOTES.with_name("claims_mass.json")
 TITLES = {  # of the kinds of comparisons, in the page's order
     "worlds": "Two worlds: when B helps",
     "field": "The field's rivals",
@@ -80,12 +79,6 @@ def steps_to(curve, value):
         if y0 < value <= y1:
             return step0 + (step1 - step0) * (value - y0) / (y1 - y0)
     return None
-
-
-def late(run, key):
-    """Mean of a curve over the last third of the steps."""
-    last = run["eval_accuracy"][-1][0]
-    return mean(value for step, value in run[key] if step > 2 * last / 3)
 
 
 def half_way(run):

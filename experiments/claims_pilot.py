@@ -115,4 +115,4 @@ def mean_of(runs, measure):
 
 def final(run):
     """Held-out accuracy, mean of the evaluations in the last third."""
-    return claims_page.late(run, "eval_accuracy")
+    return claims_runs.late(run, "eval_accuracy")

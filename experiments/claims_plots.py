@@ -12,8 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import paired  # noqa: E402
-from claims_page import MASSES, late  # noqa: E402
-from claims_runs import read_json  # noqa: E402
+from claims_runs import MASSES, late, read_json  # noqa: E402
 
 COLORS = ("tab:orange", "tab:blue")
 FIELD = {  # baseline: arms

@@ -9,6 +9,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -20,11 +21,12 @@ from common.errors import UserError
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 RUNS, TIMES = HERE / "claims_runs.jsonl", HERE / "claims_times.json"
+MASSES = HERE / "claims_mass.json"
 SAME = HERE / "claims_same.json"  # {commit: the commit whose numbers it gives}
 # what a run's numbers come from: a commit that touches no code of it is the same commit here
 SOURCES = (
     "train.py losses.py hapo.py bupo.py sampling.py internals.py tasks.py evaluate.py "
-    "fast grading program questions run scale assets/tiny-qwen3"
+    "common engine problems run assets/tiny-qwen3"
 ).split()
 CURVES = (
     "eval_accuracy eval_greedy eval_length reward entropy response_length clip_low clip_high"
@@ -110,6 +112,12 @@ def write_runs(path, runs):
     """A line a run, sorted by name."""
     lines = [json.dumps({"name": name} | runs[name]) + "\n" for name in sorted(runs)]
     replace(path, "".join(lines))
+
+
+def late(run, key):
+    """Mean of a curve over the last third of the steps."""
+    last = run["eval_accuracy"][-1][0]
+    return statistics.mean(value for step, value in run[key] if step > 2 * last / 3)
 
 
 def read_json(path, otherwise=None):

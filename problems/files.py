@@ -114,7 +114,7 @@ def _as_text(answer):
     if isinstance(answer, float) and math.isfinite(answer):
         return format(Decimal(repr(answer)), "f")
     if isinstance(answer, (bool, float)) or not isinstance(answer, (str, int)):
-        raise Unusable(f"its answer is {_kind(answer)}, neither a text nor a number")
+        raise Unusable(f"its reference answer is {_kind(answer)}, neither a text nor a number")
     return str(answer)
 
 

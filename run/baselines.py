@@ -17,6 +17,7 @@ from hapo import log_entropy
 from internals import decoder_body
 from losses import clipped_surrogate, has_reward_variance, likelihood_ratio, split_groups
 from run import schedules
+from run.batch import PolicyLoss
 
 ADVANTAGE_BASELINES = ("forking", "entropy-advantage", "edge", "quantile")
 LOSS_BASELINES = ("archer", "dppo", "cispo", "gspo")
@@ -116,24 +117,24 @@ def quantile_advantages(rewards, group_size, K=0.4):
 
 
 def policy_loss(logp, batch, rows, options):
-    """Return a baseline's (per-token loss, ratio, clip_low, clip_high), (rows, T) each."""
+    """Return a baseline's PolicyLoss: its ratio, the bounds and the mean that belong to it."""
     old_logp, mask = batch.old.logp[rows], batch.loss_mask[rows]
-    advantages = batch.advantages[rows]
+    advantages, loss_mean = batch.advantages[rows], options.loss_mean
     dual_clip = options.dual_clip or None
     if options.baseline == "gspo":
-        ratio, low, high = gspo_ratio(logp, old_logp, mask)
-        dual_clip = None
+        ratio, low, high, loss_mean = gspo_ratio(logp, old_logp, mask)
     elif options.baseline == "cispo":  # no token's gradient is ever cut off: no bounds
         low = high = torch.full_like(old_logp, torch.inf)
         loss, ratio = cispo_loss(logp, old_logp, advantages, options.clip_high)
-        return loss, ratio, low, high
+        return PolicyLoss(loss, ratio, low, high, advantages, loss_mean)
     else:
         ratio = likelihood_ratio(logp, old_logp)
         if options.baseline == "archer":
             low = high = archer_bounds(batch.full.entropy[rows], mask)
         else:  # dppo
             low = high = divergence_bounds(old_logp)
-    return clipped_surrogate(ratio, advantages, low, high, dual_clip), ratio, low, high
+    loss = clipped_surrogate(ratio, advantages, low, high, dual_clip)
+    return PolicyLoss(loss, ratio, low, high, advantages, loss_mean)
 
 
 def archer_bounds(entropy, mask, quantile=0.8, clip_high_entropy=0.5, clip_low_entropy=0.2):
@@ -176,11 +177,11 @@ def gspo_ratio(logp, old_logp, mask, clip_low=3e-4, clip_high=4e-4):
     """GSPO (Zheng et al. 2025, 2507.18071): one ratio per response, with its own clip bounds.
 
     A mean of log-ratios moves far less than one of them: with the token ratio's bounds of 0.2 it
-    would almost never be clipped. The paper also averages over responses (--loss-mean sequence,
-    GSPO's default here). Return (ratio, clip_low, clip_high), (B, T) each.
+    would almost never be clipped. Return (ratio, clip_low, clip_high, kind of mean), the first
+    three (B, T).
     """
-    bounds = (torch.full_like(old_logp, bound) for bound in (clip_low, clip_high))
-    return sequence_ratio(logp, old_logp, mask), *bounds
+    low, high = (torch.full_like(old_logp, bound) for bound in (clip_low, clip_high))
+    return sequence_ratio(logp, old_logp, mask), low, high, "sequence"
 
 
 def sequence_ratio(logp, old_logp, mask):

@@ -50,6 +50,7 @@ class PolicyLoss(NamedTuple):
     clip_low: Tensor  # how far the ratio may fall below 1
     clip_high: Tensor  # how far it may rise above 1
     advantages: Tensor  # after HAPO's redistribution
+    loss_mean: str  # how per_token is averaged: "token", "sequence" or "fixed"
 
 
 class MicroBatchResult(NamedTuple):
@@ -65,7 +66,8 @@ class MicroBatchResult(NamedTuple):
     @classmethod
     def of(cls, rows, logp, loss):
         """Return what is kept of a PolicyLoss once its gradient has been computed."""
-        return cls(rows, logp.detach(), loss.ratio.detach(), *loss[2:])
+        bounds = (loss.clip_low, loss.clip_high)
+        return cls(rows, logp.detach(), loss.ratio.detach(), *bounds, loss.advantages)
 
 
 class Update(NamedTuple):

@@ -1,4 +1,4 @@
-"""How a run ends: with a model and its curves, or with the last good checkpoint and the reason."""
+"""Finish a run: write the model and its curves, or keep the last good checkpoint and say why."""
 
 import shutil
 
@@ -11,14 +11,15 @@ from scripts.page import write_page
 
 
 def finish(run):
-    """The trained model as final/, and the curves."""
+    """Write the trained model to final/, and the curves and the page."""
     weights, _ = checkpoint.gather(run)
     if not run.dist.main:
         return
     with checkpoint.disk_faults_in_one_line(run.out, "the final model", run.out / "final"):
         checkpoint.save_model(run, run.out / "final", weights)
     run.say(
-        f"done: {run.out / 'final'} holds the model, metrics.jsonl and samples.jsonl what happened"
+        f"done: model saved to {run.out / 'final'}; metrics in metrics.jsonl, sampled responses in "
+        "samples.jsonl"
     )
     try:
         from scripts.curves import plot  # needs matplotlib, which is optional
@@ -30,21 +31,24 @@ def finish(run):
     else:
         run.say(f"curves: {plot([run.out])}")
     try:
-        run.say(f"every token of a group a step: open {write_page([run.out])} in a browser")
+        run.say(f"page with every token of one group per step: {write_page([run.out])}")
     except UserError as error:  # a run that an older version began
         run.say(f"no page: {error}")
 
 
 def give_up(run, step):
-    """Too many bad steps in a row, or a bad step as the last: leave the last answers on disk, and
-    as final/ the last good checkpoint where the run has got to its end; stop with UserError."""
+    """Stop with UserError after too many bad steps in a row, or after a bad last step.
+
+    The last responses are written to disk. If the run has reached its end, final/ is the last good
+    checkpoint.
+    """
     where, batch, options = run.out / f"bad-step-{step}.jsonl", run.last_batch, run.options
     if batch is not None and run.dist.main:
         worst = torch.argsort(batch.rollout.logp.sum(1))[:32].tolist()
         write_lines(where, samples_of(step, run, worst))
-    answers = (
-        f"the last answers are in {where}" if batch is not None else "no answer could be drawn"
-    )
+    responses = f"the last responses are in {where}"
+    if batch is None:
+        responses = "no response could be drawn"
     newest = checkpoint.folders(run.out, step)[0]
     kept = f"the last good checkpoint is {newest}"
     if step == options.steps:
@@ -54,6 +58,6 @@ def give_up(run, step):
             shutil.copytree(newest, run.out / "final", ignore=beside, dirs_exist_ok=True)
     raise UserError(
         f"{run.guard.bad_in_a_row} bad steps in a row (NaN or infinity), stopped at step {step}; "
-        f"{kept}, {answers}. Lower --lr {options.lr:g} or "
+        f"{kept}, {responses}. Lower --lr {options.lr:g} or "
         f"--grad-clip {options.grad_clip:g} and start again from that checkpoint with --model"
     )

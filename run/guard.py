@@ -1,5 +1,4 @@
-"""What keeps one bad number from ruining a run: refusing it, counting it, saying so; and stopping
-politely when asked to."""
+"""Guards of a run: jumps are reported, bad steps counted, and SIGINT ends a run between steps."""
 
 import signal
 
@@ -8,26 +7,28 @@ WATCHED = {  # name, what to do where it jumps up, where it falls
     "grad_norm": (
         "gradient norm",
         "one such step is harmless, since it is clipped; if they go on, lower --lr",
-        "look at zero_std_groups: little is left to learn from",
+        "look at zero_std_groups: few groups are left to learn from",
     ),
     "entropy": (
         "entropy",
         "the policy becomes random; lower --lr",
-        "the policy commits itself; if reward falls too it collapses: lower --lr, or raise "
+        "the policy becomes deterministic; if reward falls too it collapses: lower --lr, or raise "
         "--clip-high",
     ),
     "response_length": (
-        "answer length",
-        "look at clipped_ratio and samples.jsonl: do answers run on? lower --lr, or try "
+        "response length",
+        "look at clipped_ratio and samples.jsonl: do responses not end? lower --lr, or try "
         "--overlong-buffer",
-        "look at samples.jsonl: are answers still answers? lower --lr if reward falls too",
+        "look at samples.jsonl: do responses still answer? lower --lr if reward falls too",
     ),
 }
 
 
 class Guard:
-    """Jumps are reported; bad steps in a row end the run. (That a loss or gradient which is not
-    finite never reaches the optimiser is engine/engine.py's business.)"""
+    """Reports jumps, and counts the bad steps in a row, which end the run.
+
+    (engine/engine.py keeps a loss or gradient that is not finite from the optimizer.)
+    """
 
     def __init__(self, say):
         self.say, self.bad_in_a_row, self.means = say, 0, {}
@@ -54,13 +55,13 @@ class Guard:
             if known and not low < value < high:
                 if key not in self.away:
                     self.say(
-                        f"alarm: {name} {value:.3g} at step {step}, {value / mean:.1f} times its "
+                        f"warning: {name} {value:.3g} at step {step}, {value / mean:.1f} times its "
                         f"running mean {mean:.3g}; {above if value > mean else below}"
                     )
                 self.away.add(key)
             else:
                 self.away.discard(key)
-            if known:  # a jump moves the mean no further than its bound, and so leaves no echo
+            if known:  # clip outliers, so that one spike does not trigger further warnings
                 value = min(max(value, low), high)
             self.means[key] = 0.9 * mean + 0.1 * value
 

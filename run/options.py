@@ -1,4 +1,4 @@
-"""Every setting of a run, the command line made of them, and one line for each that cannot work."""
+"""The options of a run: the command line, defaults, and one line for each that cannot work."""
 
 import argparse
 import dataclasses
@@ -41,118 +41,128 @@ class Options:
         "questions instead of a built-in task: .jsonl, .json, .csv or .parquet, each also .gz; a "
         "folder or a hub's OWNER/NAME through datasets",
     )
-    data_split: str = opt("train", "of a data set that has several")
-    eval_data: str = opt("", "held-out questions, as --data; default: some rows of --data")
-    eval_split: str = opt("test", "the same of --eval-data")
-    question_column: str = opt("", "default question, prompt or messages")
-    answer_column: str = opt("", "default answer or reward_model.ground_truth")
+    data_split: str = opt("train", "split of --data to load")
+    eval_data: str = opt("", "held-out questions, as --data; default some rows of --data")
+    eval_split: str = opt("test", "split of --eval-data to load")
+    question_column: str = opt("", "column of the questions; default question, prompt or messages")
+    answer_column: str = opt(
+        "", "column of the reference answers; default answer or reward_model.ground_truth"
+    )
     instruction: str = opt(
-        None, f"line behind every question, '' for none; default '{FILE_INSTRUCTION}' for files"
+        None, f"line after every question, '' for none; default '{FILE_INSTRUCTION}' for files"
     )
     reward: str = opt(
         "lenient",
-        "which verdict is the reward; random: a coin, a control that nothing can be learned from",
+        "verdict that is the reward; random: chance, a control from which nothing can be learned",
         ["strict", "lenient", "random"],
     )
     reward_function: str = opt(
-        "", "FILE.py:NAME, a function (question, answer, text) -> float that is paid instead"
+        "", "FILE.py:NAME, a function (question, answer, text) -> float that replaces the verdict"
     )
     out: str = opt("", "output folder; default runs/ALGO-TASK")
-    resume: bool = opt(False, "continue the run in --out where its newest whole checkpoint stands")
+    resume: bool = opt(False, "continue the run in --out from its newest whole checkpoint")
     overwrite: bool = opt(False, "delete the run that --out already holds")
-    seed: int = opt(0, "every random draw follows from it (the split of the questions is fixed)")
-    steps: int = opt(75, "rollout batches")
-    device: str = opt("", "cpu, cuda, mps or xpu; default the accelerator where there is one")
+    seed: int = opt(0, "seed of every random draw (the split of the questions is fixed)")
+    steps: int = opt(75, "number of steps; each draws one batch of responses")
+    device: str = opt("", "cpu, cuda, mps or xpu; default the accelerator if there is one")
     dtype: str = opt(
         "",
-        "of the products; default bfloat16 on a GPU that has it, float16 on an older one, float32 "
-        "on a CPU. Weights and moments are float32 in any case",
+        "compute dtype of matrix products; default bfloat16 on a GPU that supports it, float16 on "
+        "an older one, float32 on a CPU. Weights and moments are always float32",
         ["bfloat16", "float16", "float32"],
     )
-    plain: bool = opt(False, "the readable version of everything in fast/ (for small models)")
-    capture: bool = opt(True, "on CUDA, replay decoding steps as graphs")
-    threads: int = opt(None, "CPU threads; default PyTorch's. Beside other programs 1 may be best")
+    plain: bool = opt(False, "readable versions of all that has a fast one (for small models)")
+    capture: bool = opt(True, "record decoding steps as CUDA graphs and replay them")
+    threads: int = opt(None, "CPU threads; default PyTorch's. On a busy machine 1 may be fastest")
 
     # the batch
-    prompts_per_step: int = opt(32, "P, prompts a step")
-    num_generations: int = opt(8, "G, answers a prompt")
-    updates_per_rollout: int = opt(4, "optimiser steps on one batch of answers")
-    micro_batch: int = opt(0, "sequences in one pass; 0: all at once (never changes the result)")
-    micro_tokens: int = opt(0, "instead of --micro-batch: tokens in one pass")
-    decode_rows: int = opt(0, "answers drawn at the same time, whole groups; 0: all of a step")
-    prefill_tokens: int = opt(
-        PREFILL_TOKENS, "prompt tokens read at the same time, padding included"
+    prompts_per_step: int = opt(32, "prompts per step, P")
+    num_generations: int = opt(8, "responses per prompt, G")
+    updates_per_rollout: int = opt(4, "optimizer steps on one batch of responses")
+    micro_batch: int = opt(
+        0, "responses per forward pass; 0: a whole mini-batch (never changes the result)"
     )
-    max_new_tokens: int = opt(None, f"length cap of an answer; default {CAPS}, {FILE_CAP} files")
-    temperature: float = opt(1.0, "T_base")
+    micro_tokens: int = opt(0, "tokens per forward pass, instead of --micro-batch; 0: off")
+    decode_rows: int = opt(0, "responses decoded at a time, whole groups; 0: all of a step")
+    prefill_tokens: int = opt(PREFILL_TOKENS, "prompt tokens per prefill pass, padding included")
+    max_new_tokens: int = opt(None, f"length cap of a response; default {CAPS}, {FILE_CAP} files")
+    temperature: float = opt(1.0, "base temperature, T_base")
     dynamic_sampling: bool = opt(False, "replace groups whose rewards are all equal (DAPO)")
-    max_rounds: int = opt(3, "rounds of dynamic sampling; then train on what there is")
-    overlong_buffer: int = opt(0, "DAPO's soft punishment over so many last tokens; 0: off")
+    max_rounds: int = opt(3, "rounds of dynamic sampling; after them, train on what there is")
+    overlong_buffer: int = opt(
+        0, "DAPO's soft overlong penalty: tokens before the cap over which it grows; 0: off"
+    )
 
     # the objective
     algo: str = opt(
         "hapo",
         "grpo: clip 0.2/0.2, sequence mean; dapo: clip-higher 0.2/0.28, token mean; "
-        "hapo: dapo and the four parts",
+        "hapo: dapo and the four mechanisms",
         ["grpo", "dapo", "hapo"],
     )
     adaptive_temperature: bool = opt(True, "HAPO A: temperature by token entropy (Eq. 8)")
     token_group_average: bool = opt(True, "HAPO B: token-level group average (Eq. 9)")
     advantage_redistribution: bool = opt(True, "HAPO C: advantage redistribution (Eq. 10-11)")
     adaptive_clip: bool = opt(True, "HAPO D: asymmetric adaptive clipping (Eq. 12-13)")
-    released: bool = opt(False, "as HAPO's released code where it departs from the paper's text")
+    released: bool = opt(False, "follow HAPO's released code where it differs from the paper")
     advantage: str = opt("grpo", "group rule where HAPO's B is off", ["grpo", "rloo"])
-    rho: float = opt(0.8, "rho, quantile of the entropy pivot")
-    tau: float = opt(None, "tau of the adaptive temperature; default 0.05, zscore 0.1")
-    temperature_form: str = opt("bounded", "form of Eq. 8, or a simple rival", FORMS)
-    clip_low: float = opt(0.2, "eps_low")
-    clip_high: float = opt(None, "eps_high; default 0.2 grpo, 0.28 dapo and hapo")
-    dual_clip: float = opt(0.0, "c > 1: a token with A < 0 costs at most -c A; 0: off (papers: 10)")
+    rho: float = opt(0.8, "quantile of the entropy pivot, rho")
+    tau: float = opt(None, "strength of the adaptive temperature, tau; default 0.05, zscore 0.1")
+    temperature_form: str = opt("bounded", "form of Eq. 8; two: a simple baseline", FORMS)
+    clip_low: float = opt(0.2, "lower clip distance, eps_low")
+    clip_high: float = opt(None, "upper clip distance, eps_high; default 0.2 grpo, else 0.28")
+    dual_clip: float = opt(
+        0.0, "dual clip c > 1: a token with A < 0 costs at most -c A; 0: off (papers: 10)"
+    )
     loss_mean: str = opt(
-        "", "default: sequence for grpo, token otherwise", ["token", "sequence", "fixed"]
+        "",
+        "mean of the loss; default sequence for grpo and gspo, else token",
+        ["token", "sequence", "fixed"],
     )
     kl: float = opt(0.0, "coefficient of the k3 KL to the initial model (phase 2)")
-    sampler_correction: bool = opt(False, "weigh tokens by min(exp(old - sampler logp), 2)")
+    sampler_correction: bool = opt(False, "weight tokens by min(exp(old - sampler logp), 2)")
     baseline: str = opt(
         "none",
-        "another use of entropy, trust region, baseline or ratio, for comparison",
+        "another use of entropy, trust region, group rule or ratio, to compare with",
         "none forking archer entropy-advantage edge dppo quantile cispo gspo".split(),
     )
 
     # BuPO
-    bupo_layer: str = opt("", "align this layer's policy first: 1 ... L, or auto: the boundary")
-    bupo_steps: int = opt(30, "s_inter, steps of the first phase")
-    bupo_norm: bool = opt(False, "final norm on the internal policy too")
+    bupo_layer: str = opt("", "layer whose policy is aligned first: 1 ... L, or auto: the boundary")
+    bupo_steps: int = opt(30, "steps of the first phase, s_inter")
+    bupo_norm: bool = opt(False, "apply the final norm to the internal policy, too")
     bupo_baseline: str = opt(
         "align",
-        "align: BuPO; comparison arms: freeze layers 1 ... l in the first phase, or train but "
-        "one-layer, l; or layer-lr: upper layers learn at 0.1 x lr",
+        "align: BuPO; freeze: keep layers 1 ... l unchanged in the first phase; one-layer: train "
+        "layer l alone in it; layer-lr: upper layers learn at 0.1 x lr",
         ["align", "freeze", "one-layer", "layer-lr"],
     )
-    diagnose_every: int = opt(0, "log similarity, KL and entropy of the layers; 0: never")
+    diagnose_every: int = opt(
+        0, "steps between diagnostics (similarity, KL and entropy of the layers); 0: never"
+    )
 
-    # the optimiser
-    lr: float = opt(2e-4, "AdamW; 1e-6 is the papers' for 1.5B to 14B")
-    weight_decay: float = opt(0.1, "AdamW")
-    warmup_steps: int = opt(10, "linear warm-up")
+    # the optimizer
+    lr: float = opt(2e-4, "AdamW's peak learning rate; the papers' is 1e-6, for 1.5B to 14B")
+    weight_decay: float = opt(0.1, "AdamW's weight decay")
+    warmup_steps: int = opt(10, "steps of linear warm-up")
     grad_clip: float = opt(1.0, "largest gradient norm")
-    gradient_checkpointing: bool = opt(False, "less memory, a third more time")
+    gradient_checkpointing: bool = opt(False, "recompute activations: less memory, more time")
     offload: bool = opt(
         False,
-        "float32 weights and moments in main memory (with torchrun bfloat16 weights and "
+        "keep float32 weights and moments in main memory (with torchrun bfloat16 weights and "
         "gradients, too)",
     )
     split_master: bool = opt(
-        False, "on one GPU: bfloat16 weights, the other 16 bits of the float32 ones beside them"
+        False, "on one GPU: keep weights as bfloat16, and the low 16 bits of float32 separately"
     )
     estimate: bool = opt(False, "print the memory the run would need and stop; loads no weights")
 
-    # looking at it
-    eval_prompts: int = opt(512, "held-out answers an evaluation")
-    eval_every: int = opt(25, "steps; step 0 and the last are always evaluated")
+    # evaluation and checkpoints
+    eval_prompts: int = opt(512, "held-out responses per evaluation")
+    eval_every: int = opt(25, "steps between evaluations; step 0 and the last are always evaluated")
     save_every: int = opt(1, "steps between checkpoints: what a killed run may lose")
-    save_total_limit: int = opt(2, "checkpoints that are kept")
-    max_bad_steps: int = opt(5, "stop after so many steps in a row with NaN or infinity")
+    save_total_limit: int = opt(2, "number of checkpoints to keep")
+    max_bad_steps: int = opt(5, "bad steps in a row (NaN or infinity) that stop the run")
 
     @property
     def responses_per_step(self):
@@ -164,17 +174,17 @@ class Options:
 
     @property
     def form(self):
-        """What was said of --data."""
+        """Return split and columns of --data."""
         return DatasetSpec(self.data_split, self.question_column, self.answer_column)
 
     @property
     def verdict(self):
-        """What is measured on held-out questions: the verdict used as reward, if one is."""
+        """Return the verdict that is measured on held-out questions: the reward's, if it is one."""
         return "lenient" if self.reward == "random" else self.reward
 
     @property
     def hapo_mechanisms(self):
-        """Those of HAPO's four parts that are on, in one word: "ABCD", or "" for another --algo."""
+        """Return the letters of HAPO's mechanisms that are on: "ABCD", or "" for another --algo."""
         on = {
             "A": self.adaptive_temperature,
             "B": self.token_group_average,
@@ -248,29 +258,31 @@ def flag_of(name):
     return f"--{name.replace('_', '-')}"
 
 
-MAY_CHANGE = {  # on resume: these change no result
-    *(
-        "steps",
-        "device",
-        "threads",
-        "plain",
-        "micro_batch",
-        "micro_tokens",
-        "gradient_checkpointing",
-    ),
-    *(
-        "offload",
-        "capture",
-        "decode_rows",
-        "prefill_tokens",
-        "eval_every",
-        "save_every",
-        "save_total_limit",
-        "max_bad_steps",
-        "diagnose_every",
-    ),
-    *("resume", "overwrite", "out", "model"),
-    *("data", "eval_data"),  # the questions in use must be the same
+# Options that may change when a run is resumed: they change no result. With --steps the schedules
+# are asked (schedules.check_resume); with --data and --eval-data the questions must be the same.
+MAY_CHANGE = {
+    "capture",
+    "data",
+    "decode_rows",
+    "device",
+    "diagnose_every",
+    "eval_data",
+    "eval_every",
+    "gradient_checkpointing",
+    "max_bad_steps",
+    "micro_batch",
+    "micro_tokens",
+    "model",
+    "offload",
+    "out",
+    "overwrite",
+    "plain",
+    "prefill_tokens",
+    "resume",
+    "save_every",
+    "save_total_limit",
+    "steps",
+    "threads",
 }
 
 
@@ -300,7 +312,7 @@ def resumed_options(given, options):
 
 
 def complete(options):
-    """Fill in the defaults that depend on other options, and refuse what cannot work."""
+    """Return options with the defaults that depend on others; UserError for what cannot work."""
     grpo = options.algo == "grpo"
     defaults = dict(
         device=default_device(),
@@ -363,12 +375,12 @@ def check_ranges(options):
 
 
 def impossible(options):
-    """(is it so, option, what to do) of settings that cannot work together."""
+    """Yield (whether it is so, option, what to do) for options that cannot work together."""
     o = options
     P, G, updates = o.prompts_per_step, o.num_generations, o.updates_per_rollout
     layer = o.bupo_layer and o.bupo_layer != "auto"
     token_average = o.algo == "hapo" and o.token_group_average
-    few = f"{o.algo} compares the answers to one prompt, so it needs at least 2"
+    few = f"{o.algo} compares the responses to one prompt, so it needs at least 2"
     yield G < 2, "num_generations", few
     yield (
         P % updates,
@@ -379,7 +391,7 @@ def impossible(options):
     yield (
         o.micro_batch and o.responses_per_update % o.micro_batch,
         "micro_batch",
-        f"must divide the {o.responses_per_update} answers of an update ({P} x {G} / {updates})",
+        f"must divide the {o.responses_per_update} responses of an update ({P} x {G} / {updates})",
     )
     both = o.micro_batch and o.micro_tokens
     yield both, "micro_tokens", "give --micro-batch or --micro-tokens, not both"
@@ -389,12 +401,12 @@ def impossible(options):
     yield (
         o.advantage != "grpo" and token_average,
         "advantage",
-        "HAPO's B is a group rule of its own; add --no-token-group-average or another --algo",
+        "HAPO's B is a group rule itself; add --no-token-group-average or another --algo",
     )
     yield from impossible_sampler(o)
     yield from impossible_precision(o)
     alone = o.eval_data and not o.data
-    yield alone, "eval_data", "goes with --data; built-in tasks hold out problems of their own"
+    yield alone, "eval_data", "needs --data; built-in tasks have their own held-out problems"
     wrong = layer and not o.bupo_layer.isdecimal()
     yield wrong, "bupo_layer", "must be auto or a layer from 1 to the model's last"
     one_phase = len(schedules.phase_1_steps(o)) == o.steps
@@ -411,23 +423,23 @@ def impossible(options):
 
 
 def impossible_sampler(o):
-    """As `impossible`, of how answers are drawn."""
+    """Yield the same for how responses are drawn."""
     G = o.num_generations
     onednn_linear = o.decode_rows and o.decode_rows < G
     yield (
         onednn_linear,
         "decode_rows",
-        f"the {G} answers to a prompt are drawn together: at least {G}",
+        f"the {G} responses to a prompt are drawn together: at least {G}",
     )
     yield (
         o.sampler_correction and o.bupo_layer,
         "sampler_correction",
-        "it would mistake an internal policy for the sampler's; leave --bupo-layer out",
+        "the sampler does not draw from an internal policy; leave --bupo-layer out",
     )
 
 
 def impossible_precision(o):
-    """As `impossible`, of the dtypes and of where weights are kept."""
+    """Yield the same for dtypes and for where weights are kept."""
     shared, half = "WORLD_SIZE" in os.environ, o.dtype == "float16"
     yield (
         half and (shared or o.keeps_masters),
@@ -448,18 +460,21 @@ def impossible_precision(o):
 
 
 def without_effect(options):
-    """The same of settings that another setting makes void: config.json would say what was not."""
+    """Yield the same for options that another option makes void.
+
+    They are refused, so that config.json records only options that were used.
+    """
     o, default = options, {f.name: f.default for f in dataclasses.fields(Options)}
     yield (
         o.baseline != "none" and o.algo == "hapo",
         "baseline",
-        "another use of entropy stands in place of HAPO's; add --algo dapo or --algo grpo",
+        "a baseline replaces HAPO; add --algo dapo or --algo grpo",
     )
     bounded = o.temperature_form == default["temperature_form"]
     yield (
         o.released and not bounded,
         "temperature_form",
-        "the released code has the bounded form alone; leave --released out",
+        "the released code has only the bounded form; leave --released out",
     )
     parts = [
         name for name in default if name.startswith(("adaptive_", "token_group", "advantage_"))
@@ -494,27 +509,29 @@ def without_effect(options):
 
 
 def with_a_baseline(o):
-    """As `without_effect`, of what a baseline brings itself."""
+    """Yield the same for what a baseline brings itself."""
     default = {f.name: f.default for f in dataclasses.fields(Options)}
     moved = o.clip_low != 0.2 or o.clip_high not in (0.2, 0.28)
     own_bounds = o.baseline in ("archer", "dppo", "gspo") and moved
-    yield own_bounds, "baseline", "has bounds of its own; leave --clip-low and --clip-high out"
+    yield own_bounds, "baseline", "has its own bounds; leave --clip-low and --clip-high out"
     lower = o.baseline == "cispo" and o.clip_low != 0.2
-    yield lower, "clip_low", "does nothing with --baseline cispo, which has an upper bound alone"
+    yield lower, "clip_low", "does nothing with --baseline cispo, which has only an upper bound"
     other_rule = o.baseline == "quantile" and o.advantage != "grpo"
-    yield other_rule, "advantage", "--baseline quantile is a rule in place of it"
+    yield other_rule, "advantage", "--baseline quantile replaces it"
+    other_mean = o.baseline == "gspo" and o.loss_mean != "sequence"
+    yield other_mean, "loss_mean", "--baseline gspo averages over responses; leave it out"
     for name in ("kl", "sampler_correction", "dual_clip"):
         unused = o.baseline in ("cispo", "gspo") and getattr(o, name) != default[name]
-        yield unused, name, f"does nothing with --baseline {o.baseline}, whose loss is its own"
+        yield unused, name, f"does nothing with --baseline {o.baseline}, which has its own loss"
 
 
 def without_data(o):
-    """As `without_effect`, of what is asked and paid."""
+    """Yield the same for questions and rewards."""
     default = {f.name: f.default for f in dataclasses.fields(Options)}
     yield (
         o.reward_function and o.reward == "random",
         "reward",
-        "--reward-function is paid instead; leave one of them out",
+        "--reward-function replaces it; leave one of them out",
     )
     for name in ("data_split", "question_column", "answer_column"):
         unused = not o.data and getattr(o, name) != default[name]

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, samples.jsonl, console lines, held-out accuracy."""
+"""What a run reports: metrics.jsonl, samples.jsonl, console lines, held-out accuracy."""
 
 import random
 
@@ -19,7 +19,7 @@ from run.state import seed_of
 
 @torch.no_grad()
 def weight_sample(run):
-    """About a thousand entries of every weight, to see what share of them a step really changes."""
+    """Return about a thousand entries of every weight, to see what share of them a step changes."""
     parts = []
     for p in run.policy.parameters():
         parts.append(run.engine.strided_sample(p, max(1, p.numel() // 1000)))
@@ -28,13 +28,13 @@ def weight_sample(run):
 
 @torch.no_grad()
 def weight_norms(run):
-    """The norm of every weight: one that is NaN or infinite must not be saved as good."""
+    """Return the norm of every weight: a NaN or infinite one must not be saved as good."""
     local = [p.to_local() if hasattr(p, "to_local") else p for p in run.policy.parameters()]
     return torch.stack([norm.float() for norm in torch._foreach_norm(local)]).cpu()
 
 
 def tally(batch):
-    """Sums over the answers of a batch."""
+    """Return sums over the responses of a batch."""
     rollout, correct = batch.rollout, batch.correct
     groups, done = correct.view(-1, rollout.group_size), rollout.finished
     sums = {
@@ -52,15 +52,15 @@ def tally(batch):
     totals = torch.stack([values.sum() for values in sums.values()]).tolist()
     sums = dict(zip(sums, totals))
     rewards = float(batch.rewards.cpu().double().sum())
-    return {"answers": len(correct), "groups": len(groups), "rewards": rewards, **sums}
+    return {"responses": len(correct), "groups": len(groups), "rewards": rewards, **sums}
 
 
 def step_metrics(step, weights_before, run):
-    """The line of metrics.jsonl about a Step. `weights_before`: a weight_sample."""
+    """Return a step's line of metrics.jsonl. `weights_before`: a weight_sample."""
     batch, layer, mask = step.batch, step.layer, step.batch.rollout.mask
     counts = over_processes(tally(batch.all_drawn or batch), run)
 
-    # those of this process since the line before: a resumed run has none of its own to add
+    # failures of this process since the last line
     latex_failures, LATEX.failures = LATEX.failures, 0
 
     means = {"entropy": batch.full.entropy, "temperature": batch.rollout.temperature}
@@ -95,17 +95,17 @@ def step_metrics(step, weights_before, run):
 
 
 def answer_metrics(counts):
-    """What the answers of a step were like, those of groups that were replaced included."""
-    answers, finished = counts["answers"], max(1, counts["finished"])
+    """Return metrics of all responses of a step, those of replaced groups included."""
+    responses, finished = counts["responses"], max(1, counts["finished"])
     return {
-        "reward": counts["rewards"] / answers,
-        "correct": counts["correct"] / answers,
-        "strict": counts["strict"] / answers,
-        "lenient": counts["lenient"] / answers,
-        "response_length": counts["tokens"] / answers,
+        "reward": counts["rewards"] / responses,
+        "correct": counts["correct"] / responses,
+        "strict": counts["strict"] / responses,
+        "lenient": counts["lenient"] / responses,
+        "response_length": counts["tokens"] / responses,
         "finished_length": counts["finished_tokens"] / finished,
         "finished_accuracy": counts["finished_correct"] / finished,
-        "clipped_ratio": 1 - counts["finished"] / answers,
+        "clipped_ratio": 1 - counts["finished"] / responses,
         "groups": int(counts["groups"]),
         "zero_std_groups": int(counts["zero_std"]),
         "all_correct": int(counts["all_correct"]),
@@ -114,13 +114,12 @@ def answer_metrics(counts):
 
 
 def over_processes(numbers, run):
-    """A dictionary of numbers, summed over processes."""
+    """Return a dictionary of numbers, summed over processes."""
     return dict(zip(numbers, run.dist.all_reduce_sum(*numbers.values())))
 
 
 def update_metrics(step, run):
-    """What the updates of a step did; those that were skipped count nowhere but in their number,
-    unless all were."""
+    """Return metrics of a step's updates, without skipped ones (unless all were skipped)."""
     outcomes = [u.outcome for u in step.updates]
     skipped, rescaled = outcomes.count("skipped"), outcomes.count("rescaled")
     applied = outcomes.count("applied")
@@ -153,8 +152,11 @@ def update_metrics(step, run):
 
 
 def useful_token_fraction(updates, batch, run):
-    """Of the tokens that the updates' passes computed, the share that was needed: those that
-    predict an answer's, and each prompt once a pass; the others pad or repeat a prompt."""
+    """Return the share of useful tokens among those that the updates' forward passes computed.
+
+    Useful are tokens that predict a response token, and each prompt once per pass. The others are
+    padding or repeat a prompt.
+    """
     rollout, needed, computed = batch.rollout, 0, 0
     lengths, prompts = rollout.lengths.tolist(), rollout.prompt_mask.sum(1).tolist()
     for some in (part.rows for update in updates for part in update.micro_batches):
@@ -167,7 +169,7 @@ def useful_token_fraction(updates, batch, run):
 
 
 def clip_counts(updates, batch):
-    """Sums over the tokens of some updates, none where they were dead; they stay on the device."""
+    """Return sums over the tokens of some updates, as tensors on the device."""
     names = ("tokens", "clip_low", "clip_high", "outside", "clamped", "kl_old")
     sums = torch.zeros(
         len(names), dtype=widest_float_dtype(batch.rewards.device), device=batch.rewards.device
@@ -176,7 +178,7 @@ def clip_counts(updates, batch):
         rows, logp, ratio, clip_low, clip_high, advantages = part
         valid, old_logp = batch.loss_mask[rows], batch.old.logp[rows]
         below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
-        kl = kl_k3(old_logp, logp)  # of KL(old || new): the answers are old's
+        kl = kl_k3(old_logp, logp)  # of KL(old || new): the responses are old's
         counts = (
             valid,
             valid & below & (advantages < 0),  # whose gradient the bound removed
@@ -190,7 +192,7 @@ def clip_counts(updates, batch):
 
 
 def largest_ratios(updates, batch, run):
-    """(the largest ratio, the largest |ratio - 1|) of each update, over all processes."""
+    """Return (largest ratio, largest |ratio - 1|) of each update, over all processes."""
     found = []
     for update in updates:
         largest = torch.zeros(2, device=batch.rewards.device)
@@ -205,14 +207,16 @@ def say_skipped(updates, run):
     for u in updates:
         if u.outcome == "skipped":
             run.say(
-                f"warning: update skipped, loss {u.loss}, gradient norm {u.grad_norm}; no weight "
-                "moved"
+                f"warning: update skipped: loss {u.loss}, gradient norm {u.grad_norm}; no weight "
+                "has changed"
             )
 
 
 def signal_metrics(batch, layer, run):
-    """What HAPO's h is made of; and how far sampler and scorer are apart where they should agree:
-    on tokens drawn at T_base, under the model's own policy."""
+    """Return the statistics that h is computed with, and how far sampler and scorer differ.
+
+    They should agree on tokens drawn at T_base, under the model's own policy.
+    """
     metrics, mask = {}, batch.rollout.mask
     same = mask & (batch.rollout.temperature == run.options.temperature)
     floor = (batch.full.entropy <= hapo.ENTROPY_FLOOR) & mask
@@ -224,7 +228,7 @@ def signal_metrics(batch, layer, run):
     if batch.stats is not None:
         metrics = dict(zip(batch.stats._fields, torch.stack(batch.stats).tolist()))
         metrics["at_floor"] = floors / tokens
-    if layer is None and alike:  # BuPO 9: the sampler does not draw from an internal policy
+    if layer is None and alike:  # the sampler does not draw from an internal policy
         metrics["sampler_kl"] = kl / alike
         metrics["sampler_off"] = float(run.dist.all_reduce_max(off.max()))
     return metrics
@@ -240,13 +244,14 @@ def console_line(m, options):
     seconds = {part: m[f"seconds_{part}"] for part in ("generate", "score", "update")}
     parts = [
         f"step {m['step']:>{len(str(options.steps))}}/{options.steps}"
-        + (f" layer {m['layer']}" if m["phase"] == "internal" else ""),  # BuPO 7
+        + (f" layer {m['layer']}" if m["phase"] == "internal" else ""),
         f"reward {m['reward']:.3f}",
         f"loss {m['loss']:+.4f}",
         f"grad {m['grad_norm']:.2f}",
         *(f"{k.replace('_', ' ')} {m[k]:.3f}" for k in ("entropy", "sampler_entropy") if k in m),
         f"length {m['response_length']:.1f}",
-        f"dead {m['zero_std_groups']}/{m['groups']} ({m['all_correct']} right, {m['all_wrong']} wrong)",
+        f"zero-variance groups {m['zero_std_groups']}/{m['groups']} ({m['all_correct']} correct, "
+        f"{m['all_wrong']} wrong)",
         f"{sum(seconds.values()):.2f} s = "
         + " + ".join(f"{s:.2f} {part}" for part, s in seconds.items())
         + f", {m['tokens_per_second']:.0f} tok/s",
@@ -259,9 +264,9 @@ def console_line(m, options):
 
 
 def held_out(run, step):
-    """Accuracy on held-out questions: sampled at T = 1, and greedy.
+    """Return the accuracy on held-out questions: sampled at T = 1, and greedy.
 
-    Questions are repeated if they are fewer than asked for.
+    Questions are repeated if there are fewer than --eval-prompts.
     """
     options, name = run.options, f"evaluating step {step}"
     asked = [run.held_out[i % len(run.held_out)] for i in range(options.eval_prompts)]
@@ -285,7 +290,7 @@ def held_out(run, step):
 
 
 def evaluate_over(run, problems, temperature, seed, name, samples=1, own_reward=None):
-    """[answers] to each problem, those of all processes; with what `own_reward` pays for each."""
+    """Return the responses to each problem, those of all processes, with `own_reward`'s reward."""
     options, dist, count = run.options, run.dist, len(problems)
     problems = dist.local_shard(problems)
     answers = sample_responses(
@@ -300,7 +305,7 @@ def evaluate_over(run, problems, temperature, seed, name, samples=1, own_reward=
         progress=name if dist.main else None,
         numbers=dist.local_shard(range(count)),
     )
-    by_question = {}  # a question that was asked twice is one question with two answers
+    by_question = {}  # a question that is asked twice is one question with two responses
     if own_reward:
         paid = lambda p, a: a._replace(reward=own_reward(p, a.text))
         answers = [[paid(p, answer) for answer in row] for p, row in zip(problems, answers)]
@@ -312,8 +317,11 @@ def evaluate_over(run, problems, temperature, seed, name, samples=1, own_reward=
 
 
 def samples_of(step, run, rows, more=None):
-    """Some answers of the last batch, readable: verdict, and of each token its entropy, temperature
-    and whatever `more` holds, (rows, T) by name."""
+    """Yield some responses of the last batch as samples.jsonl holds them.
+
+    Each has its verdicts, and for every token the entropy, the temperature and what `more` holds,
+    (rows, T) by name.
+    """
     batch, rollout = run.last_batch, run.last_batch.rollout
     G = rollout.group_size
     # a batch that was refused before it was scored has the sampler's entropy alone
@@ -348,7 +356,7 @@ def int_of(x, digits):
 
 
 def first_look(run):
-    """Before training: held-out accuracy, the pass rate on training prompts, what to expect."""
+    """Before training: print and record held-out accuracy and the pass rate on training prompts."""
     options, seed = run.options, seed_of(run.options.seed, "probe")
     metrics = {"step": 0, **held_out(run, 0)}
     some = random.Random(seed).sample(
@@ -364,27 +372,28 @@ def first_look(run):
     run.say(
         f"before training: held-out {metrics['eval_accuracy']:.3f} sampled, "
         f"{metrics['eval_greedy']:.3f} greedy (strict {metrics['eval_strict']:.3f}, lenient "
-        f"{metrics['eval_lenient']:.3f}); {len(probe)} training prompts x {G} answers: {rate:.3f} "
-        f"right, and {live:.0%} of the groups have both right and wrong answers"
+        f"{metrics['eval_lenient']:.3f}); {len(probe)} training prompts x {G} responses: "
+        f"{rate:.3f} correct; {live:.0%} of the groups have both correct and wrong responses"
     )
     if not 0.05 <= rate <= 0.95:
         never = rate < 0.05
         run.say(
-            f"warning: the model is almost {'never' if never else 'always'} right on this task; "
-            f"groups that are all {'wrong' if never else 'right'} teach nothing (expected live "
-            f"groups {live:.1%}). Try "
+            f"warning: the model is almost {'never' if never else 'always'} correct on this task. "
+            f"Groups that are all {'wrong' if never else 'correct'} have no reward variance, and "
+            f"nothing is learned from them ({live:.1%} of the groups have variance). Try "
             f"{'an easier task, a stronger model' if never else 'a harder task'} or more "
             "--num-generations"
         )
     if metrics["eval_finished"] < 0.8:
         run.say(
-            f"warning: {1 - metrics['eval_finished']:.0%} of the answers reach --max-new-tokens "
-            f"{options.max_new_tokens} and are cut; a cut answer is rarely right"
+            f"warning: {1 - metrics['eval_finished']:.0%} of the responses reach --max-new-tokens "
+            f"{options.max_new_tokens} and are cut; a cut response is rarely correct"
         )
     run.say(
-        "a loss near 0 is right: advantages are centred and the ratio starts at 1; so is one off "
-        "it, where HAPO's C weighs tokens or right and wrong answers differ in length. What shows "
-        "learning is a gradient norm above 0, few dead groups, and a rising held-out accuracy."
+        "note: expect a loss near 0: advantages are centred and ratios start at 1. It can differ "
+        "with HAPO's mechanism C, or if correct and wrong responses differ in length. Signs of "
+        "learning are a gradient norm above 0, few zero-variance groups, and a rising held-out "
+        "accuracy."
     )
     if run.dist.main:
         write_lines(run.out / "metrics.jsonl", [metrics])
@@ -427,9 +436,9 @@ def say_boundary(boundary, responses, run):
 
 
 def diagnose(run):
-    """BuPO's diagnostics on a fixed set of answers, those of the first step they are asked for.
+    """Return BuPO's diagnostics on fixed responses: those of the first step that asks for them.
 
-    Sharded: process 0's.
+    Of a sharded model, on those of process 0.
     """
     if run.diagnosed is None:
         run.diagnosed = run.last_batch.rollout.with_response_mask(32)
@@ -451,7 +460,7 @@ def diagnose(run):
 
 
 def record(step, metrics, bad, run):
-    """One step's lines: on the console, in metrics.jsonl and in samples.jsonl."""
+    """Write one step's lines: to the console, metrics.jsonl and samples.jsonl."""
     options = run.options
     if bad:
         run.guard.bad_step(bad)
@@ -461,14 +470,14 @@ def record(step, metrics, bad, run):
         off = metrics["ratio_off_before_update"]
         if off > 1e-3:
             run.say(
-                f"alarm: a ratio is {off:.2g} away from 1 before the first update of step {step}; "
-                "scoring and updating disagree"
+                f"warning: before the first update of step {step}, a ratio differs from 1 by "
+                f"{off:.2g}; scoring and updating disagree"
             )
         if metrics.get("unfilled_groups"):
             run.say(
-                f"warning: after {options.max_rounds} rounds of dynamic sampling "
-                f"{metrics['unfilled_groups']} of {options.prompts_per_step} groups are still all right "
-                "or all wrong; training on the others"
+                f"warning: after {options.max_rounds} rounds of dynamic sampling, "
+                f"{metrics['unfilled_groups']} of {options.prompts_per_step} groups still have no "
+                "reward variance; training on the others"
             )
     if run.dist.main:
         write_lines(run.out / "metrics.jsonl", [metrics])

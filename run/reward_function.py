@@ -55,7 +55,7 @@ class RewardFunction:
             reply = {"error": f"no reward within {REWARD_SECONDS:g} s"}
         if "error" in reply:
             fault = f"--reward-function {self.given}: {reply['error']}"
-            self.say(f"warning: {fault}; for the answer {text[:80]!r}")
+            self.say(f"warning: {fault}; for the response {text[:80]!r}")
         return reply.get("reward", math.nan)
 
 

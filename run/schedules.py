@@ -31,6 +31,16 @@ def learning_rate_factor(step, options):
     return min(1.0, step / max(1, options.warmup_steps))
 
 
+def described(options):
+    """Return the schedules as text, by asking them."""
+    some = sorted({1, max(1, options.steps // 2), options.steps})
+    rates = [f"{options.lr * learning_rate_factor(step, options):g}" for step in some]
+    text = "learning rate " + ", ".join(f"{r} at step {s}" for r, s in zip(rates, some))
+    if options.bupo_layer:
+        text += f"; BuPO's first phase: steps {shown_steps(phase_1_steps(options))}"
+    return text
+
+
 def phase_1_steps(options):
     """Return the steps of the first phase, a list."""
     return [step for step in range(1, options.steps + 1) if in_phase_1(step, options)]

@@ -90,7 +90,7 @@ def open_run(options, dist):
 
 
 def open_policy(options, source, dist):
-    """(model, tokenizer), ready to be trained."""
+    """Return (model, tokenizer), ready to be trained."""
     if dist.sharded:
         policy = fsdp.shard_model(source, dist, options.offload, options.dtype)
         tokenizer = load_tokenizer(source)
@@ -111,8 +111,10 @@ def open_policy(options, source, dist):
 
 
 def mend_generation_config(policy):
-    """A generation_config that contradicts itself, a temperature without sampling for example,
-    cannot be saved; ours samples."""
+    """Make a contradictory generation_config valid, so that it can be saved.
+
+    An example is a temperature without sampling. Our decoder samples.
+    """
     try:
         policy.generation_config.validate(strict=True)
     except ValueError:
@@ -132,7 +134,7 @@ def check_blocks(policy, options, dist):
 
 
 def open_reference(options, dist):
-    """The initial model, never trained."""
+    """Return the initial model, which is never trained."""
     if dist.sharded:
         reference = fsdp.shard_model(options.model, dist, options.offload, options.dtype)
     else:
@@ -141,8 +143,10 @@ def open_reference(options, dist):
 
 
 def check_model_fingerprint(options, found):
-    """--model beside --resume, or a folder copied together from two runs: model and tokenizer must
-    be the checkpoint's."""
+    """Raise UserError where --model or the tokenizer is not the checkpoint's.
+
+    That happens with another --model next to --resume, or with a folder copied from two runs.
+    """
     if options.model == started_with(options) and not pathlib.Path(options.model).exists():
         return  # a hub's, or moved away since: the checkpoint holds everything that is needed
     stored = json.loads((found / "run.json").read_text(encoding="utf-8"))["fingerprint"]
@@ -157,8 +161,10 @@ def check_model_fingerprint(options, found):
 
 
 def check_fingerprints(run, now):
-    """A resumed run must ask what it asked and pay what it paid, and hold to the initial model that
-    it started with. Data are compared by what they hold, wherever they lie."""
+    """Raise UserError unless questions, reward function and initial weights are unchanged.
+
+    Data are compared by content, not by path.
+    """
     options = run.options
     if now.get("reward_function") != run.fingerprints.get("reward_function"):
         raise UserError(
@@ -183,14 +189,14 @@ def check_fingerprints(run, now):
 
 
 def started_with(options):
-    """The --model that is written in the run's config.json."""
+    """Return the --model in the run's config.json."""
     config = pathlib.Path(options.out) / "config.json"
     return json.loads(config.read_text(encoding="utf-8"))["model"]
 
 
 @torch.no_grad()
 def weights_hash(model):
-    """SHA-256 over a thousand entries of every weight: the same whole or sharded."""
+    """Return a SHA-256 of a thousand entries of every weight: the same whole or sharded."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         entries = full_tensor(parameter.detach()).flatten()
@@ -200,7 +206,7 @@ def weights_hash(model):
 
 
 def questions_hash(items, held_out):
-    """SHA-256 over every question in use, its answer and how it is checked."""
+    """Return a SHA-256 of every question in use, its reference answer and how it is checked."""
     asked = []
     for p in [problem for problem, _ in items] + held_out:
         # integers were checked as other numbers once, and runs of then go on
@@ -210,7 +216,7 @@ def questions_hash(items, held_out):
 
 
 def data_of_run(options, tokenizer, config, say):
-    """load_data; a resumed run's may have moved."""
+    """Return load_data's result; the error of a resumed run says how to name data that moved."""
     try:
         return load_data(options, tokenizer, config, say)
     except UserError as error:
@@ -221,11 +227,11 @@ def data_of_run(options, tokenizer, config, say):
 
 
 def load_data(options, tokenizer, config, say):
-    """([(problem, prompt ids)] to train on, held-out problems).
+    """Return ([(problem, prompt ids)] to train on, held-out problems).
 
-    Prompts that leave no room for an answer are dropped and counted.
+    Prompts that leave no room for a response are dropped and counted.
     """
-    own = bool(options.reward_function)  # which may pay for answers that no rule can check
+    own = bool(options.reward_function)  # which may reward responses that no rule can check
     if options.eval_data:
         form = options.form._replace(split=options.eval_split)
         train_set = read_problems(options.data, "--data", options.form, own)
@@ -242,20 +248,19 @@ def load_data(options, tokenizer, config, say):
 
 
 def say_overlap(train_set, held_out, options, say):
-    """Questions that are trained on and asked in the evaluation are no held-out questions."""
+    """Warn of questions that are in both files: they are not held out."""
     known = set(map(key_of, train_set))
     known_too = sum(key_of(p) in known for p in held_out)
     if known_too:
         say(
             f"warning: {known_too} of the {len(held_out)} questions of --eval-data "
-            f"{options.eval_data} are also in --data {options.data}: what is called held out was "
-            "trained on"
+            f"{options.eval_data} are also in --data {options.data}: they are trained on, and so "
+            "not held out"
         )
 
 
 def no_dropout(policy):
-    """Old and new log-probabilities must come from one function: dropout would make every ratio a
-    random number."""
+    """Switch dropout off: with it, every ratio of new to old probability would be random."""
     for module in policy.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -264,9 +269,9 @@ def no_dropout(policy):
 
 
 def prepare_folder(run, step):
-    """The run's folder with its options, locked; lines of metrics and samples later than `step` go.
+    """Lock the run's folder, write config.json, drop metrics and samples later than `step`.
 
-    Process 0's work; every process calls it.
+    Every process calls it; process 0 does the work.
     """
     options, out = run.options, run.out
     if not run.dist.main:
@@ -293,8 +298,7 @@ def prepare_folder(run, step):
 
 
 def lock(out):
-    """A lock that says a run is writing to this folder; the system lets go of it when its process
-    ends, however it ends."""
+    """Return a lock of the folder. The system frees it when the process ends, however it ends."""
     writer = out / WRITER
     try:
         held = filelock.FileLock(out / LOCK).acquire(timeout=0)
@@ -309,15 +313,15 @@ def lock(out):
 
 
 def describe(run, config, say):
-    """What is trained on what, in which sizes; UserError if it cannot fit the device."""
+    """Print model, data and sizes. UserError if the run cannot fit the device."""
     options, cuda = run.options, run.dist.device.type == "cuda"
     prompt = max(len(ids) for _, ids in run.train_examples[:1000])
     need = memory.estimate(config, options, prompt, run.dist.size, cuda, run.dist.sharded)
     memory.check_fit(need, config, options, prompt, run.dist.device)
     peak = need.peak / memory.GIB
     say(
-        f"{options.algo} on {options.data or options.task}: {len(run.train_examples)} questions to train "
-        f"on, {len(run.held_out)} held out; {options.model}, {need.parameters / 1e6:.2f} M "
+        f"{options.algo} on {options.data or options.task}: {len(run.train_examples)} training "
+        f"questions, {len(run.held_out)} held out; {options.model}, {need.parameters / 1e6:.2f} M "
         f"parameters, {internals.layer_count(run.policy)} layers"
     )
     responses = options.micro_batch or options.responses_per_update // run.dist.size
@@ -329,19 +333,16 @@ def describe(run, config, say):
         f"{run.dist.size} process(es)"
     )
     kept = "in main memory" if options.offload else ""
-    kept = "as bfloat16 and their other 16 bits" if options.split_master else kept
+    kept = "as bfloat16 and their low 16 bits" if options.split_master else kept
     say(
-        f"weights and moments float32{kept and ', ' + kept}; products {options.dtype} on "
+        f"weights and moments float32{kept and ', ' + kept}; matrix products {options.dtype} on "
         f"{run.dist.device}; peak memory about {peak:.2f} GiB a process (--estimate: its parts on "
         "a GPU)"
     )
-    if (
-        cuda
-        and options.capture
-        and not options.plain
-        and (reason := cuda_graphs.why_not(run.policy.config, run.dist.device))
-    ):
-        say(f"note: decoding steps are not captured, one kernel is launched at a time: {reason}")
+    say(schedules.described(options))
+    reason = cuda_graphs.why_not(run.policy.config, run.dist.device)
+    if cuda and options.capture and not options.plain and reason:
+        say(f"note: decoding steps are not recorded as CUDA graphs: {reason}")
     best = default_dtype(run.dist.device)
     if options.dtype == "bfloat16" and best == "float16":
         say("note: this GPU has no hardware bfloat16 and is slow with it; use --dtype float16")

@@ -111,7 +111,7 @@ def plot(runs, out=None):
         inner = spans([r["step"] for r in steps if r["phase"] == "internal"])
         for panel, (_, draw) in zip(axes.flat, PANELS):
             draw(panel, steps, held, run.name, color)
-            for first, last in inner:  # BuPO 8: steps of phase 1 are shaded
+            for first, last in inner:  # BuPO's phase 1 is shaded
                 panel.axvspan(first - 0.5, last + 0.5, color=color, alpha=0.07)
     for panel, (title, _) in zip(axes.flat, PANELS):
         panel.set_title(title, fontsize=10)

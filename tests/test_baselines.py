@@ -242,8 +242,10 @@ def a_rival(name, ratios, advantages, mask=None, high=0.28):
         advantages=torch.tensor([advantages]),
         loss_mask=ones.bool() if mask is None else torch.tensor([mask]).bool(),
     )
-    options = SimpleNamespace(clip_high=high, baseline=name, dual_clip=0.0)
-    loss, ratio, low, high = baselines.policy_loss(logp, batch, slice(0, 1), options)
+    options = SimpleNamespace(clip_high=high, baseline=name, dual_clip=0.0, loss_mean="token")
+    found = baselines.policy_loss(logp, batch, slice(0, 1), options)
+    loss, ratio, low, high, _, mean = found
+    assert mean == ("sequence" if name == "gspo" else "token")
     bounds = {"gspo": (3e-4, 4e-4), "cispo": (math.inf, math.inf)}[name]
     assert (low.mean().item(), high.mean().item()) == pytest.approx(bounds)
     loss.sum().backward()
@@ -286,8 +288,8 @@ def test_a_rival_s_step_learns(opened, monkeypatch, name):
 
 def test_one_layer_for_a_whole_run(opened):
     """--bupo-baseline one-layer with as many steps as the run has: nothing else ever moves."""
-    run = opened("--algo", "grpo", "--bupo-layer", "2", "--bupo-baseline", "one-layer", "--steps", "3",
-                 "--bupo-steps", "3")  # fmt: skip
+    how = "--algo grpo --bupo-layer 2 --bupo-baseline one-layer --steps 3 --bupo-steps 3"
+    run = opened(*how.split())
     before = {n: p.detach().clone() for n, p in run.policy.named_parameters()}
     for step in (1, 2, 3):
         train.train_step(step, run)
@@ -298,8 +300,8 @@ def test_one_layer_for_a_whole_run(opened):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("--baseline gspo --clip-high 0.3", "--baseline gspo: has bounds of its own"),
-        ("--baseline dppo --clip-low 0.1", "--baseline dppo: has bounds of its own"),
+        ("--baseline gspo --clip-high 0.3", "--baseline gspo: has its own bounds"),
+        ("--baseline dppo --clip-low 0.1", "--baseline dppo: has its own bounds"),
         (
             "--baseline cispo --clip-low 0.1",
             "--clip-low 0.1: does nothing with",
@@ -307,6 +309,7 @@ def test_one_layer_for_a_whole_run(opened):
         ("--baseline cispo --kl 0.1", "--kl 0.1: does nothing with --baseline cispo"),
         ("--baseline gspo --dual-clip 3", "--dual-clip 3.0: does nothing with --baseline gspo"),
         ("--baseline gspo --sampler-correction", "--sampler-correction True: does nothing with"),
+        ("--baseline gspo --loss-mean token", "--loss-mean token: --baseline gspo averages over"),
         ("--baseline quantile --advantage rloo", "--advantage rloo: --baseline quantile is a"),
     ],
 )

@@ -341,7 +341,7 @@ def test_results_count_for_a_commit_that_changes_no_number(laid_out, tools, monk
     monkeypatch.setattr(tools.runs, "commit", tools.runs.commit.__defaults__[0])  # the real one
     with pytest.raises(UserError, match="made with other commit"):
         run()
-    other.append("--baseline edge")
+    other.append("--comparison edge")  # as the older code calls it
     with pytest.raises(UserError, match="edge-1..: weights is not what it was at c0ffee"):
         run("--again")
     assert asked[-1] == ["worktree", "remove"]  # nothing is left of the older code

@@ -22,7 +22,8 @@ from engine.fsdp import check_processes
 OPTIONS = (
     "--prompts-per-step 4 --num-generations 4 --updates-per-rollout 2 --max-new-tokens 8 "
     "--eval-prompts 2 --warmup-steps 1 --device cpu --bupo-layer 2 --bupo-steps 2 "
-    "--micro-tokens 70 --gradient-checkpointing --save-total-limit 9 --dynamic-sampling --max-rounds 2"
+    "--micro-tokens 70 --gradient-checkpointing --save-total-limit 9 --dynamic-sampling "
+    "--max-rounds 2"
 ).split()
 COMPARED = (
     "loss reward entropy grad_norm response_length clip_low clip_high ratio_max zero_std_groups "

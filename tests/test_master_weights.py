@@ -86,7 +86,8 @@ def coins(monkeypatch):
 def options(folder, tiny_folder, *more):
     sizes = (
         "--prompts-per-step 2 --num-generations 4 --updates-per-rollout 2 --max-new-tokens 5 "
-        "--difficulty 2 --warmup-steps 1 --device cpu --lr 1e-3 --micro-batch 2 --save-total-limit 9"
+        "--difficulty 2 --warmup-steps 1 --device cpu --lr 1e-3 --micro-batch 2 "
+        "--save-total-limit 9"
     ).split()
     return [*sizes, "--model", str(tiny_folder), "--out", str(folder), *more]
 

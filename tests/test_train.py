@@ -467,8 +467,8 @@ def test_a_damaged_checkpoint_is_passed_over(three_steps, tmp_path, capsys, dama
 
 
 def test_a_damaged_newer_checkpoint_does_not_cost_the_others(tmp_path):
-    """--save-total-limit counts back from the step just saved: what a resumed run has passed over does not
-    crowd out what it saves."""
+    """--save-total-limit counts back from the step just saved: what a resume has passed over does
+    not crowd out what it saves."""
     run(tmp_path / "run", "--save-total-limit", 9, steps=3)
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
     (tmp_path / "run" / "checkpoint-3" / "run.json").unlink()

@@ -3,7 +3,7 @@
     python experiments/benchmarks/gpu.py --shape 0.5b [--gradient-checkpointing] [--json FILE]
     python experiments/benchmarks/gpu.py --shape 7b --split-master --gradient-checkpointing
     python experiments/benchmarks/gpu.py --shape 0.5b --profile         launches, waits, kernels
-    python experiments/benchmarks/gpu.py --shape 0.5b --decode-alone    256 prompts, one response each
+    python experiments/benchmarks/gpu.py --shape 0.5b --decode-alone    256 prompts, a response each
     python experiments/benchmarks/gpu.py --shape tiny --rehearse        the same code on a CPU
 
 Prompts are of unequal lengths, answers end at random, verdicts are coins; the optimiser, the passes
