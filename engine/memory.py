@@ -197,8 +197,8 @@ def check_fit(need, config, options, prompt_tokens, device):
         whole = 16 * rows * options.max_new_tokens * config.vocab_size
         if whole > capacity:
             raise UserError(
-                f"--plain: whole logits of a pass of {rows} responses need {whole / GIB:.1f} GiB and "
-                f"there are {capacity / GIB:.1f}; leave --plain out, or try --micro-batch 1"
+                f"--plain: whole logits of a pass of {rows} responses need {whole / GIB:.1f} GiB "
+                f"and there are {capacity / GIB:.1f}; leave --plain out, or try --micro-batch 1"
             )
 
 
@@ -206,8 +206,8 @@ def table(e, options, prompt_tokens=256):
     """The estimate as lines for people."""
     lines = [
         f"memory a run needs on one GPU ({e.parameters / 1e6:.1f} M parameters"
-        f"{', offload' if options.offload else ''}, prompts of {prompt_tokens} tokens, responses of "
-        f"up to {options.max_new_tokens}):"
+        f"{', offload' if options.offload else ''}, prompts of {prompt_tokens} tokens, "
+        f"responses of up to {options.max_new_tokens}):"
     ]
     for name in PARTS:
         lines.append(f"  {name.replace('_', ' '):12s}{getattr(e, name) / GIB:9.2f} GiB")
@@ -247,8 +247,8 @@ def what_to_change(e, options):
         rows = options.decode_rows or options.responses_per_step
         fewer = max(options.num_generations, rows // 2)
         return (
-            f"--decode-rows {fewer} (fewer responses decoded at a time), or less than --max-new-tokens "
-            f"{options.max_new_tokens}"
+            f"--decode-rows {fewer} (fewer responses decoded at a time), or less than "
+            f"--max-new-tokens {options.max_new_tokens}"
         )
     if e.activations > states / 2:
         rows = options.micro_batch or options.responses_per_update

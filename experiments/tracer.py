@@ -8,11 +8,13 @@ of the step meets as names. More options go to train.py:
     python experiments/tracer.py --no-plain --algo grpo
 """
 
+import ast
 import collections
 import inspect
 import pathlib
 import sys
 import tempfile
+import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,6 +43,17 @@ def entered(function):
     return seen
 
 
+def lines_to_read(code):
+    """The numbers of a function's lines of code and comments, its docstring left out."""
+    text, first = inspect.getsourcelines(code)
+    node = ast.parse(textwrap.dedent("".join(text))).body[0]
+    body = getattr(node, "body", [])
+    docstring = set()
+    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        docstring = set(range(body[0].lineno, body[0].end_lineno + 1))
+    return [first + n - 1 for n, line in enumerate(text, 1) if line.strip() and n not in docstring]
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder:
         options = ["--plain", "--device", "cpu", "--out", folder, *sys.argv[1:]]
@@ -51,9 +64,9 @@ def main():
     for code in codes:
         name = getattr(code, "co_qualname", code.co_name)
         where = str(pathlib.Path(code.co_filename).relative_to(ROOT))
-        text, first = inspect.getsourcelines(code)
-        by_file[where].append((len(text), name))
-        lines |= {(where, n) for n in range(first, first + len(text))}  # nested ones once
+        read = lines_to_read(code)
+        by_file[where].append((len(read), name))
+        lines |= {(where, n) for n in read}  # nested ones once
     print()
     for where, functions in by_file.items():
         print(f"{where:24s}{sum(n for n, _ in functions):4d} lines in {len(functions)} functions")

@@ -310,7 +310,7 @@ def test_one_layer_for_a_whole_run(opened):
         ("--baseline gspo --dual-clip 3", "--dual-clip 3.0: does nothing with --baseline gspo"),
         ("--baseline gspo --sampler-correction", "--sampler-correction True: does nothing with"),
         ("--baseline gspo --loss-mean token", "--loss-mean token: --baseline gspo averages over"),
-        ("--baseline quantile --advantage rloo", "--advantage rloo: --baseline quantile is a"),
+        ("--baseline quantile --advantage rloo", "--baseline quantile replaces it"),
     ],
 )
 def test_what_a_rival_has_of_its_own_is_not_set_twice(given, message):

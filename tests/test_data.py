@@ -118,7 +118,7 @@ def test_what_cannot_be_used_is_counted_by_reason(tmp_path, capsys):
     assert len(read_problems(tmp_path / "a.jsonl")) == 8
     said = capsys.readouterr().out
     assert "2 of 11 rows left out, the first is line 8: it has no answer" in said
-    assert "1 of 11 rows left out, the first is line 10: its answer is an object" in said
+    assert "1 of 11 rows left out, the first is line 10: its reference answer is an object" in said
 
 
 # ---------------------------------------------------------------------------------------- data sets
@@ -322,7 +322,7 @@ def test_a_function_that_fails_is_named_with_the_answer(tmp_path, monkeypatch, t
     pay = reward_function.RewardFunction(a_function(tmp_path, function, "f"), lines.append)
     reward = pay(Problem("q", "1"), "bad")
     assert reward != reward and len(lines) == 1
-    assert said in lines[0] and "for the answer 'bad'" in lines[0] and "mine.py:f" in lines[0]
+    assert said in lines[0] and "for the response 'bad'" in lines[0] and "mine.py:f" in lines[0]
     monkeypatch.undo()
     assert pay(Problem("q", "1"), "good") == 2 and len(lines) == 1
 
@@ -377,7 +377,7 @@ def test_a_step_is_paid_by_the_function(opened, tmp_path, capsys):
     assert "held-out reward" in capsys.readouterr().out
     run = opened("--reward-function", a_function(tmp_path, "def f(*a): raise OSError('down')", "f"))
     metrics, bad = train.guarded_step(1, run)
-    assert "a reward is NaN" in bad and "OSError: down; for the answer" in capsys.readouterr().out
+    assert "a reward is NaN" in bad and "OSError: down; for the response" in capsys.readouterr().out
 
 
 def test_a_function_may_pay_for_answers_that_no_rule_checks(tmp_path):

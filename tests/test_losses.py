@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import losses
+from engine.logprobs import chunked_logprobs_and_entropy
 
 F64 = torch.float64
 
@@ -29,14 +30,19 @@ def test_logprob_and_entropy_by_hand():
     assert entropy.item() == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3), abs=1e-12)
 
 
+BOTH = [losses.token_logprobs_and_entropy, chunked_logprobs_and_entropy]  # readable, fast
+both = pytest.mark.parametrize("scores", BOTH, ids=["readable", "fast"])
+
+
+@both
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100, None])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunked_equals_plain_with_gradients(chunk, temperature, unchanged):
+def test_chunked_equals_plain_with_gradients(scores, chunk, temperature, unchanged):
     hidden = torch.randn(2, 5, 8, dtype=F64, requires_grad=True)
     weight = torch.randn(11, 8, dtype=F64, requires_grad=True)
     targets = torch.randint(0, 11, (2, 5))
     a, b = torch.randn(2, 5, dtype=F64), torch.randn(2, 5, dtype=F64)
-    ours = unchanged(losses.token_logprobs_and_entropy, hidden, weight, targets, temperature, chunk)
+    ours = unchanged(scores, hidden, weight, targets, temperature, chunk)
     theirs = plain(hidden, weight, targets, temperature)
     for x, y in zip(ours, theirs):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
@@ -46,36 +52,39 @@ def test_chunked_equals_plain_with_gradients(chunk, temperature, unchanged):
         lambda l, e: (a * l).sum(),
         lambda l, e: (b * e).sum(),
     ):
-        ours = losses.token_logprobs_and_entropy(hidden, weight, targets, temperature, chunk)
+        ours = scores(hidden, weight, targets, temperature, chunk)
         our_grads = torch.autograd.grad(objective(*ours), (hidden, weight))
         grads = torch.autograd.grad(objective(*theirs), (hidden, weight), retain_graph=True)
         for x, y in zip(our_grads, grads):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 
-def test_gradcheck():
+@both
+def test_gradcheck(scores):
     hidden = torch.randn(4, 3, dtype=F64, requires_grad=True)
     weight = torch.randn(5, 3, dtype=F64, requires_grad=True)
     targets = torch.tensor([0, 4, 2, 1])
-    scores = lambda h, w: losses.token_logprobs_and_entropy(h, w, targets, 0.8, 3)
-    assert torch.autograd.gradcheck(scores, (hidden, weight))
+    scored = lambda h, w: scores(h, w, targets, 0.8, 3)
+    assert torch.autograd.gradcheck(scored, (hidden, weight))
 
 
-def test_a_cut_vocabulary_has_probability_zero():
+@both
+def test_a_cut_vocabulary_has_probability_zero(scores):
     hidden, weight = torch.randn(3, 4, dtype=F64), torch.randn(10, 4, dtype=F64)
     weight[7:] = 100.0  # padding rows with wild weights
-    logp, entropy = losses.token_logprobs_and_entropy(hidden, weight[:7], torch.tensor([0, 6, 3]))
+    logp, entropy = scores(hidden, weight[:7], torch.tensor([0, 6, 3]))
     masked = hidden @ weight.T
     masked[:, 7:] = -torch.inf
     torch.testing.assert_close(logp, masked.log_softmax(-1)[range(3), [0, 6, 3]])
     assert (entropy <= math.log(7) + 1e-9).all()
 
 
-def test_bfloat16_autocast_keeps_float32_results():
+@both
+def test_bfloat16_autocast_keeps_float32_results(scores):
     hidden, weight = torch.randn(6, 16), torch.randn(20, 16, requires_grad=True)
     targets = torch.randint(0, 20, (6,))
     with torch.autocast("cpu", torch.bfloat16):
-        logp, entropy = losses.token_logprobs_and_entropy(hidden, weight, targets, chunk_tokens=2)
+        logp, entropy = scores(hidden, weight, targets, chunk_tokens=2)
     assert logp.dtype == entropy.dtype == torch.float32
     logp.sum().backward()
     assert weight.grad.dtype == torch.float32

@@ -167,7 +167,7 @@ def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypat
     more = ["--max-new-tokens", "400"]
     for given, advice in [
         (more, "--gradient-checkpointing"),
-        (["--prompts-per-step", "64", "--micro-batch", "2"], "--decode-rows 64 .fewer answers"),
+        (["--prompts-per-step", "64", "--micro-batch", "2"], "--decode-rows 64 .fewer responses"),
         (["--max-new-tokens", "1", "--no-capture"], "--split-master .a fifth less., --offload, or"),
         (["--max-new-tokens", "1", "--no-capture", "--offload"], "more processes .torchrun"),
     ]:
@@ -193,7 +193,7 @@ def test_the_benchmark_rehearses_and_records(tmp_path, monkeypatch, capsys):
     gpu.main()
     row = json.loads(record.read_text(encoding="utf-8"))
     assert row["options"] == ["--micro-batch", "2", "--gradient-checkpointing"]
-    assert row["rows"] == 4 and row["ratio_off"] == 0 and 0 < row["peak_gib"] < 0.1
+    assert row["rows"] == 8 and row["ratio_off"] == 0 and 0 < row["peak_gib"] < 0.1
     assert row["tokens"] > row["answer_tokens"] > 3 and row["updates"][0] in (
         "applied",
         "no_signal",

@@ -10,6 +10,7 @@ import losses
 import train
 from common.errors import UserError
 from engine import decoding
+from engine.logprobs import chunked_logprobs_and_entropy
 from engine.processes import SingleProcess
 from problems.grading import Grade
 from run import options
@@ -43,7 +44,7 @@ def test_the_same_log_probabilities_and_gradients(temperature):
     hidden = torch.randn(6, 9, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
     targets, a, b = torch.randint(0, 50, (6, 9)), *torch.randn(2, 6, 9, dtype=torch.float64)
-    chunked = losses.token_logprobs_and_entropy(hidden, weight, targets, temperature, 7)
+    chunked = chunked_logprobs_and_entropy(hidden, weight, targets, temperature, 7)
     plain = losses.token_logprobs_and_entropy(hidden, weight, targets, temperature)
     ways = [chunked, plain]
     for x, y in zip(*ways):
@@ -134,7 +135,7 @@ def test_logits_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.sysconf", lambda name: 100)  # 100 pages of 100 bytes
     arguments = [*STEP, "--data", questions(tmp_path), "--out", str(tmp_path / "run"), "--plain"]
-    message = "--plain: whole logits of a pass of 16 answers need .* leave --plain out"
+    message = "--plain: whole logits of a pass of 16 responses need .* leave --plain out"
     with pytest.raises(UserError, match=message) as error:
         open_run(options.parse(arguments, ""), SingleProcess("cpu"))
     assert "\n" not in str(error.value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine import rows
-from losses import token_logprobs_and_entropy
+from engine.logprobs import chunked_logprobs_and_entropy
 
 
 def logits_and_targets():
@@ -58,8 +58,8 @@ def test_what_the_compiler_returns_is_used(monkeypatch):
     rows._compile.cache_clear(), rows._compiler_works.cache_clear()
     hidden, weight, targets = torch.randn(9, 4), torch.randn(20, 4), torch.arange(9)
     results = []
-    chunked = functools.partial(token_logprobs_and_entropy, chunk_tokens=4)
-    for scores in (chunked, token_logprobs_and_entropy):
+    chunked = functools.partial(chunked_logprobs_and_entropy, chunk_tokens=4)
+    for scores in (chunked, chunked_logprobs_and_entropy):
         h, w = (x.clone().requires_grad_() for x in (hidden, weight))
         logp, _ = scores(h, w, targets, 0.7, measure_entropy=False)
         logp.square().sum().backward()
@@ -76,8 +76,8 @@ def test_no_entropy_where_nobody_reads_it(monkeypatch):
     real = rows.scores
     spy = lambda *args, **how: asked.append(how["measure_entropy"]) or real(*args, **how)
     monkeypatch.setattr(rows, "scores", spy)
-    logp, entropy = token_logprobs_and_entropy(hidden, weight, targets, chunk_tokens=5)
-    alone, nothing = token_logprobs_and_entropy(
+    logp, entropy = chunked_logprobs_and_entropy(hidden, weight, targets, chunk_tokens=5)
+    alone, nothing = chunked_logprobs_and_entropy(
         hidden, weight, targets, chunk_tokens=5, measure_entropy=False
     )
     assert torch.equal(logp, alone) and nothing is None and entropy.isfinite().all()
@@ -92,7 +92,7 @@ def test_the_unembedding_s_gradient_is_float32_under_autocast(chunk):
     hidden, weight = (torch.randn(n, 8, generator=generator) for n in (12, 30))
     targets, weight = torch.arange(12), weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        logp, _ = token_logprobs_and_entropy(hidden, weight, targets, chunk_tokens=chunk)
+        logp, _ = chunked_logprobs_and_entropy(hidden, weight, targets, chunk_tokens=chunk)
     logp.sum().backward()
     h, w = hidden.bfloat16(), weight.detach().bfloat16()
     p = (h @ w.T).float().softmax(-1)
@@ -104,5 +104,5 @@ def test_the_unembedding_s_gradient_is_float32_under_autocast(chunk):
     torch.testing.assert_close(weight.grad.double(), sum(parts), rtol=2e-2, atol=4e-3)
     if chunk == 1:  # bfloat16 would have lost what the later chunks add
         assert (weight.grad != weight.grad.bfloat16().float()).any()
-        exact, _ = token_logprobs_and_entropy(h.float(), w.float().requires_grad_(), targets)
+        exact, _ = chunked_logprobs_and_entropy(h.float(), w.float().requires_grad_(), targets)
         torch.testing.assert_close(logp, exact, rtol=2e-2, atol=2e-2)

@@ -14,6 +14,7 @@ import sampling
 import train
 from common.errors import UserError
 from engine import decoding, forward
+from engine.logprobs import chunked_logprobs_and_entropy
 from engine.processes import SingleProcess
 from problems.grading import Grade
 from run import baselines, options, report
@@ -43,7 +44,7 @@ def exact(logits, targets):
     return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
-SCORERS = {False: losses.token_logprobs_and_entropy, True: losses.token_logprobs_and_entropy}
+SCORERS = {False: chunked_logprobs_and_entropy, True: losses.token_logprobs_and_entropy}
 
 
 def eye_scores(plain):
@@ -406,7 +407,7 @@ def test_the_correction_weighs_tokens(opened, monkeypatch):
             given_batch(patch, batch)
             (update,) = train.train_step(1, run).updates
         assert update.loss == pytest.approx(-weight, rel=1e-5)
-    with pytest.raises(UserError, match="--sampler-correction True: it would mistake"):
+    with pytest.raises(UserError, match="--sampler-correction True: the sampler does not"):
         options.parse("--estimate --sampler-correction --algo dapo --bupo-layer 1".split(), "")
 
 

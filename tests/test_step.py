@@ -138,7 +138,7 @@ def test_a_rule_reaches_every_arm(opened, monkeypatch, name):
 
 
 def test_a_rule_beside_hapos_own_is_one_line():
-    with pytest.raises(UserError, match="--advantage rloo: HAPO's B is a group rule of its own"):
+    with pytest.raises(UserError, match="--advantage rloo: HAPO's B is a group rule itself"):
         options.parse(["--estimate", "--advantage", "rloo"], "")
     options.parse(["--estimate", "--advantage", "rloo", "--no-token-group-average"], "")
 

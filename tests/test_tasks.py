@@ -326,13 +326,16 @@ def test_a_number_of_a_file_stays_that_number(tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        (['{"question": "a", "answer": NaN}'], "line 1: its answer is nan, neither a text nor"),
-        (['{"question": "a", "answer": -Infinity}'], "line 1: its answer is -inf"),
+        (
+            ['{"question": "a", "answer": NaN}'],
+            "line 1: its reference answer is nan, neither a text",
+        ),
+        (['{"question": "a", "answer": -Infinity}'], "line 1: its reference answer is -inf"),
         ([], "it holds no rows"),
         (['{"question": "a", "answer": null}'], r"line 1: it has no answer .*it has question"),
-        (['{"question": "a", "answer": true}'], "line 1: its answer is true or false"),
-        (['{"question": "a", "answer": [1]}'], "line 1: its answer is a list"),
-        (['{"question": "a", "answer": {"x": 1}}'], "line 1: its answer is an object"),
+        (['{"question": "a", "answer": true}'], "line 1: its reference answer is true or false"),
+        (['{"question": "a", "answer": [1]}'], "line 1: its reference answer is a list"),
+        (['{"question": "a", "answer": {"x": 1}}'], "line 1: its reference answer is an object"),
         ([{"question": ["a"], "answer": "1"}], "line 1: its question is a list, but not of mess"),
         ([{"prompt": None, "answer": "1"}], "line 1: it has no question .*it has answer"),
         ([{"question": "a\ud800", "answer": "1"}], "line 1: it holds half a character"),
@@ -343,7 +346,10 @@ def test_a_number_of_a_file_stays_that_number(tmp_path):
         ([{"q": "a"}], "line 1: it has no question .no question or prompt or messages; it has q"),
         ([{"question": "  ", "answer": "1"}], "line 1: its question is empty"),
         (['{"question": "a", "answer": ' + "9" * 5_000 + "}"], "line 1: not JSON"),
-        ([{"question": "a", "answer": " "}], "none of its 1 rows can be used; line 1: its answer"),
+        (
+            [{"question": "a", "answer": " "}],
+            "none of its 1 rows can be used; line 1: its reference answer",
+        ),
     ],
 )
 def test_bad_files_name_file_and_line(tmp_path, rows, message, monkeypatch):
@@ -400,7 +406,9 @@ def test_unusable_rows_are_counted_and_the_rest_goes_on(tmp_path, monkeypatch, c
         {"question": "b", "answer": "4"},
     )
     assert [p.answer for p in read_problems(path)] == ["4"]
-    assert "1 of 2 rows left out, the first is line 1: its answer" in capsys.readouterr().out
+    assert (
+        "1 of 2 rows left out, the first is line 1: its reference answer" in capsys.readouterr().out
+    )
 
 
 def test_parquet(tmp_path):
