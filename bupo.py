@@ -64,7 +64,7 @@ def measure_boundary(
 ) -> Boundary:
     """Return the boundary layer of a model, measured on some responses, (N, S) each.
 
-    dist: the processes of a sharded model, each with its own responses (engine/processes.py).
+    dist: the processes of a sharded model, each with its own responses (engine/engine.py).
     """
     width = input_ids.shape[1]
     batch = diagnostic_batch_size(width if dist is None else int(dist.all_reduce_max(width)))

@@ -42,15 +42,15 @@ def token_logprobs_and_entropy(
         shapes = f"{tuple(targets.shape)}, hidden {tuple(hidden.shape)}"
         raise ValueError(f"targets must have the shape of hidden without its last axis: {shapes}")
     states, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    size = chunk_tokens or max(1, len(states))
-    logps, entropies = [], []
-    for chunk, chunk_ids in zip(states.split(size), ids.split(size)):
-        logits = chunk @ unembedding.T
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logp, entropy = row_logprobs_and_entropy(logits / temperature, chunk_ids)
-        logps.append(logp)
-        entropies.append(entropy)
-    return torch.cat(logps).view(targets.shape), torch.cat(entropies).view(targets.shape)
+    total = max(1, len(ids))
+    size, parts = chunk_tokens or total, []
+    for start in range(0, total, size):
+        rows = slice(start, start + size)
+        logits = states[rows] @ unembedding.T
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        parts.append(row_logprobs_and_entropy(logits, ids[rows]))
+    logp, entropy = (torch.cat(part).view(targets.shape) for part in zip(*parts))
+    return logp, entropy
 
 
 def row_logprobs_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -210,7 +210,7 @@ def draw(
 
     uniform (R,) in [0, 1); positions (R,): each token's position in its response, default 0.
     """
-    entropy = entropy_of(logits)
+    _, entropy = row_logprobs_and_entropy(logits, logits.argmax(-1))
     temperatures = temperature
     if callable(temperature):
         first = torch.zeros_like(entropy, dtype=torch.long)

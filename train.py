@@ -31,13 +31,12 @@ from common.command import run_main
 from common.models import load_config
 from engine import memory
 from engine.fsdp import open_processes
-from problems.grading import response_texts
+from problems.grading import grade, response_texts
 from run import baselines, checkpoint, dynamic_sampling, report, schedules
 from run.batch import Batch, MicroBatchResult, PolicyLoss, StepRecord, Update, join
 from run.finalize import finish, give_up
 from run.guard import StopRequest
 from run.options import Options, parse
-from run.rewards import compute_rewards
 from run.setup import open_run
 from run.state import Run, Stopwatch
 from sampling import NonFinite, Rows, Temperature
@@ -54,7 +53,7 @@ def train_step(step: int, run: Run) -> StepRecord:
 
     # 2. Sample G responses to each prompt from the policy as it is, and reward each.
     temperature = options.temperature
-    if options.uses("A"):  # HAPO A: a rule, which the decoder asks at every token
+    if "A" in run.mechanisms:  # HAPO A: a rule, which the decoder asks at every token
         stats, base, tau = run.sampler_stats, options.temperature, options.tau  # last batch's stats
         temperature = lambda entropy, position: hapo.adaptive_temperature(
             entropy, stats, base, tau, options.temperature_form, options.released
@@ -98,7 +97,7 @@ def train_step(step: int, run: Run) -> StepRecord:
 
     # 4. How uncertain was the full policy at each token? One h in [-1, 1] per token. Statistics are
     # over all tokens of all processes, those of zero-variance groups included.
-    if options.uses("A"):  # for the next batch: the entropies that its sampler will see
+    if "A" in run.mechanisms:  # for the next batch: the entropies that its sampler will see
         drawn = (batch.all_drawn or batch).rollout
         pool = dist.gather(drawn.entropy[drawn.mask])
         run.sampler_stats = hapo.entropy_stats(pool, torch.ones_like(pool), options.rho)
@@ -112,7 +111,7 @@ def train_step(step: int, run: Run) -> StepRecord:
     # 5. How much better is a response than the others to its prompt? Advantages (B, T), 0 in
     # zero-variance groups.
     G, counted = options.num_generations, batch.loss_mask & batch.has_reward_variance[:, None]
-    if options.uses("B"):  # HAPO B
+    if "B" in run.mechanisms:  # HAPO B
         batch.advantages = hapo.token_group_advantages(batch.rewards, counted, G, options.released)
     elif options.advantage == "rloo":
         batch.advantages = losses.rloo_advantages(batch.rewards, G)[:, None] * counted
@@ -143,7 +142,7 @@ def train_step(step: int, run: Run) -> StepRecord:
         total, results = 0.0, []
         for rows in engine.micro_batches(rollout, mini_batch):
             new = engine.token_logprobs(engine.policy, rollout, rows, layer, measure_entropy=False)
-            of_tokens = policy_loss(new.logp, batch, rows, options)  # with C and D of HAPO
+            of_tokens = policy_loss(new.logp, batch, rows, run)  # with C and D of HAPO
             if of_tokens.loss_mean == "token":
                 loss = losses.masked_mean(of_tokens.per_token, batch.loss_mask[rows], tokens)
             elif of_tokens.loss_mean == "sequence":
@@ -154,7 +153,8 @@ def train_step(step: int, run: Run) -> StepRecord:
                 )
             engine.backward(loss)
             total = total + loss.detach()
-            results.append(MicroBatchResult.of(rows, new.logp, of_tokens))
+            kept = of_tokens._replace(per_token=None, ratio=of_tokens.ratio.detach())
+            results.append(MicroBatchResult(rows, new.logp.detach(), kept))
         (total,) = dist.all_reduce_sum(total)
         outcome, grad_norm = engine.optimizer_step(total)
         updates.append(Update(outcome, total, grad_norm, results))
@@ -165,39 +165,62 @@ def train_step(step: int, run: Run) -> StepRecord:
 def generate_and_grade(
     step: int, attempt: int, layer: int | str | None, temperature: Temperature, run: Run
 ) -> Batch:
-    """Draw P prompts and G responses to each, and reward each response."""
-    options = run.options
+    """Draw P prompts and G responses to each, and compose the reward of each response."""
+    options, G = run.options, run.options.num_generations
     problems, prompts = zip(*run.next_prompts())
     rollout = run.engine.generate(
         prompts,
-        options.num_generations,
+        G,
         options.max_new_tokens,
         temperature,
         run.uniform(step, attempt),
         measure_entropy=layer is not None,  # BuPO 2: in phase 1, h is computed from it
     )
     texts = response_texts(rollout.responses(), run.tokenizer)
-    rewards = compute_rewards(problems, texts, rollout, step, attempt, run)
+    grades = [grade(problems[row // G], text) for row, text in enumerate(texts)]
+    strict, lenient = torch.tensor(grades, device=rollout.mask.device).unbind(1)
+    correct = lenient
+    if options.reward == "strict":
+        correct = strict
+    elif options.reward == "random":
+        correct = baselines.random_verdicts(step, attempt, run)
+    # Duplicate responses share the first one's outcome. With different ones, say by chance, their
+    # gradients would cancel but for rounding, and AdamW turns any gradient into a full step.
+    first = [texts.index(text, row // G * G) for row, text in enumerate(texts)]
+    correct = correct[first]
+
+    # The outcome is composed here, and a term of your own (a bonus for the format, say) belongs
+    # here: a group whose outcomes are all equal has zero reward variance and advantage 0.
+    outcome = correct.float()
+    if run.reward_function is not None:  # --reward-function; NaN where it failed
+        own = [run.reward_function(problems[row // G], text) for row, text in enumerate(texts)]
+        outcome = torch.tensor(own, device=rollout.mask.device)[first]
+    has_variance = losses.has_reward_variance(outcome, G)
+    reward = outcome
+    if options.overlong_buffer:  # no outcome: a length penalty gives a group no variance
+        cap, buffer = options.max_new_tokens, options.overlong_buffer
+        reward = outcome + losses.overlong_penalty(rollout.lengths, cap, buffer)
     return Batch(
         problems=list(problems),
         texts=texts,
         rollout=rollout,
-        strict=rewards.strict,
-        lenient=rewards.lenient,
-        correct=rewards.correct,
-        rewards=rewards.total,
-        has_reward_variance=rewards.has_variance,
-        in_loss=torch.ones_like(rewards.has_variance),
+        strict=strict,
+        lenient=lenient,
+        correct=correct,
+        rewards=reward,
+        has_reward_variance=has_variance,
+        in_loss=torch.ones_like(has_variance),
         loss_mask=rollout.mask,
     )
 
 
-def policy_loss(logp: Tensor, batch: Batch, rows: Rows, options: Options) -> PolicyLoss:
+def policy_loss(logp: Tensor, batch: Batch, rows: Rows, run: Run) -> PolicyLoss:
     """Return the loss of some responses, (rows, T), from their log-probabilities now.
 
     A ratio, its clip bounds and its mean belong together: whoever changes one changes all, here.
     """
-    advantages, h = batch.advantages[rows], None if batch.h is None else batch.h[rows]
+    options, advantages = run.options, batch.advantages[rows]
+    h = None if batch.h is None else batch.h[rows]
     if options.baseline in baselines.LOSS_BASELINES:
         loss, ratio, low, high, _, loss_mean = baselines.policy_loss(logp, batch, rows, options)
     else:
@@ -205,12 +228,12 @@ def policy_loss(logp: Tensor, batch: Batch, rows: Rows, options: Options) -> Pol
         ratio = losses.likelihood_ratio(logp, batch.old.logp[rows])
         low = torch.full_like(logp, options.clip_low)
         high = torch.full_like(logp, options.clip_high)
-        if options.uses("C"):  # HAPO C: its neutral zone is built from the base bounds
+        if "C" in run.mechanisms:  # HAPO C: its neutral zone is built from the base bounds
             zone = (options.clip_low, options.clip_high)
-            if options.released and options.uses("D"):  # there, from D's
+            if options.released and "D" in run.mechanisms:  # there, from D's
                 zone = hapo.adaptive_clip(h, *zone)
             advantages = hapo.redistribute_advantages(advantages, h, ratio, *zone, options.released)
-        if options.uses("D"):  # HAPO D
+        if "D" in run.mechanisms:  # HAPO D
             low, high = hapo.adaptive_clip(h, options.clip_low, options.clip_high)
         dual_clip = options.dual_clip or None
         loss = losses.clipped_surrogate(ratio, advantages, low, high, dual_clip)
@@ -286,7 +309,7 @@ def inspect_group(done: StepRecord, run: Run) -> dict:
     first = G * int((share_correct - 0.5).abs().argmin())
     rows = slice(first, first + G)
     new = run.engine.batch_logprobs(run.policy, batch.rollout, [rows], done.layer)
-    loss = policy_loss(new.logp[rows], batch, rows, run.options)
+    loss = policy_loss(new.logp[rows], batch, rows, run)
     fell = (loss.ratio < 1 - loss.clip_low) & (loss.advantages < 0)
     rose = (loss.ratio > 1 + loss.clip_high) & (loss.advantages > 0)
     group = {"rows": rows, "ratio": loss.ratio}

@@ -20,6 +20,7 @@ import torch
 import internals
 import losses
 import sampling
+from common.devices import widest_float_dtype
 from sampling import TokenScores
 
 
@@ -28,6 +29,59 @@ def autocast(device, dtype):
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, getattr(torch, dtype))
+
+
+class SingleProcess:
+    """One process: every sum over processes is the number itself.
+
+    engine/fsdp.py has the same methods for several: DistributedProcesses.
+    """
+
+    size, rank, main, sharded = 1, 0, True, False
+
+    def __init__(self, device="cpu"):
+        self.device = torch.device(device)
+        dtype = widest_float_dtype(self.device)
+        self.zero = torch.zeros((), dtype=dtype, device=self.device)
+
+    def all_reduce_sum(self, *numbers):
+        """Return each number's sum over processes, as floats. All wait for the device once."""
+        return torch.stack([self.zero + number for number in numbers]).tolist()
+
+    def all_reduce_max(self, values):
+        """Return the largest value over processes, a tensor of the same shape."""
+        return torch.as_tensor(values, device=self.device)
+
+    def any_process(self, flag):
+        """Return whether the flag is set in one of the processes."""
+        return bool(flag)
+
+    def gather(self, values):
+        """Return the values (n,) of all processes as one tensor."""
+        return values
+
+    def gather_objects(self, thing):
+        """Return a list of every process's object."""
+        return [thing]
+
+    def local_shard(self, items):
+        """Return this process's share of a list."""
+        return items
+
+    def raise_on_all_ranks(self, errors, function, *args, **kwargs):
+        """Return function(...). If it raises one of `errors` in one process, all raise."""
+        return function(*args, **kwargs)
+
+    def reshard(self, model):
+        """Free weights that a forward pass has gathered."""
+
+    def close(self):
+        """Leave the group of processes."""
+
+
+def full_tensor(tensor):
+    """Return a sharded tensor as an ordinary one; every process must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 class Engine:
@@ -50,7 +104,7 @@ class Engine:
     ):
         """Draw `group_size` responses to each prompt: a sampling.Rollout."""
         return sampling.generate(
-            self._sampling_model(),
+            self.policy,
             prompts,
             group_size,
             max_new_tokens,
@@ -61,15 +115,7 @@ class Engine:
             measure_entropy,
         )
 
-    def _sampling_model(self):
-        """Return the model that responses are drawn from: here the policy itself."""
-        return self.policy
-
     # ------------------------------------------------------------------------------- scoring
-
-    def pack(self, rollout, rows):
-        """Return the internals.PackedBatch of one forward pass: one response per row."""
-        return internals.unpacked(rollout, rows)
 
     def micro_batches(self, rollout, rows):
         """Split rows (a slice) into forward passes, at most --micro-batch responses in each."""
@@ -83,13 +129,17 @@ class Engine:
         function for old, new and reference log-probabilities.
         """
         norm = layer is None or self.options.bupo_norm  # BuPO 4: a layer's policy has no final norm
-        packed = self.pack(rollout, rows)
+        packed = internals.unpacked(rollout, rows)
         states = internals.response_states(model, packed, layer, norm)
         weight = internals.unembedding(model)[: self.vocab_size]
         logp, entropy = losses.token_logprobs_and_entropy(
             states, weight, packed.tokens, self.options.temperature
         )
         return self._token_scores(model, rollout.mask[rows], layer, logp, entropy)
+
+    def pack(self, rollout, rows):
+        """Return the internals.PackedBatch of a forward pass: here one response per row."""
+        return internals.unpacked(rollout, rows)
 
     def batch_logprobs(self, model, rollout, mini_batches, layer, measure_entropy=True):
         """Return the TokenScores of a whole rollout, (B, T), without gradients.
@@ -105,7 +155,6 @@ class Engine:
                     logp[rows] = scores.logp
                     if scores.entropy is not None:
                         entropy[rows] = scores.entropy
-        self.dist.reshard(model)
         return scores._replace(logp=logp, entropy=entropy)
 
     def _token_scores(self, model, mask, layer, logp, entropy):

@@ -7,6 +7,7 @@ plain engine itself does not know.
 """
 
 import internals
+import sampling
 from engine import packing
 from engine.decoding import generate
 from engine.engine import Engine, autocast
@@ -29,26 +30,27 @@ class FastEngine(Engine):
     def _samples_from_a_replica(self):
         return self.options.dtype != "float32"
 
-    def _sampling_model(self):
-        return self.policy if self.replica is None else self.replica.refreshed()
-
     def generate(
         self, prompts, group_size, max_new_tokens, temperature, uniform, measure_entropy=False
     ):
         arguments = (prompts, group_size, max_new_tokens)
+        model = self.policy if self.replica is None else self.replica.refreshed()
+        decode, more = generate, {}
         if self.options.plain:
-            return super().generate(*arguments, temperature, uniform, measure_entropy)
-        return generate(
-            self._sampling_model(),
+            decode = sampling.generate
+        else:
+            more["capture"] = self.options.capture
+            more["decode_rows"] = self.options.decode_rows
+            more["prefill_tokens"] = self.options.prefill_tokens
+        return decode(
+            model,
             *arguments,
             self.eos_ids,
             temperature,
             self.vocab_size,
             uniform,
             measure_entropy,
-            capture=self.options.capture,
-            decode_rows=self.options.decode_rows,
-            prefill_tokens=self.options.prefill_tokens,
+            **more,
         )
 
     def micro_batches(self, rollout, rows):

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from common.attention import install_mask_hook
 from common.errors import UserError
 from common.models import assert_tied, load_config, load_model
+from engine.engine import SingleProcess, full_tensor
 from engine.fast import FastEngine
 from engine.micro_batches import equal_counts
-from engine.processes import SingleProcess, full_tensor
 from internals import decoder_body
 from sampling import NonFinite
 
@@ -115,6 +115,11 @@ class FsdpEngine(FastEngine):
     def generate(self, *arguments, **more):
         errors = (NonFinite, UserError)
         return self.dist.raise_on_all_ranks(errors, super().generate, *arguments, **more)
+
+    def batch_logprobs(self, model, *arguments, **more):
+        scores = super().batch_logprobs(model, *arguments, **more)
+        self.dist.reshard(model)
+        return scores
 
     def micro_batches(self, rollout, rows):
         parts = [rollout.row_list(part) for part in super().micro_batches(rollout, rows)]

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from common.attention import install_mask_hook
 from common.models import assert_tied
-from engine.processes import full_tensor
+from engine.engine import full_tensor
 from internals import decoder_body
 
 

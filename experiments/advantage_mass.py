@@ -24,7 +24,7 @@ import hapo  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
 from common.command import run_main  # noqa: E402
-from engine.processes import SingleProcess  # noqa: E402
+from engine.engine import SingleProcess  # noqa: E402
 from run import options  # noqa: E402
 from run.setup import open_run  # noqa: E402
 

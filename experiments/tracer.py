@@ -19,7 +19,7 @@ import textwrap
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train
-from engine.processes import SingleProcess
+from engine.engine import SingleProcess
 from run.options import parse
 from run.setup import open_run
 

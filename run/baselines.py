@@ -18,6 +18,7 @@ from internals import decoder_body
 from losses import clipped_surrogate, has_reward_variance, likelihood_ratio, split_groups
 from run import schedules
 from run.batch import PolicyLoss
+from run.state import seed_of
 
 ADVANTAGE_BASELINES = ("forking", "entropy-advantage", "edge", "quantile")
 LOSS_BASELINES = ("archer", "dppo", "cispo", "gspo")
@@ -241,7 +242,7 @@ def groups_by_layer(model):
     return [{"params": rest, "layer": 0}, *groups]
 
 
-# -------------------------------------------------------------------------------------- temperature
+# --------------------------------------------------------------------------- temperature and reward
 
 
 def two_temperatures(entropy, stats, base, tau):
@@ -249,3 +250,15 @@ def two_temperatures(entropy, stats, base, tau):
     if stats is None:
         return torch.zeros_like(entropy) + base
     return base * (1 + tau * (log_entropy(entropy) - stats.pivot).sign())
+
+
+def random_verdicts(step, attempt, run):
+    """Return verdicts by chance, (B,), for --reward random, a control.
+
+    They are the same over any number of processes.
+    """
+    options, generator = run.options, torch.Generator()
+    generator.manual_seed(seed_of(options.seed, step, attempt, "coin"))
+    shape = (options.prompts_per_step, options.num_generations)
+    heads = torch.rand(*shape, generator=generator) < 0.5
+    return heads[run.dist.rank :: run.dist.size].flatten().to(run.dist.device)

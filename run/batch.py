@@ -45,7 +45,7 @@ class Batch:
 class PolicyLoss(NamedTuple):
     """The loss of some responses, and what it was computed from, (rows, T) each."""
 
-    per_token: Tensor
+    per_token: Tensor | None  # None once its gradient has been computed
     ratio: Tensor
     clip_low: Tensor  # how far the ratio may fall below 1
     clip_high: Tensor  # how far it may rise above 1
@@ -57,17 +57,8 @@ class MicroBatchResult(NamedTuple):
     """One forward pass of an update: some responses at the policy as it was then."""
 
     rows: Rows
-    logp: Tensor  # (rows, T), as all that follow
-    ratio: Tensor
-    clip_low: Tensor
-    clip_high: Tensor
-    advantages: Tensor  # after HAPO's redistribution
-
-    @classmethod
-    def of(cls, rows, logp, loss):
-        """Return what is kept of a PolicyLoss once its gradient has been computed."""
-        bounds = (loss.clip_low, loss.clip_high)
-        return cls(rows, logp.detach(), loss.ratio.detach(), *bounds, loss.advantages)
+    logp: Tensor  # (rows, T)
+    loss: PolicyLoss
 
 
 class Update(NamedTuple):

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from common import renamed
 from common.errors import UserError
-from engine.processes import full_tensor
+from engine.engine import full_tensor
 from run.options import MAY_CHANGE
 
 SHAPE = (

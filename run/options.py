@@ -193,10 +193,6 @@ class Options:
         }
         return "".join(part for part in on if on[part] and self.algo == "hapo")
 
-    def uses(self, mechanism):
-        """Return whether HAPO's mechanism A, B, C or D is on."""
-        return mechanism in self.hapo_mechanisms
-
     @property
     def keeps_masters(self):
         """Return whether the model's weights are bfloat16 and their float32 masters elsewhere."""

@@ -175,7 +175,7 @@ def clip_counts(updates, batch):
         len(names), dtype=widest_float_dtype(batch.rewards.device), device=batch.rewards.device
     )
     for part in (part for update in updates for part in update.micro_batches):
-        rows, logp, ratio, clip_low, clip_high, advantages = part
+        rows, logp, (_, ratio, clip_low, clip_high, advantages, _) = part
         valid, old_logp = batch.loss_mask[rows], batch.old.logp[rows]
         below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
         kl = kl_k3(old_logp, logp)  # of KL(old || new): the responses are old's
@@ -197,7 +197,7 @@ def largest_ratios(updates, batch, run):
     for update in updates:
         largest = torch.zeros(2, device=batch.rewards.device)
         for part in update.micro_batches:
-            ratio = torch.where(batch.loss_mask[part.rows], part.ratio, 1.0)
+            ratio = torch.where(batch.loss_mask[part.rows], part.loss.ratio, 1.0)
             largest = torch.maximum(largest, torch.stack([ratio.max(), (ratio - 1).abs().max()]))
         found.append(largest)
     return run.dist.all_reduce_max(torch.stack(found)).tolist()

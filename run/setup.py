@@ -17,7 +17,7 @@ from common.devices import default_dtype
 from common.errors import UserError
 from common.models import load_config, load_model, load_tokenizer, vocabulary
 from engine import cuda_graphs, fsdp, memory
-from engine.processes import full_tensor
+from engine.engine import full_tensor
 from problems.prompts import fit_context, instruct
 from run import checkpoint, schedules
 from run.build import build_engine, layer_of
@@ -63,22 +63,14 @@ def open_run(options, dist):
         held_out=held_out,
         out=out,
         guard=Guard(say),
+        mechanisms=options.hapo_mechanisms,
         layer=layer_of(options),
     )
-    if not eos_ids:
-        say(
-            "note: neither the model nor the tokenizer names an end-of-sequence token; "
-            "responses end at --max-new-tokens only"
-        )
     run.fingerprints = {"questions": questions_hash(train_examples, held_out)}
     if reward_function:
         run.fingerprints["reward_function"] = reward_function.sum
-    if found:
-        now, step = run.fingerprints, checkpoint.restore(run, found)
-        check_fingerprints(run, now)
-        schedules.check_resume(stored_options(options.out), options, step)
-    else:
-        run.fingerprints["weights"], step = first_weights, None
+    run.fingerprints["weights"] = first_weights
+    step = restore(run, found) if found else None
     if options.keeps_masters and run.reference is not None:
         for p in run.reference.parameters():  # as the policy's own; rotary buffers stay float32
             p.data = p.data.to(torch.bfloat16)
@@ -87,6 +79,15 @@ def open_run(options, dist):
         (NonFinite, UserError), prepare_folder, run, -1 if step is None else step
     )
     return run, step
+
+
+def restore(run, found):
+    """Put back what a checkpoint holds; return its step. UserError if the run would be another."""
+    now = run.fingerprints
+    step = checkpoint.restore(run, found)
+    check_fingerprints(run, now)
+    schedules.check_resume(stored_options(run.options.out), run.options, step)
+    return step
 
 
 def open_policy(options, source, dist):
@@ -340,6 +341,11 @@ def describe(run, config, say):
         "a GPU)"
     )
     say(schedules.described(options))
+    if not run.engine.eos_ids:
+        say(
+            "note: neither the model nor the tokenizer names an end-of-sequence token; "
+            "responses end at --max-new-tokens only"
+        )
     reason = cuda_graphs.why_not(run.policy.config, run.dist.device)
     if cuda and options.capture and not options.plain and reason:
         say(f"note: decoding steps are not recorded as CUDA graphs: {reason}")

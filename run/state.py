@@ -12,8 +12,7 @@ import torch
 
 import hapo
 from common.devices import synchronize
-from engine.engine import Engine
-from engine.processes import SingleProcess
+from engine.engine import Engine, SingleProcess
 from run.guard import Guard
 from run.options import Options
 from run.reward_function import RewardFunction
@@ -34,6 +33,8 @@ class Run:
     held_out: list  # problems
     out: pathlib.Path
     guard: Guard
+
+    mechanisms: str  # HAPO's mechanisms that are on: "ABCD"
 
     # what changes from step to step
     prompts_consumed: int = 0  # the position in the data
@@ -69,7 +70,7 @@ class Run:
             row = _permutation(size, self.options.seed, epoch)[place]
             examples.append(self.train_examples[row])
         self.prompts_consumed += len(examples)
-        return self.dist.local_shard(examples)
+        return examples[self.dist.rank :: self.dist.size]  # dealt out to the processes in turn
 
     def uniform(self, step, attempt):
         """Return the random numbers of a rollout, (max_new_tokens, B), by step and attempt.

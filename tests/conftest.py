@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 import tasks  # noqa: E402
 import train  # noqa: E402
-from engine.processes import SingleProcess  # noqa: E402
+from engine.engine import SingleProcess  # noqa: E402
 from problems.grading import Grade  # noqa: E402
 from run import options  # noqa: E402
 from run.setup import open_run  # noqa: E402
@@ -190,4 +190,4 @@ def verdicts(monkeypatch, *right):
         count[0] += 1
         return Grade(*[right[count[0] % len(right)]] * 2)
 
-    monkeypatch.setattr("run.rewards.grade", grade)
+    monkeypatch.setattr("train.grade", grade)

@@ -24,7 +24,7 @@ from bridges import trl_trainers
 from bridges.trl_trainers import BuPOTrainer, HAPOBuPOTrainer, HAPOConfig, HAPOTrainer
 from common.errors import UserError
 from common.models import load_model, vocabulary
-from engine.processes import SingleProcess
+from engine.engine import SingleProcess
 from run import options
 from run.batch import Batch, rollout_of
 from run.setup import open_run
@@ -181,7 +181,7 @@ def our_step(trainer, batch, folder, tmp_path, *more):
         assert torch.allclose(batch["h"][:, : mask.shape[1]], own.h, atol=1e-4)
     (update,) = step.updates
     (result,) = update.micro_batches
-    return update.loss, kept, ((result.ratio - 1).abs() * mask).max().item()
+    return update.loss, kept, ((result.loss.ratio - 1).abs() * mask).max().item()
 
 
 SETTINGS = {

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from common.errors import UserError
-from engine.engine import Engine
-from engine.processes import SingleProcess
+from engine.engine import Engine, SingleProcess
 from run import checkpoint, options, report
 from run.setup import open_run
 

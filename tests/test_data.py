@@ -14,7 +14,7 @@ from conftest import TINY
 import evaluate
 import train
 from common.errors import UserError
-from engine.processes import SingleProcess
+from engine.engine import SingleProcess
 from problems.files import DatasetSpec, rows_of
 from problems.grading import grade
 from problems.prompts import fit_context, render_prompt

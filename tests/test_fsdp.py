@@ -157,7 +157,7 @@ def test_every_process_starts_on_its_own_card(monkeypatch):
     import torch
 
     from engine import fsdp
-    from engine.processes import SingleProcess
+    from engine.engine import SingleProcess
 
     order = []
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -16,7 +16,7 @@ from conftest import ROOT, TINY
 
 import hapo
 import train
-from engine.processes import SingleProcess
+from engine.engine import SingleProcess
 from run.options import parse
 from run.setup import open_run
 from tasks import Problem

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import train
 from common.models import load_model
+from engine.engine import SingleProcess
 from engine.master_weights import CHUNK, MasterAdamW, Masters, join, split
-from engine.processes import SingleProcess
 from evaluate import Response
 from problems.grading import Grade
 from run import report
@@ -79,7 +79,7 @@ def coins(monkeypatch):
     coin = iter(range(10**6))
     verdict = lambda right: Grade(right, right)
     mixed = [[Response("", verdict(right), 7, True) for right in (True, False)]] * 2
-    monkeypatch.setattr("run.rewards.grade", lambda *a: verdict(next(coin) % 2 == 0))
+    monkeypatch.setattr("train.grade", lambda *a: verdict(next(coin) % 2 == 0))
     monkeypatch.setattr(report, "evaluate_over", lambda *args: mixed)
 
 

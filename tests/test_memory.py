@@ -10,11 +10,12 @@ import pytest
 from conftest import ROOT, TINY, random_model
 
 import internals
+import train
 from common.errors import UserError
 from common.models import load_config
 from engine import memory
 from engine.logprobs import LOGIT_CHUNK_BYTES, chunk_of
-from run import options, rewards, setup
+from run import options, setup
 from run.batch import rollout_of
 
 STEP = (
@@ -124,7 +125,7 @@ def test_the_estimate_is_what_the_allocator_sees(more, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
     import gpu
 
-    monkeypatch.setattr(rewards, "grade", rewards.grade)  # put back what the benchmark replaces
+    monkeypatch.setattr(train, "grade", train.grade)  # put back what the benchmark replaces
     a = SimpleNamespace(prompts=8, answers=2, answer=32, prompt=32, rehearse=True)
     monkeypatch.setitem(gpu.SHAPES, "small", (64, 320, 4, 4, 2, True))
     config, o = gpu.config_of("small"), gpu.step_options(a, more.split())
@@ -185,7 +186,7 @@ def test_the_benchmark_rehearses_and_records(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
     import gpu
 
-    monkeypatch.setattr(rewards, "grade", rewards.grade)
+    monkeypatch.setattr(train, "grade", train.grade)
     sizes = "--shape tiny --prompts 2 --answers 4 --answer 8 --prompt 12 --micro-batch 2".split()
     record = tmp_path / "gpu.json"
     command = ["gpu.py", *sizes, "--rehearse", "--json", str(record), "--gradient-checkpointing"]
@@ -211,7 +212,7 @@ def test_the_benchmark_decodes_alone_and_profiles(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
     import gpu
 
-    monkeypatch.setattr(rewards, "grade", rewards.grade)
+    monkeypatch.setattr(train, "grade", train.grade)
     sizes = "--shape tiny --prompts 2 --answers 4 --answer 8 --prompt 12 --rehearse".split()
     monkeypatch.setattr("sys.argv", ["gpu.py", *sizes, "--decode-alone"])
     gpu.main()
@@ -243,7 +244,7 @@ def test_other_benchmarks_call_what_is_there(name, monkeypatch, tmp_path):
         work = benchmark.Work(random_model(), [[5, 6], [7]], 2, 6, [3])
         assert 4 <= benchmark.ours(work, 1.0) <= 24
     else:
-        monkeypatch.setattr(rewards, "grade", rewards.grade)
+        monkeypatch.setattr(train, "grade", train.grade)
         benchmark.random_model(tmp_path)
         assert len(benchmark.ours(str(tmp_path), "coin", "grpo", 3)) == 1
 

@@ -10,8 +10,8 @@ import losses
 import train
 from common.errors import UserError
 from engine import decoding
+from engine.engine import SingleProcess
 from engine.logprobs import chunked_logprobs_and_entropy
-from engine.processes import SingleProcess
 from problems.grading import Grade
 from run import options
 from run.setup import open_run
@@ -58,7 +58,7 @@ def test_the_same_log_probabilities_and_gradients(temperature):
 def verdicts(monkeypatch):
     """Verdicts that depend on the answer only, so that every group has something to learn."""
     verdict = lambda text: Grade(*[sum(text.encode()) % 2 == 0] * 2)
-    monkeypatch.setattr("run.rewards.grade", lambda problem, text: verdict(text))
+    monkeypatch.setattr("train.grade", lambda problem, text: verdict(text))
 
 
 STEP = (

@@ -16,7 +16,7 @@ import losses
 import tasks
 import train
 from common.errors import UserError
-from engine.processes import SingleProcess
+from engine.engine import SingleProcess
 from evaluate import Response
 from problems.files import DatasetSpec
 from problems.grading import Grade
@@ -73,9 +73,7 @@ def test_live_groups_are_dealt_out_to_the_updates(opened, monkeypatch):
 def test_an_update_without_a_token_moves_nothing(opened, monkeypatch):
     """KL and dynamic sampling, all groups dead: no momentum, no decay."""
     right = [True]
-    monkeypatch.setattr(
-        "run.rewards.grade", lambda problem, text: Grade(*[right.pop() or False] * 2)
-    )
+    monkeypatch.setattr("train.grade", lambda problem, text: Grade(*[right.pop() or False] * 2))
     run = opened("--kl", "0.1", "--dynamic-sampling", "--max-rounds", "1", "--lr", "1e-2")
     right[:] = [True, False] * 4
     assert train.train_step(1, run).updates[0].outcome == "applied"  # AdamW has its moments
@@ -124,8 +122,8 @@ def test_kl_old_of_an_update(opened, monkeypatch):
     rows = list(range(8))
     mask = batch.loss_mask.float()
     logp = batch.old.logp + 0.5 * mask
-    loss = train.policy_loss(logp, batch, rows, run.options)
-    update = Update("applied", 0.0, 0.0, [MicroBatchResult.of(rows, logp, loss)])
+    loss = train.policy_loss(logp, batch, rows, run)
+    update = Update("applied", 0.0, 0.0, [MicroBatchResult(rows, logp, loss)])
     expected = (math.exp(0.5) - 0.5 - 1) * mask.sum().item()
     counts = report.clip_counts([update], batch)
     assert counts["kl_old"] == pytest.approx(expected, rel=1e-4)

@@ -19,7 +19,7 @@ import internals
 import losses
 import train
 from common.errors import UserError
-from engine.processes import SingleProcess
+from engine.engine import SingleProcess
 from run import baselines, checkpoint, options, report, setup
 from run.batch import join, rollout_of, select
 from run.setup import open_run

@@ -21,9 +21,8 @@ import train
 from common.command import run_main
 from common.errors import UserError
 from engine import packing
-from engine.engine import Engine
+from engine.engine import Engine, SingleProcess
 from engine.float16 import Fp16Engine
-from engine.processes import SingleProcess
 from evaluate import Response
 from problems.grading import Grade
 from problems.latex import LATEX
@@ -65,7 +64,7 @@ def invent_verdicts(monkeypatch):
         return Grade(right, right)
 
     mixed = [[Response("", Grade(right, right), 7, True) for right in (True, False)]] * 2
-    monkeypatch.setattr("run.rewards.grade", grade)
+    monkeypatch.setattr("train.grade", grade)
     monkeypatch.setattr(report, "evaluate_over", lambda *args: mixed)
 
 

@@ -35,9 +35,9 @@ from common.attention import head_size
 from common.command import run_main
 from common.errors import UserError
 from engine import memory
-from engine.processes import SingleProcess
+from engine.engine import SingleProcess
 from problems.grading import Grade
-from run import options, rewards
+from run import options
 from run.build import build_engine, layer_of
 from run.guard import Guard
 from run.report import largest_ratios
@@ -139,6 +139,7 @@ def make_run(a, config, o):
         held_out=[],
         out=pathlib.Path(o.out),
         guard=Guard(print),
+        mechanisms=o.hapo_mechanisms,
         layer=layer_of(o),
     )
     return run
@@ -147,7 +148,7 @@ def make_run(a, config, o):
 def measured_step(number, run):
     """(train.Step, largest number of bytes in use), verdicts being coins."""
     coin = random.Random(number)
-    rewards.grade = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
+    train.grade = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
     if run.dist.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return train.train_step(number, run), torch.cuda.max_memory_allocated()

@@ -20,7 +20,7 @@ from timing import in_turn, median, ratio
 
 import hapo
 import train
-from engine.processes import SingleProcess
+from engine.engine import SingleProcess
 from run import options
 from run.setup import open_run
 
@@ -45,6 +45,7 @@ def open_both(more="", after=0):
 def take(run, options):
     """From here on the run takes its steps with these options."""
     run.options = run.engine.options = options
+    run.mechanisms = options.hapo_mechanisms
 
 
 def stepper(run, algos):
@@ -76,7 +77,7 @@ def drawn(run, o):
     take(run, o)
     run.prompts_consumed = 0
     stats, temperature = run.sampler_stats, o.temperature
-    if o.uses("A"):
+    if "A" in run.mechanisms:
         temperature = lambda entropy, position: hapo.adaptive_temperature(
             entropy, stats, o.temperature, o.tau
         )

@@ -22,10 +22,10 @@ import time
 from timing import AutoTokenizer, median, qwen3, ratio
 
 import train
-from engine.processes import SingleProcess
+from engine.engine import SingleProcess
 from problems.grading import Grade, grade
 from problems.prompts import render_prompt
-from run import options, rewards
+from run import options
 from run.setup import open_run
 from tasks import load_problems
 
@@ -42,7 +42,7 @@ def ours(folder, task, algo, steps):
     run, _ = open_run(o, SingleProcess(o.device))
     coin = random.Random(0)
     graded = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)
-    rewards.grade = graded if task == "coin" else grade
+    train.grade = graded if task == "coin" else grade
     seconds = []
     for step in range(1, steps + 1):
         started = time.perf_counter()

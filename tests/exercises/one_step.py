@@ -7,7 +7,7 @@ import transformers
 from conftest import TINY, random_model
 
 import train
-from engine.processes import SingleProcess
+from engine.engine import SingleProcess
 from problems.grading import Grade
 from run import options
 from run.setup import open_run
