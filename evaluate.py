@@ -235,7 +235,7 @@ def accuracy_table(answers: list[list[Response]], samples: int) -> tuple[dict, s
     return result, "\n".join(lines)
 
 
-class Asked(NamedTuple):
+class EvaluationSet(NamedTuple):
     """What is asked: the options that say so, as a run has them."""
 
     task: str
@@ -247,7 +247,7 @@ class Asked(NamedTuple):
     form: DatasetSpec  # of the file
 
 
-def asked_of(args: object, run: dict | None) -> Asked:
+def evaluation_set(args: object, run: dict | None) -> EvaluationSet:
     """What the command line says; else what the run asked whose folder holds the model."""
     run = run or {}
     own = {} if args.task or args.data else run  # whose questions are asked
@@ -264,7 +264,7 @@ def asked_of(args: object, run: dict | None) -> Asked:
         form = form._replace(split=own.get("eval_split", "test"))
     if args.data:
         form = DatasetSpec(args.data_split, args.question_column, args.answer_column)
-    return Asked(task, None if data else level, data, held_out, instruction, cap, form)
+    return EvaluationSet(task, None if data else level, data, held_out, instruction, cap, form)
 
 
 def form_of(run: dict) -> DatasetSpec:
@@ -299,7 +299,7 @@ def trained_on(model: str, problems: list[Problem]) -> str | None:
     )
 
 
-def held_out_questions(args: object, asked: Asked) -> list[Problem]:
+def held_out_questions(args: object, asked: EvaluationSet) -> list[Problem]:
     """Every row of a file that is named; else the held-out part."""
     if args.data or asked.eval_data:
         return read_problems(args.data or asked.eval_data, "--data", asked.form)
@@ -308,7 +308,7 @@ def held_out_questions(args: object, asked: Asked) -> list[Problem]:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    asked = asked_of(args, run_config(args.model))
+    asked = evaluation_set(args, run_config(args.model))
     problems = held_out_questions(args, asked)[: args.limit]
     if overlap := trained_on(args.model, problems):
         print(f"warning: {overlap}")

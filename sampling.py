@@ -248,8 +248,9 @@ class AdaptiveTemperature(LogitsProcessor):
     rule = lambda entropies, positions: hapo.adaptive_temperature(entropies, stats)
     model.generate(..., do_sample=True, top_k=0, logits_processor=[AdaptiveTemperature(rule)])
 
-    Positions count from the first token that `generate` draws. The width of the prompts is that of
-    the first call; a width that has not grown since the last call begins another generation.
+    Positions count from the first token that `generate` draws. A batch that is not one token wider
+    than the last one begins another generation. (Make a new processor for each generation, if a
+    prompt may be exactly one token wider than the last sequence.)
     """
 
     def __init__(self, rule: Callable[[Tensor, Tensor], Tensor]):
@@ -258,7 +259,7 @@ class AdaptiveTemperature(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         width = input_ids.shape[1]
-        if self.last_width is None or width <= self.last_width:
+        if self.last_width is None or width != self.last_width + 1:
             self.prompt_width = width
         self.last_width = width
         logits = scores.float()

@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.models import load_model, run_config, vocabulary
 from common.threads import use_threads
 from engine.decoding import generate
-from evaluate import asked_of, held_out_questions
+from evaluate import evaluation_set, held_out_questions
 from internals import boundary_layer, decoder_body, internal_entropy
 from problems.prompts import fit_context, instruct, render_prompt
 from run.batch import join, rollout_of
@@ -161,7 +161,7 @@ def answers_for(args, model, tokenizer):
     if args.answers:
         context = getattr(model.config, "max_position_embeddings", None) or math.inf
         return finished_answers(args.answers, tokenizer, args.samples, args.max_new_tokens, context)
-    asked = asked_of(args, run_config(model_folder(args.model)))
+    asked = evaluation_set(args, run_config(model_folder(args.model)))
     problems = instruct(held_out_questions(args, asked), asked.instruction)[: args.samples]
     return sampled_answers(model, tokenizer, problems, args.max_new_tokens, args.seed)
 

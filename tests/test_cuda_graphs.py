@@ -48,6 +48,18 @@ def spiky(entropy, positions):
     return 1 + 0.3 * torch.tanh(entropy - 1)
 
 
+def by_position(entropy, positions):
+    return 0.5 + 0.02 * positions
+
+
+def test_a_rule_receives_positions():
+    """Across blocks of recorded steps and moves of rows."""
+    rollout = same_as_plain(random_model(), temperature=by_position)
+    expected = (0.5 + 0.02 * torch.arange(rollout.mask.shape[1])) * rollout.mask
+    torch.testing.assert_close(rollout.temperature, expected)
+    assert rollout.mask.shape[1] > 8
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0, spiky])

@@ -446,7 +446,7 @@ def test_evaluate_reads_the_same_forms(tmp_path):
     (tmp_path / "a.csv").write_bytes(as_csv([{"q": "What is 2 + 2?", "a": "4"}]))
     columns = ["--question-column", "q", "--answer-column", "a"]
     arguments = ["--model", str(TINY), "--data", str(tmp_path / "a.csv"), *columns]
-    asked = evaluate.asked_of(args := evaluate.parse(arguments), None)
+    asked = evaluate.evaluation_set(args := evaluate.parse(arguments), None)
     assert evaluate.held_out_questions(args, asked) == [Problem("What is 2 + 2?", "4")]
 
 

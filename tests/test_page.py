@@ -3,6 +3,7 @@ input. How they look in a browser is checked by experiments/browser.py."""
 
 import json
 import re
+import shutil
 
 import pytest
 from conftest import verdicts
@@ -179,3 +180,18 @@ def test_two_runs_are_shaded_by_their_own_settings(a_run, opened, monkeypatch):
     other.lock.lock.release()
     runs = data_of(page.write_page([a_run.out, other.out]))["runs"]
     assert [(run["base"], run["tau"]) for run in runs] == [(1.0, 0.05), (0.7, 0.2)]
+
+
+def test_a_page_and_curves_read_a_run_with_older_names(a_run, tmp_path):
+    from common import renamed
+
+    folder = tmp_path / "old"
+    shutil.copytree(a_run.out, folder)
+    for name, names in (("metrics", renamed.METRICS), ("samples", renamed.SAMPLES)):
+        path = folder / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.dumps(renamed.with_old_names(row, names)) + "\n" for row in rows]
+        path.write_text("".join(rows), encoding="utf-8")
+    assert "dead_groups" in (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    new, old = (data_of(page.write_page([f]))["runs"][0] for f in (a_run.out, folder))
+    assert new["steps"] == old["steps"] and new["curves"] == old["curves"]

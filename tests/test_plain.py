@@ -20,7 +20,15 @@ from sampling import generate
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0, 0.7, lambda h, t: 0.8 + 0.3 * h.tanh()])
+def by_entropy(entropy, positions):
+    return 0.8 + 0.3 * entropy.tanh()
+
+
+def by_position(entropy, positions):
+    return 0.5 + 0.1 * positions
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0, 0.7, by_entropy, by_position])
 def test_the_same_tokens(any_model, temperature):
     """Rows end at different steps, prompts are padded, the vocabulary is cut.
 
@@ -30,6 +38,9 @@ def test_the_same_tokens(any_model, temperature):
     draws = torch.rand(12, 24, generator=torch.Generator().manual_seed(2))
     how = dict(eos_ids=[3, 7], temperature=temperature, vocab_size=48, uniform=draws)
     fast, plain = (f(any_model, PROMPTS, 8, 12, **how) for f in (decoding.generate, generate))
+    if temperature == by_position:
+        expected = (0.5 + 0.1 * torch.arange(fast.mask.shape[1])) * fast.mask
+        torch.testing.assert_close(fast.temperature, expected)
     if temperature:
         assert 1 < len(set(fast.lengths.tolist())) and fast.finished.any()
     assert fast.responses() == plain.responses() and torch.equal(fast.finished, plain.finished)

@@ -314,7 +314,7 @@ def test_evaluate_asks_what_the_run_held_out(tmp_path):
     run |= {"max_new_tokens": 9}
     args = dict(task=None, difficulty=None, data=None, instruction=None, max_new_tokens=None)
     args |= dict(data_split="test", question_column="", answer_column="")
-    asked = lambda run, **given: evaluate.asked_of(types.SimpleNamespace(**args | given), run)
+    asked = lambda run, **given: evaluate.evaluation_set(types.SimpleNamespace(**args | given), run)
     assert asked(run)[:6] == ("arithmetic", 3, "", "", "Short.", 9)
     assert asked(run, difficulty=2, instruction="", max_new_tokens=5)[1:5:3] == (2, "")
     assert asked(run, task="addition")[:6] == ("addition", 3, "", "", "Short.", 40)
@@ -331,9 +331,9 @@ def test_evaluate_asks_what_the_run_held_out(tmp_path):
     assert asked(of_file | columns).form == DatasetSpec("test", "q", "a")
     assert asked(of_file)[2:4] == (str(data), str(data))
     args = types.SimpleNamespace(**args)
-    problems = evaluate.held_out_questions(args, evaluate.asked_of(args, of_file))
+    problems = evaluate.held_out_questions(args, evaluate.evaluation_set(args, of_file))
     assert [p.question for p in problems] == ["1 + 1?"] * 2
-    problems = evaluate.held_out_questions(args, evaluate.asked_of(args, run))
+    problems = evaluate.held_out_questions(args, evaluate.evaluation_set(args, run))
     assert problems == load_problems("arithmetic", difficulty=3)[1]
 
 

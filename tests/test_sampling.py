@@ -420,3 +420,21 @@ def test_the_token_behind_a_turn_ends_an_answer():
     assert eos_ids_of(model, tokenizer) == [text]
     tokenizer.chat_template = None
     assert eos_ids_of(model, tokenizer) == [text]
+
+
+def test_the_logits_processor_counts_positions_from_the_prompt():
+    """In transformers' generate: 0, 1, 2, ... whatever the prompt's width, anew for each call."""
+    model, seen = random_model().eval(), []
+
+    def rule(entropy, positions):
+        seen.append(positions.tolist())
+        return torch.ones_like(entropy)
+
+    processors = [AdaptiveTemperature(rule)]
+    for width in (3, 2, 7):
+        ids = torch.full((2, width), 5)
+        model.generate(
+            ids, do_sample=True, top_k=0, max_new_tokens=4, min_new_tokens=4, pad_token_id=0,
+            logits_processor=processors,
+        )  # fmt: skip
+    assert seen == [[t, t] for t in range(4)] * 3

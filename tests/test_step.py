@@ -15,6 +15,7 @@ from conftest import ROOT, changed_scores, drawn, given_batch, verdicts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bupo
+import hapo
 import internals
 import losses
 import train
@@ -157,6 +158,24 @@ def test_the_share_of_needed_tokens_by_hand(opened, monkeypatch):
     share = report.useful_token_fraction(step.updates, step.batch, run)
     assert share == needed / (4 * width) < 0.7
     assert report.useful_token_fraction([], step.batch, run) == 1
+
+
+# -------------------------------------------------------------------------------- A's statistics
+
+
+def test_under_dynamic_sampling_as_statistics_are_of_all_responses_drawn(opened, monkeypatch):
+    """Two rounds of four groups, of which one has variance: the step trains on four groups, and the
+    next sampler's statistics are of all eight."""
+    verdicts(monkeypatch, True, False, *[False] * 14)
+    run, rounds = opened("--dynamic-sampling", "--max-rounds", "2"), []
+    draw = train.generate_and_grade
+    keep = lambda *args: rounds.append(draw(*args)) or rounds[-1]
+    monkeypatch.setattr(train, "generate_and_grade", keep)
+    batch = train.train_step(1, run).batch
+    assert len(rounds) == 2 and len(batch.texts) == 8
+    entropies = torch.cat([part.rollout.entropy[part.rollout.mask] for part in rounds])
+    expected = hapo.entropy_stats(entropies, torch.ones_like(entropies), 0.8)
+    torch.testing.assert_close(torch.stack(run.sampler_stats), torch.stack(expected))
 
 
 # ------------------------------------------------------------------------------------ denominators

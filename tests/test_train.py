@@ -2,6 +2,7 @@
 mistake."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import hapo
 import losses
 import train
+from common import renamed
 from common.command import run_main
 from common.errors import UserError
 from engine import packing
@@ -421,6 +423,44 @@ def test_four_steps_are_two_and_resume_and_two(tmp_path, name):
         json.loads(s) for s in open(tmp_path / name / "samples.jsonl", encoding="utf-8")
     ]
     assert samples("whole") == samples("parts")
+
+
+def as_of_before(out):
+    """Give the options and the state of a run the names that they had before."""
+    path = out / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(renamed.with_old_names(config, renamed.OPTIONS)), encoding="utf-8")
+    for folder in checkpoint.folders(out):
+        state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        given = checkpoint.given_settings(options.stored_options(out))
+        given = json.dumps(renamed.with_old_names(given, renamed.OPTIONS), sort_keys=True)
+        state = renamed.with_old_names(state, renamed.STATE)
+        state["settings"] = hashlib.sha256(given.encode()).hexdigest()
+        (folder / "run.json").write_text(json.dumps(state), encoding="utf-8")
+        sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        sums["run.json"] = hashlib.sha256((folder / "run.json").read_bytes()).hexdigest()
+        (folder / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
+
+
+def test_a_run_with_older_names_goes_on(tmp_path):
+    """4 steps are 2 steps under the older names of options and state, and 2 more."""
+    more = ("--algo", "dapo", "--baseline", "forking")
+    whole, _ = run(tmp_path / "whole", *more, steps=4)
+    run(tmp_path / "parts", *more, steps=2)
+    as_of_before(tmp_path / "parts")
+    config = (tmp_path / "parts" / "config.json").read_text(encoding="utf-8")
+    assert '"answers_per_prompt": 4' in config and '"comparison": "forking"' in config
+    train.main(["--out", str(tmp_path / "parts"), "--resume", "--steps", "4"])
+    assert same(whole, weights(tmp_path / "parts"))
+    config = (tmp_path / "parts" / "config.json").read_text(encoding="utf-8")
+    assert '"num_generations": 4' in config and "comparison" not in config
+
+
+def test_an_option_s_older_name_is_answered_with_the_new_one():
+    for old, new in renamed.OPTIONS.items():
+        flag = lambda name: "--" + name.replace("_", "-")
+        with pytest.raises(UserError, match=f"{flag(old)}: this option is called {flag(new)} now"):
+            options.parse([f"{flag(old)}=3"], "")
 
 
 @pytest.fixture(scope="session")
