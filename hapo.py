@@ -1,13 +1,16 @@
 """HAPO: token entropy drives sampling, advantages and clipping.
 
 "From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature", Liu et al.,
-arXiv 2509.16591, equation numbers of version 2. Four mechanisms, one function each, fed by one set
-of statistics:
+arXiv 2509.16591, equation numbers of version 2. Four mechanisms, one function each:
 
     A  adaptive temperature sampling             Eq. 8       adaptive_temperature
     B  token-level group average                 Eq. 9       token_group_advantages
     C  differential advantage redistribution     Eq. 10-11   redistribute_advantages
     D  asymmetric adaptive clipping              Eq. 12-13   adaptive_clip
+
+A, C and D compare a token's entropy with statistics of a batch (Eq. 5): A with those of the batch
+before, since it samples the new one; C and D, through h, with those of their own batch. B uses no
+entropy.
 
 Shapes as in losses.py: B responses in groups of G adjacent rows, T positions, mask 1 at response
 tokens (end of sequence included), entropies in nats. No function changes an input, none lets a
@@ -21,8 +24,8 @@ printed with z; the published runs, and our default, have its bounded form with 
 
 Departures from the released code (starriver030515/HAPO, 7671dde), which `released=True` restores:
 1. It has the sign of Eq. 6 as printed: a negative number divided by a negative one, so low-entropy
-   tokens come out positive. They are heated instead of cooled, given a wider *upper* bound instead
-   of a wider lower one, and never damped.
+   tokens come out positive. They are sampled at a higher temperature instead of a lower one, get a
+   wider *upper* bound instead of a wider lower one, and their advantage is never reduced.
 2. The neutral zone is closed and built from the base clip values here. The release builds it, open,
    from adapted ones.
 3. Here Eq. 9 is used as printed. The release replaces a whole group by its GRPO advantages wherever
@@ -53,13 +56,14 @@ class EntropyStats(NamedTuple):
 
 
 def log_entropy(entropy: Tensor) -> Tensor:
-    """x = log(max(H, 1e-8)), detached: entropy steers the objective and is never optimised."""
+    """x = log(max(H, 1e-8)), detached: no gradient flows through an entropy."""
     return entropy.detach().clamp_min(ENTROPY_FLOOR).log()
 
 
 def entropy_stats(entropy: Tensor, mask: Tensor, rho: float = 0.8) -> EntropyStats:
     """Eq. 5: pivot and spread of the log-entropy over the valid tokens of one rollout batch.
-    entropy of the *old* policy, mask of the same shape. The pivot has the nearest rank."""
+    entropy of the policy before the updates, mask of the same shape. The pivot is the value of the
+    nearest rank."""
     if not 0 <= rho <= 1:
         raise ValueError(f"rho is a quantile and must lie in [0, 1], not {rho}")
     x = log_entropy(entropy[mask.bool()])
@@ -78,7 +82,7 @@ def modulation(
     entropy: Tensor, stats: EntropyStats, mask: Tensor | None = None, released: bool = False
 ) -> Tensor:
     """Eq. 6: h = (x - pivot) / h_max above the pivot, (x - pivot) / |h_min| below.
-    In [-1, 1], 0 where `mask` is 0. The clamp only bites with another batch's statistics."""
+    In [-1, 1], 0 where `mask` is 0. The clamp matters only when `stats` come from another batch."""
     distance = log_entropy(entropy) - stats.pivot
     above = distance / stats.h_max
     below = distance / stats.h_min.abs()  # -1 ... 0

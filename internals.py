@@ -180,7 +180,7 @@ def residual_stream(
     keep: Callable[[Tensor], Tensor] = lambda states: states,
 ) -> ResidualStream:
     """One forward pass, the whole residual stream; of every state what `keep` leaves of it, (...,
-    D). UserError if the blocks are not pre-norm."""
+    D). ValueError if the blocks are not pre-norm."""
     body, stream, hooks = decoder_body(model), ResidualStream([], [], [], [], []), []
 
     def keep_input(block, args, kwargs):

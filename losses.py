@@ -149,14 +149,14 @@ def clipped_surrogate(
 ) -> Tensor:
     """Return PPO's clipped surrogate as a loss: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
 
-    All (B, T); the bounds may be numbers. With a dual clip c > 1, a token with A < 0 costs at most
-    -c A. Past its bound a token has no gradient in the advantage's direction; it still counts in
-    the denominator of the mean.
+    All (B, T); the bounds may be numbers. With a dual clip c > 1, the loss of a token with A < 0 is
+    at most -c A. The gradient is 0 where A > 0 and r > 1 + clip_high, and where A < 0 and
+    r < 1 - clip_low; such a token still counts in the denominator of the mean.
 
-    Gradients at equality, which the papers leave open, are those of HAPO's released code with the
-    torch of its time. A token whose ratio lies exactly on a clip bound learns at full strength:
-    where both sides of the minimum are equal, the unclipped side counts. A token that lies exactly
-    on the dual clip learns at half strength: there the mean of both sides counts.
+    Gradients at equality, which the papers leave open, are those of HAPO's released code under
+    torch 2.13. A token whose ratio lies exactly on a clip bound has the full gradient: where both
+    sides of the minimum are equal, the unclipped side counts. A token that lies exactly on the dual
+    clip has half of it: there the mean of both sides counts.
     """
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip must be larger than 1, not {dual_clip}")

@@ -6,8 +6,8 @@
 Read `train_step` first, from the prompts to the updated weights. HAPO differs from its baseline
 DAPO in four mechanisms, marked HAPO A to D. BuPO differs in the places marked BuPO 1 to 9, here and
 elsewhere (grep -rn "# BuPO"). What an experiment decides is an `if` in the step. What the machine
-decides (precision, memory, processes, the decoder) is a method of one engine; engine/engine.py
-holds it in its plain form, which --plain runs.
+decides (precision, memory, processes, the decoder) is a method of one engine. engine/engine.py has
+its plain form, which --plain runs in float32; engine/fast.py has the one that runs by default.
 
 A run is a function of its options and its seed: every random draw is seeded by (seed, step). On the
 same processor with the same number of threads nothing else is random; a GPU may add numbers in
@@ -70,7 +70,7 @@ def train_step(step: int, run: Run) -> StepRecord:
             batch = join([batch, generate_and_grade(step, attempt, layer, temperature, run)])
         batch = run.last_batch = dynamic_sampling.select_groups(batch, run)
     rollout, mask = batch.rollout, batch.rollout.mask
-    run.check_finite(batch.rewards, "a reward")
+    run.check_finite((batch.all_drawn or batch).rewards, "a reward")
     clock.lap("generate")
     if run.layer == bupo.AUTO:  # BuPO 3: the boundary layer, measured on the first responses
         run.layer = report.measure_boundary(batch, run)
@@ -83,8 +83,8 @@ def train_step(step: int, run: Run) -> StepRecord:
     batch.old = engine.batch_logprobs(engine.policy, rollout, mini_batches, layer)
     if layer is None:
         batch.full = batch.old
-    elif options.temperature == 1:  # BuPO 6: h needs the full policy's entropies; the sampler has
-        batch.full = rollout.scores  # measured them, on raw logits
+    elif options.temperature == 1:  # BuPO 6: the sampler has measured the full policy's entropies
+        batch.full = rollout.scores
     else:
         batch.full = engine.batch_logprobs(engine.policy, rollout, mini_batches, None)
     run.check_finite(batch.old.logp + batch.full.entropy, "an old log-probability or entropy")
@@ -95,9 +95,10 @@ def train_step(step: int, run: Run) -> StepRecord:
     if options.sampler_correction:
         batch.importance_weights = baselines.truncated_weight(batch.old.logp, rollout.logp)
 
-    # 4. How uncertain was the full policy at each token? One h in [-1, 1] per token. Statistics are
-    # over all tokens of all processes, those of zero-variance groups included.
-    if "A" in run.mechanisms:  # for the next batch: the entropies that its sampler will see
+    # 4. How uncertain was the full policy at each token? One h in [-1, 1] per token. Two sets of
+    # statistics, each over all tokens of all processes, zero-variance groups included: those of all
+    # responses drawn, for A in the next step, and those of this batch, for its h.
+    if "A" in run.mechanisms:
         drawn = (batch.all_drawn or batch).rollout
         pool = dist.gather(drawn.entropy[drawn.mask])
         run.sampler_stats = hapo.entropy_stats(pool, torch.ones_like(pool), options.rho)
@@ -124,7 +125,7 @@ def train_step(step: int, run: Run) -> StepRecord:
     # 6. Update the policy on each mini-batch in turn. Its loss is a mean over the whole mini-batch,
     # however many micro-batches it is computed in. No step at all, not even weight decay, where no
     # token has an advantage (with a KL term all tokens learn).
-    if options.bupo_baseline != "align" or options.bupo_norm:  # BuPO 8: the paper's baselines
+    if options.bupo_baseline != "align" or options.bupo_norm:  # BuPO 8: its baselines, its ablation
         baselines.set_trainable_weights(step, run)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * schedules.learning_rate_factor(step, options)
@@ -184,8 +185,8 @@ def generate_and_grade(
         correct = strict
     elif options.reward == "random":
         correct = baselines.random_verdicts(step, attempt, run)
-    # Duplicate responses share the first one's outcome. With different ones, say by chance, their
-    # gradients would cancel but for rounding, and AdamW turns any gradient into a full step.
+    # Duplicate responses share the first one's outcome. With different outcomes (by chance, say)
+    # their gradients would cancel up to rounding, and AdamW turns a tiny gradient into a full step.
     first = [texts.index(text, row // G * G) for row, text in enumerate(texts)]
     correct = correct[first]
 
@@ -197,7 +198,7 @@ def generate_and_grade(
         outcome = torch.tensor(own, device=rollout.mask.device)[first]
     has_variance = losses.has_reward_variance(outcome, G)
     reward = outcome
-    if options.overlong_buffer:  # no outcome: a length penalty gives a group no variance
+    if options.overlong_buffer:  # after the variance: a length penalty alone gives a group none
         cap, buffer = options.max_new_tokens, options.overlong_buffer
         reward = outcome + losses.overlong_penalty(rollout.lengths, cap, buffer)
     return Batch(
@@ -300,9 +301,10 @@ def guarded_step(step: int, run: Run) -> tuple[dict, str | None]:
 
 
 def inspect_group(done: StepRecord, run: Run) -> dict:
-    """Return one group for samples.jsonl, the one with most reward variance, token by token.
+    """Return one group for samples.jsonl, token by token: {name: (G, T)} and the group's rows.
 
-    {name: (G, T)} and the group's rows. Ratios are those after the last update.
+    It is the group whose share of correct responses is nearest to one half. Ratios are those after
+    the last update.
     """
     batch, G = done.batch, run.options.num_generations
     share_correct = batch.correct.view(-1, G).float().mean(1)

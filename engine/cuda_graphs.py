@@ -8,7 +8,7 @@ The draw is part of it: a token of decoding is one launch. Whether rows have end
 CHECK steps. Until then they go on, and what they draw is dropped; then live rows move to the front
 and a graph of fewer rows takes over.
 
-`decode` draws the tokens of fast.decoding's own loop. On a CPU the same steps run uncaptured.
+`decode` draws the tokens of engine/decoding.py's own loop. On a CPU the same steps run uncaptured.
 
 Graphs are recorded anew for every rollout: its buffers are given back to the update, whose peak is
 the larger one, and a graph knows the addresses of its buffers. One is alive at a time: destroying
@@ -49,7 +49,7 @@ def why_not(config, device):
 
 
 def decode(model, logits, cache, prompt_mask, G, cap, ends, draw_next):
-    """As fast.decoding's loop behind the prompts: logits (P, V) and cache are what prefill has
+    """As engine/decoding.py's loop behind the prompts: logits (P, V) and cache are what prefill has
     left, draw_next(logits, t, row) draws token t of some rows of the rollout."""
     steps = _Steps(model, cache, prompt_mask, G, cap)
     answers = _Answers(steps, cap, ends, draw_next)

@@ -2,7 +2,7 @@
 
 The logits exist for one chunk of tokens at a time and are computed again in the backward pass, so
 peak memory is chunk x V and not N x V. The gradients are exact; the plain three lines, which
-autograd differentiates, are losses.plain_logprobs_and_entropy.
+autograd differentiates, are losses.token_logprobs_and_entropy.
 
 Under autocast the products run in the compute dtype, and in nothing else: logits and what is made
 of them are float32, and so are weights that are handed in as float32 and their gradient, which is

@@ -14,7 +14,8 @@ from sampling import Rollout, Rows, TokenScores, pad_prompts
 class Batch:
     """One value per response (B,) or token (B, T); `problems` holds one per prompt.
 
-    A new quantity is one line here: `select` and `join` carry it along.
+    A new tensor (B,) or (B, T) is one line here: `select` and `join` carry it along. Fields of
+    another kind are dropped by them, and so must be set after dynamic sampling.
     """
 
     problems: list  # (P,)

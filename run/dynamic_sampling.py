@@ -1,7 +1,7 @@
-"""Dynamic sampling (DAPO): zero-variance groups make room for new ones, for some rounds.
+"""Dynamic sampling (DAPO): zero-variance groups are replaced by new ones, for some rounds.
 
-Groups that are still without reward variance after the last round keep their place and stay out of
-the loss.
+If too few groups have reward variance after the last round, zero-variance groups fill the batch and
+stay out of the loss.
 """
 
 import torch

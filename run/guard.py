@@ -43,9 +43,9 @@ class Guard:
         self.bad_in_a_row = 0
         for key, (name, above, below) in WATCHED.items():
             if key == "grad_norm" and not metrics.get("updates", 1):
-                continue  # every group was dead, and its line says so
+                continue  # no group had reward variance, and the step's line says so
             if key not in metrics:
-                continue  # BuPO's phase 1 may not know the entropy
+                continue
             value, mean, step = metrics[key], self.means.get(key), metrics["step"]
             if mean is None:
                 self.means[key] = value

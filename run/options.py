@@ -421,9 +421,9 @@ def impossible(options):
 def impossible_sampler(o):
     """Yield the same for how responses are drawn."""
     G = o.num_generations
-    onednn_linear = o.decode_rows and o.decode_rows < G
+    too_few = o.decode_rows and o.decode_rows < G
     yield (
-        onednn_linear,
+        too_few,
         "decode_rows",
         f"the {G} responses to a prompt are drawn together: at least {G}",
     )
@@ -478,9 +478,9 @@ def without_effect(options):
     for name in ("released", "rho", "temperature_form", *parts):
         unused = o.algo != "hapo" and getattr(o, name) != default[name]
         yield unused, name, f"belongs to HAPO and would do nothing with --algo {o.algo}"
-    unheated = "A" not in o.hapo_mechanisms
+    constant = "A" not in o.hapo_mechanisms
     for name, given in (("tau", o.tau not in (0.05, 0.1)), ("temperature_form", not bounded)):
-        yield unheated and given, name, "does nothing without HAPO's adaptive temperature"
+        yield constant and given, name, "does nothing without HAPO's adaptive temperature"
     steered = set("ACD") & set(o.hapo_mechanisms)
     yield not steered and o.rho != default["rho"], "rho", "does nothing without HAPO's A, C and D"
     unused = o.max_rounds != default["max_rounds"] and not o.dynamic_sampling

@@ -248,7 +248,7 @@ def console_line(m, options):
         f"reward {m['reward']:.3f}",
         f"loss {m['loss']:+.4f}",
         f"grad {m['grad_norm']:.2f}",
-        *(f"{k.replace('_', ' ')} {m[k]:.3f}" for k in ("entropy", "sampler_entropy") if k in m),
+        f"entropy {m['entropy']:.3f}",
         f"length {m['response_length']:.1f}",
         f"zero-variance groups {m['zero_std_groups']}/{m['groups']} ({m['all_correct']} correct, "
         f"{m['all_wrong']} wrong)",

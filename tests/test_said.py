@@ -24,6 +24,7 @@ from problems.prompts import FILE_INSTRUCTION
 from run import report
 from run.batch import MicroBatchResult, Update, rollout_of
 from run.setup import open_run
+from sampling import NonFinite
 from tasks import load_problems
 
 
@@ -68,6 +69,30 @@ def test_live_groups_are_dealt_out_to_the_updates(opened, monkeypatch):
     assert step.batch.in_loss.tolist() == [True] * 6 + [False] * 2
     assert [u.outcome for u in step.updates] == ["applied", "applied"]
     assert report.step_metrics(step, report.weight_sample(run), run)["groups"] == 8
+
+
+def test_a_nan_reward_is_not_replaced_by_dynamic_sampling(opened, monkeypatch):
+    """A reward function that failed: its group has no variance that could be told, and the step is
+    refused, whether or not the group would have been replaced."""
+    verdicts(monkeypatch, True, False)
+    run, draw, rounds = (
+        opened("--dynamic-sampling", "--max-rounds", "2"),
+        train.generate_and_grade,
+        [],
+    )
+
+    def with_a_fault(*args):
+        batch = draw(*args)
+        if not rounds:
+            batch.rewards[0] = math.nan
+            batch.has_reward_variance[:2] = False
+        rounds.append(batch)
+        return batch
+
+    monkeypatch.setattr(train, "generate_and_grade", with_a_fault)
+    with pytest.raises(NonFinite, match="a reward is NaN"):
+        train.train_step(1, run)
+    assert len(rounds) == 2
 
 
 def test_an_update_without_a_token_moves_nothing(opened, monkeypatch):
