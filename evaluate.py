@@ -3,8 +3,8 @@
     python evaluate.py --model runs/hapo-addition/final --samples 16
     python evaluate.py --model DIR --data test.jsonl --samples 8 --temperature 0.5 --out result.json
 
-avg@k   the mean over k sampled answers a question, then over questions
-pass@k  1 - C(n - c, k) / C(n, k): the chance that k answers drawn without replacement from the n
+avg@k   the mean over k sampled responses per question, then over questions
+pass@k  1 - C(n - c, k) / C(n, k): the chance that k responses drawn without replacement from the n
         sampled ones, c of them right, hold a right one (Chen et al. 2021, arXiv 2107.03374);
         unbiased, unlike 1 - (1 - c / n)^k
 
@@ -59,14 +59,14 @@ def valid_json(thing: object, **style) -> str:
 
 
 class Accuracy(NamedTuple):
-    """Shares of right answers and what they rest on."""
+    """Shares of right responses and what they rest on."""
 
     strict: float
     lenient: float
-    strict_error: float  # standard error over questions: answers to one are not independent
+    strict_error: float  # standard error over questions: responses to one are not independent
     lenient_error: float
-    finished: float  # share of answers that ended before the length cap
-    length: float  # mean tokens of an answer
+    finished: float  # share of responses that ended before the length cap
+    length: float  # mean tokens of a response
 
 
 class Response(NamedTuple):
@@ -100,13 +100,12 @@ def sample_responses(
     progress: str | None = None,
     numbers: Sequence[int] | None = None,
 ) -> list[list[Response]]:
-    """For each problem a list of `samples` Answers. `progress` names a bar, or None; `generate` is
-    as sampling.generate.
+    """Return for each problem a list of `samples` Responses. `progress` names a bar, or None.
 
     Problem i draws with random numbers of its own, a function of `seed` and numbers[i] (default i):
     how many are answered together, and in which process, changes no draw.
     """
-    answers, chunk = [], max(1, rows_at_once // samples)
+    responses, chunk = [], max(1, rows_at_once // samples)
     numbers = range(len(problems)) if numbers is None else numbers
     with tqdm(total=len(problems), desc=progress, disable=not progress or None, leave=False) as bar:
         for i in range(0, len(problems), chunk):
@@ -119,16 +118,22 @@ def sample_responses(
             rows = list(zip(texts, rollout.lengths.tolist(), rollout.finished.tolist()))
             for j, problem in enumerate(part):
                 own = rows[j * samples : (j + 1) * samples]
-                answers.append([Response(text, grade(problem, text), *more) for text, *more in own])
+                graded = [Response(text, grade(problem, text), *more) for text, *more in own]
+                responses.append(graded)
             bar.update(len(part))
-    return answers
+    return responses
 
 
 def draws_of(seed: int, number: int, tokens: int, samples: int) -> torch.Tensor:
-    """Uniform random numbers for the answers to one problem, (tokens, samples)."""
+    """Uniform random numbers for the responses to one problem, (tokens, samples)."""
     digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.rand(tokens, samples, generator=generator)
+
+
+def mean_verdict(row: list[Response], verdict: str) -> float:
+    """Return the share of responses with a verdict, strict or lenient."""
+    return sum(getattr(a.grade, verdict) for a in row) / len(row)
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -137,11 +142,11 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
 
 
-def summarise(answers: list[list[Response]]) -> Accuracy:
+def summarise(responses: list[list[Response]]) -> Accuracy:
     """Accuracy over problems from sample_responses' lists."""
-    flat = [a for row in answers for a in row]
+    flat = [a for row in responses for a in row]
     strict, lenient = (
-        mean_and_error([sum(getattr(a.grade, verdict) for a in row) / len(row) for row in answers])
+        mean_and_error([mean_verdict(row, verdict) for row in responses])
         for verdict in Grade._fields
     )
     return Accuracy(
@@ -217,9 +222,9 @@ def parse(argv: list[str] | None) -> object:
     return args
 
 
-def accuracy_table(answers: list[list[Response]], samples: int) -> tuple[dict, str]:
+def accuracy_table(responses: list[list[Response]], samples: int) -> tuple[dict, str]:
     """avg@k and pass@k as numbers by name, and as a table for people."""
-    result = summarise(answers)._asdict()
+    result = summarise(responses)._asdict()
     lines = [f"{'':14s}{'strict':>16s}{'lenient':>18s}"]
     ks = [k for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= samples]
     for name, k in [(f"avg@{samples}", None), *((f"pass@{k}", k) for k in ks)]:
@@ -227,7 +232,7 @@ def accuracy_table(answers: list[list[Response]], samples: int) -> tuple[dict, s
         for verdict in Grade._fields:
             key = verdict if k is None else f"{name}_{verdict}"
             if k is not None:
-                right = [sum(getattr(a.grade, verdict) for a in row) for row in answers]
+                right = [sum(getattr(a.grade, verdict) for a in row) for row in responses]
                 shares = [pass_at_k(samples, c, k) for c in right]
                 result[key], result[f"{key}_error"] = mean_and_error(shares)
             cells.append(f"{result[key]:.3f} ± {result[f'{key}_error']:.3f}")
@@ -323,7 +328,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"{args.samples} responses each, at most {cap} tokens; "
         f"the first prompt ({len(ids)} tokens):\n{text}"
     )
-    answers = sample_responses(
+    responses = sample_responses(
         decoder_of(model, tokenizer),
         tokenizer,
         problems,
@@ -334,7 +339,7 @@ def main(argv: list[str] | None = None) -> dict:
         args.rows_at_once,
         "answering",
     )
-    accuracy, table = accuracy_table(answers, args.samples)
+    accuracy, table = accuracy_table(responses, args.samples)
     result = {"model": args.model, "task": asked.eval_data or asked.data or asked.task}
     result |= {"difficulty": asked.difficulty, "instruction": asked.instruction}
     result |= {"questions": len(problems), "max_new_tokens": cap}

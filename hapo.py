@@ -152,9 +152,11 @@ def redistribute_advantages(
     clip_high: float | Tensor,
     released: bool = False,
 ) -> Tensor:
-    """C, Eq. 10-11: A (1 + h) for uncertain tokens that moved and for sure tokens that did not.
-    That is, where h > 0 outside the neutral zone [1 - clip_low / 2, 1 + clip_high / 2], and where
-    h <= 0 inside it; A elsewhere. All (B, T), bounds numbers or (B, T); no gradient."""
+    """Return C's advantages, Eq. 10-11.
+
+    A (1 + h) where h > 0 and r is outside the neutral zone, and where h <= 0 and r is inside it; A
+    elsewhere. The zone is [1 - clip_low / 2, 1 + clip_high / 2].
+    All (B, T), bounds numbers or (B, T); no gradient."""
     ratio, advantages = ratio.detach(), advantages.detach()
     low, high = 1 - clip_low / 2, 1 + clip_high / 2
     inside = (ratio >= low) & (ratio <= high)

@@ -19,7 +19,7 @@ The released code (Trae1ounG/BuPO, commit d3a85c6) counts layers from 0, edits c
 files and always runs all L layers; here nothing of transformers is copied or patched, and
 `layer_hidden` runs layers 1 ... l alone.
 
-    python internals.py --model DIR     asks every layer of a model for its entropy
+    python internals.py --model DIR     prints the entropy of every layer's policy
 """
 
 import contextlib
@@ -111,7 +111,7 @@ def policy_hidden(
     policy_hidden(model, ids, mask) @ unembedding(model).T are the model's own logits."""
     mask, positions = attention_mask, position_ids(attention_mask)
     if bool((mask[:, :-1] >= mask[:, 1:]).all()) and bool(mask[:, 0].all()):
-        mask = positions = None  # padding on the right alone: a causal model never looks there
+        mask = positions = None  # padding on the right alone: causal attention ignores it
     with first_layers(model, layer, norm):
         return model(input_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
 
@@ -179,8 +179,10 @@ def residual_stream(
     attention_mask: Tensor,
     keep: Callable[[Tensor], Tensor] = lambda states: states,
 ) -> ResidualStream:
-    """One forward pass, the whole residual stream; of every state what `keep` leaves of it, (...,
-    D). ValueError if the blocks are not pre-norm."""
+    """Return the residual stream of one forward pass, keep(state) of every state, (..., D).
+
+    ValueError if the blocks are not pre-norm.
+    """
     body, stream, hooks = decoder_body(model), ResidualStream([], [], [], [], []), []
 
     def keep_input(block, args, kwargs):
@@ -299,8 +301,8 @@ def internal_entropy(
     starts = range(0, len(input_ids), batch)
     for i in tqdm(starts, desc=progress, disable=not progress or None, leave=False):
         rows = slice(i, i + batch)
-        of_answers = functools.partial(predicting, response_mask=response_mask[rows])
-        parts = residual_stream(model, input_ids[rows], attention_mask[rows], of_answers)
+        of_responses = functools.partial(predicting, response_mask=response_mask[rows])
+        parts = residual_stream(model, input_ids[rows], attention_mask[rows], of_responses)
         weight = unembedding(model)[:vocab_size]  # a sharded model has gathered it by now
         own = decoder_body(model).norm(parts.hidden[-1])
         before_ffn = [h + a for h, a in zip(parts.hidden, parts.attention)]
@@ -358,8 +360,8 @@ def layer_similarity(
     batch = batch or diagnostic_batch_size(input_ids.shape[1])
     for i in range(0, len(input_ids) if sums.numel() else 0, batch):
         rows = slice(i, i + batch)
-        of_answers = functools.partial(predicting, response_mask=response_mask[rows])
-        stream = residual_stream(model, input_ids[rows], attention_mask[rows], of_answers)
+        of_responses = functools.partial(predicting, response_mask=response_mask[rows])
+        stream = residual_stream(model, input_ids[rows], attention_mask[rows], of_responses)
         own, *others = stream.hidden[layer:]
         weight = unembedding(model)[:vocab_size]
         kl = torch.stack([policy_kl(own, h, weight) * len(own) for h in others])

@@ -3,7 +3,7 @@
 Tensors in, tensors out. Nothing here knows a model, a tokenizer or an optimiser, and nothing
 changes an input.
 
-Shapes    B responses (the G answers to one prompt are adjacent), T response positions
+Shapes    B responses (the G responses to one prompt are adjacent), T response positions
           (right-padded), V vocabulary, D hidden size.
 Mask      (B, T), 1 at every token of a response, its end-of-sequence token included, 0 at padding.
 Units     log-probabilities are natural logarithms, entropies are in nats.
@@ -56,7 +56,7 @@ def token_logprobs_and_entropy(
 def row_logprobs_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return log p[target] and the entropy of p = softmax(logits): (..., V), (...) -> (...) twice.
 
-    HAPO steers by log H, so H must be exact where it is small, and H = log Z - E[logit] cancels.
+    HAPO uses log H, so H must be exact where it is small; H = log Z - E[logit] cancels there.
     Subtract the largest logit, so that every z <= 0. Let s be the sum of e^z over all other ids.
     Then H = log1p(s) + sum p (-z): a sum of terms that are never negative.
     """

@@ -1,21 +1,22 @@
-"""Decoding steps that a GPU replays: one fixed sequence of kernels on buffers that never move.
+"""Decoding steps as CUDA graphs: one fixed sequence of kernels on static buffers.
 
 An eager step of a small model is some thousand kernel launches, and Python issues them more slowly
-than the card runs them. Here a step is recorded once as a CUDA graph and then replayed by a single
-launch. For that nothing in it may depend on data or on a number that Python knows: the place where
-keys and values are written, the mask and the positions are tensors that the step itself moves on.
-The draw is part of it: a token of decoding is one launch. Whether rows have ended is read once in
-CHECK steps. Until then they go on, and what they draw is dropped; then live rows move to the front
-and a graph of fewer rows takes over.
+than the GPU runs them. Here a step is recorded once as a CUDA graph and then replayed by a single
+launch. So nothing in it may depend on data or on a host-side number: the place where keys and
+values are written, the mask and the positions are tensors that the step itself updates. Drawing the
+token is part of the graph. Finished rows are looked for once in CHECK steps, since that
+synchronizes with the host. Until then they go on, and their later tokens are dropped; then
+unfinished rows move to the front, and a graph of fewer rows takes over.
 
-`decode` draws the tokens of engine/decoding.py's own loop. On a CPU the same steps run uncaptured.
+`decode` draws the same tokens as the loop of engine/decoding.py. On a CPU the same steps run
+without recording.
 
-Graphs are recorded anew for every rollout: its buffers are given back to the update, whose peak is
-the larger one, and a graph knows the addresses of its buffers. One is alive at a time: destroying
-one clears the workspace of every graph on its stream.
+Graphs are recorded again for every rollout: a graph holds the addresses of its buffers, and these
+are freed for the update, whose peak memory is the larger one. One graph exists at a time, since
+destroying one clears the workspace of every graph on its stream.
 
 Shapes: B rows of the rollout, n of them in the current step, S prompt positions, L key positions
-that the current step sees, T answer positions, V vocabulary.
+that the current step sees, T response positions, V vocabulary.
 """
 
 import torch
@@ -27,7 +28,7 @@ from sampling import Drawn, NonFinite
 
 BUCKETS = (512, 384, 256, 192, 128, 96, 64, 32)  # rows of later graphs; the first has all
 KEYS_STEP = 256  # L is a multiple of it
-CHECK = 16  # steps between two looks at which rows have ended
+CHECK = 16  # decode steps between checks for finished rows; each check synchronizes with the GPU
 
 
 def why_not(config, device):
@@ -52,16 +53,16 @@ def decode(model, logits, cache, prompt_mask, G, cap, ends, draw_next):
     """As engine/decoding.py's loop behind the prompts: logits (P, V) and cache are what prefill has
     left, draw_next(logits, t, row) draws token t of some rows of the rollout."""
     steps = _Steps(model, cache, prompt_mask, G, cap)
-    answers = _Answers(steps, cap, ends, draw_next)
-    answers.draw(logits.repeat_interleave(G, 0))
+    responses = _Responses(steps, cap, ends, draw_next)
+    responses.draw(logits.repeat_interleave(G, 0))
     for t in range(1, cap + 1):
         if t % CHECK == 0 or t == cap:
-            live = answers.look(t)
+            live = responses.look(t)
             if t == cap or not live:
                 break
             steps.drop_all_but(live)
-        steps.advance(t, answers.draw)
-    return answers.tensors()
+        steps.advance(t, responses.draw)
+    return responses.tensors()
 
 
 class _Steps:
@@ -106,7 +107,7 @@ class _Steps:
         self.n = n
 
     def advance(self, t, draw):
-        """Feed the last token and draw answer token t."""
+        """Feed the last token and draw response token t."""
         last = (self.S + t - 1) // CHECK * CHECK + 2 * CHECK  # written before L is looked at again
         L = min(-(-last // KEYS_STEP) * KEYS_STEP, len(self.columns))
         if (self.n, L) != self.shape:  # the first step of a shape runs as it is, and so warms up
@@ -181,8 +182,8 @@ class _StaticLayer(DynamicLayer):
         return self.keys, self.values
 
 
-class _Answers:
-    """What was drawn. Written to tables of the rollout's rows only when somebody looks."""
+class _Responses:
+    """The tokens drawn. They are written to tables of the rollout's rows at each check."""
 
     def __init__(self, steps, cap, ends, draw_next):
         self.steps, self.ends, self.draw_next, self.written = steps, ends, draw_next, 0
@@ -197,7 +198,7 @@ class _Answers:
         self.bad = torch.full((1,), -1, device=steps.row.device)  # where the first NaN was drawn
 
     def draw(self, logits):
-        """The next token of every row in flight, from its logits, (n, V). Part of the graph."""
+        """Draw the next token of every row from its logits, (n, V). Part of the graph."""
         steps, column = self.steps, self.t % CHECK
         drawn = self.draw_next(logits, self.t, steps.row)
         broken = (steps.alive & ~drawn.logp.isfinite()).any() & (self.bad < 0)
@@ -210,7 +211,7 @@ class _Answers:
         self.t.add_(1)
 
     def look(self, t):
-        """The slots of the rows that live on behind t tokens. Here Python waits for the card."""
+        """Return the slots of the rows unfinished after t tokens. Synchronizes with the GPU."""
         steps = self.steps
         *alive, bad = torch.cat([steps.alive.long(), self.bad]).tolist()
         if bad >= 0:

@@ -1,12 +1,12 @@
-"""Decoding without waste: prompts read once, rows that leave, keys and values that stay in place.
+"""Fast decoder: prefill each prompt once, drop finished rows, preallocate the KV cache.
 
-`generate` has the signature of sampling.generate, and draws the same tokens. Every prompt runs
-through the model once; its keys and values are then repeated for its G answers; rows that draw an
-end-of-sequence id leave the batch. On CUDA a GPU replays the steps (cuda_graphs.py), on a CPU they
-take products for few rows (onednn.py).
+`generate` has the signature of sampling.generate and draws the same tokens. Every prompt runs
+through the model once; its keys and values are then repeated for its G responses. Rows that draw an
+end-of-sequence id leave the batch. On CUDA the steps are replayed as graphs (cuda_graphs.py), on a
+CPU they use matrix products for few rows (onednn.py).
 
-Shapes: P prompts, G answers each, B = P G rows, S prompt positions, T answer positions, R rows
-still in flight, V vocabulary.
+Shapes: P prompts, G responses to each, B = P G rows, S prompt positions, T response positions, R
+unfinished rows, V vocabulary.
 """
 
 import torch
@@ -35,11 +35,11 @@ def generate(
     decode_rows=0,
     prefill_tokens=PREFILL_TOKENS,
 ):
-    """As sampling.generate.
+    """Draw responses as sampling.generate does.
 
     capture         on CUDA, replay steps as graphs (cuda_graphs.py), where the model allows it
-    decode_rows     answers drawn together, whole groups; 0: all. What is left waits its turn
-    prefill_tokens  prompt tokens that run through the model together, padding included
+    decode_rows     responses decoded at a time, whole groups; 0: all. The others follow in chunks
+    prefill_tokens  prompt tokens per prefill pass, padding included
     """
     G, device = group_size, model.get_input_embeddings().weight.device
     together = max(1, decode_rows // G) if decode_rows else len(prompts)
@@ -73,8 +73,9 @@ def generate(
 
 
 def decode(model, logits, cache, prompt_mask, G, cap, ends, draw_next):
-    """The loop behind the prompts: the fields of a Rollout by name, `cap` tokens wide. `ends` says
-    of every id whether it ends an answer.
+    """Decode after prefill: return the fields of a Rollout by name, `cap` tokens wide.
+
+    `ends` tells for every id whether it ends a response.
 
     logits (P, V) and cache are what prefill has left; draw_next(logits, t, row) draws token t of
     some rows of the rollout.
@@ -141,13 +142,13 @@ class _KeysAndValues(DynamicLayer):
         return self.keys, self.values
 
     def fill_holes(self, holes, movers, count):
-        """Rows `movers` move into `holes`; the first `count` rows live on."""
+        """Compact the cache: rows `movers` move into `holes`, and the first `count` rows stay."""
         self.buffers = [b.index_copy_(0, holes, b[movers])[:count] for b in self.buffers]
         self._show()
 
 
 def repeat_cache(cache, repeats, room):
-    """Every row's keys and values `repeats` times, in buffers with room for `room` more tokens."""
+    """Repeat every row's keys and values, in buffers with room for `room` more tokens."""
     cache.layers = [_KeysAndValues(x.keys, x.values, repeats, room) for x in cache.layers]
 
 

@@ -29,7 +29,7 @@ def prefill(model, prompt, prompt_mask, tokens):
 
 
 class _FirstKeys(DynamicLayer):
-    """Keeps keys and values as they come, where transformers' own copies them behind none."""
+    """Keeps the first keys and values as they are; transformers' own layer copies them."""
 
     def update(self, keys, values, *args, **kwargs):
         self.keys, self.values, self.is_initialized = keys, values, True
@@ -37,7 +37,7 @@ class _FirstKeys(DynamicLayer):
 
 
 def next_logits(model, ids, visible, position, cache):
-    """The logits behind the last of some new tokens, (R, V); keys and values join the cache."""
+    """Return the logits after the last of some new tokens, (R, V); update the cache."""
     inputs = {"attention_mask": visible, "position_ids": position, "use_cache": True}
     inputs[cache_argument(type(model))] = cache
     if model.get_input_embeddings().weight.dtype == torch.float32:

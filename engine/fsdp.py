@@ -1,10 +1,10 @@
 """One model over several processes: `torchrun --nproc-per-node N train.py ...`, by PyTorch's FSDP2.
 
-From outside the finished model. Every rank holds 1 / N of every weight, gradient and moment; a
-decoder layer is gathered when it runs and freed after. Prompts are split over the ranks; whatever
-the loss is divided by, and the entropy statistics, are counted over all of them. Answers are drawn
-from a replica in the compute dtype that is refreshed once a rollout, so no weight is gathered at a
-decoding step and ranks may stop at different lengths without waiting for each other.
+The built model is sharded; its code is unchanged. Every process holds 1 / N of every weight,
+gradient and moment. A decoder layer is gathered when it runs and freed afterwards. Prompts are
+split over the processes; the denominator of the loss and the entropy statistics are summed over all
+of them. Responses are drawn from a replica in the compute dtype that is refreshed once per rollout.
+So no weight is gathered at a decoding step, and processes may stop at different lengths.
 FSDP and DTensor take most of a second to import, so only functions of a sharded run do.
 """
 
@@ -94,7 +94,7 @@ class DistributedProcesses(SingleProcess):
         return items[self.rank :: self.size]
 
     def close(self):
-        dist.barrier()  # nobody leaves while another still needs it
+        dist.barrier()  # wait until all have finished
         dist.destroy_process_group()
         sys.stdout.flush()
         # gloo's threads can abort an interpreter that shuts down; everything is on disk by now

@@ -20,15 +20,17 @@ LOGIT_CHUNK_BYTES = {"cpu": 2**27, "mps": 2**27, "cuda": 2**30, "xpu": 2**30}  #
 
 
 def chunk_of(vocab, device_type):
-    """How many tokens have their logits at the same time."""
+    """Return how many tokens have their logits in memory at the same time."""
     return max(1, LOGIT_CHUNK_BYTES[device_type] // (4 * vocab))
 
 
 def chunked_logprobs_and_entropy(
     hidden, unembedding, targets, temperature=1.0, chunk_tokens=None, measure_entropy=True
 ):
-    """As losses.token_logprobs_and_entropy: (..., D), (V, D), (...) -> two tensors (...), the
-    second None where nobody reads it."""
+    """Return what losses.token_logprobs_and_entropy returns, (..., D), (V, D), (...) -> 2 x (...).
+
+    The entropy is None without measure_entropy.
+    """
     kind = hidden.device.type
     if chunk_tokens is None:
         chunk_tokens = chunk_of(len(unembedding), kind)

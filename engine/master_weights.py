@@ -1,19 +1,19 @@
-"""A model of bfloat16 weights whose float32 weights, the masters, are kept apart: 7B on one card.
+"""bfloat16 weights whose float32 master weights are kept elsewhere: 7B on one GPU.
 
 AdamW at 1e-6 does not move a bfloat16 weight, so training needs float32 ones; the forward pass and
 the sampler need bfloat16 alone. Two places for the rest, one option each:
 
-    --split-master   on the card, as the 16 low bits of each float32 number, an int16 beside the
+    --split-master   on the card, as the 16 low bits of each float32 number, an int16 next to the
                      bfloat16 that holds the high ones. With gradients and moments in float32 16
-                     bytes a parameter, where float32 weights and a bfloat16 replica take 18 and
+                     bytes per parameter, where float32 weights and a bfloat16 replica take 18 and
                      autocast's copies 2 more: 7B fits in 141 GB
-    --offload        whole and in main memory, with both moments: 6 bytes a parameter stay on the
-                     card, weights and the gradient's float32 sum. One transfer down and one up for
-                     each optimiser step, not for each pass: 7B fits in 80 GB
+    --offload        whole and in main memory, with both moments: 6 bytes per parameter stay on the
+                     GPU, weights and the gradient's float32 sum. One transfer down and one up for
+                     each optimizer step, not for each pass: 7B fits in 80 GB
 
 Gradients arrive in bfloat16 after each pass and are summed in float32. The steps are AdamW's in
-float32 to the last bit (tests/test_master_weights.py). The model itself draws the answers: no
-replica.
+float32 to the last bit (tests/test_master_weights.py). Responses are drawn from the model
+itself: no replica.
 """
 
 import torch
@@ -29,7 +29,7 @@ CHUNK = 2**26  # numbers whose float32 master exists at a time
 def split(master):
     """float32 -> (bfloat16, int16): the nearest bfloat16, and what has to be added to its bits."""
     bits = master.view(torch.int32)
-    high = (bits + 0x8000) >> 16  # NaN and infinity never get here: the guard refuses them
+    high = (bits + 0x8000) >> 16  # non-finite updates are skipped before
     low = (bits - (high << 16)).to(torch.int16)
     return high.to(torch.int16).view(LOW), low
 

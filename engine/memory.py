@@ -1,15 +1,15 @@
-"""How much memory a configuration needs, before a weight is loaded.
+"""Estimate the memory a configuration needs, before a weight is loaded.
 
     weights      4 bytes a parameter, float32        gradients  4       AdamW's two moments  8
-    replica      2 bytes a parameter on CUDA: the bfloat16 copy that answers are drawn from;
-                 sharded: on every rank
+    replica      2 bytes a parameter on CUDA: the bfloat16 copy that responses are drawn
+                 from; sharded: in every process
     activations  of one micro-batch in the update: with gradient checkpointing one hidden state a
-                 layer and one layer's insides, without it every layer's; short answers share lines
-                 with their prompts, and those need a mask in every layer
+                 layer and one layer's activations, without it every layer's; short responses are
+                 packed with their prompts, which needs a mask in every layer
     logits       one chunk of float32 logits and what its backward pass holds beside it
-    KV cache     keys and values of every answer at full length, in the compute dtype
+    KV cache     keys and values of every response at full length, in the compute dtype
 
-The largest sum of what is alive at the same time is the peak: sampling, updating, or diagnostics.
+The largest sum of what exists at the same time is the peak: sampling, updating, or diagnostics.
 """
 
 import dataclasses
@@ -85,8 +85,8 @@ def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True, sharde
         activations += compute * parameters
     elif apart:  # a layer's gradients in 16 bits, until they are added to the sums
         activations += compute * (embedding + layer_parameters)
-    answer_tokens = rows_in_a_pass(options, prompt_tokens, world_size) * options.max_new_tokens
-    chunk = min(chunk_of(vocab, "cuda" if cuda else "cpu"), answer_tokens)
+    response_tokens = rows_in_a_pass(options, prompt_tokens, world_size) * options.max_new_tokens
+    chunk = min(chunk_of(vocab, "cuda" if cuda else "cpu"), response_tokens)
     # logits and their softmax, or gradient; the unembedding's own gradient, and of all its ids
     logits = int(chunk * vocab * 8 + (1 if apart else 2) * 4 * vocab * hidden)
     # a checkpointed layer is computed once more when the chunks are done
@@ -103,15 +103,18 @@ def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True, sharde
 
 
 def _diagnostics(config, options, prompt_tokens, compute, cuda):
-    """The residual stream of some answers, of their tokens alone; and of a chunk of them logits and
-    their softmax, or two layers' and their divergence."""
+    """Return the bytes of diagnostics.
+
+    They are the residual stream at the response tokens, and of a chunk of them the logits and the
+    softmax, or those of two layers and their divergence.
+    """
     layers, vocab, S = (
         config.num_hidden_layers,
         config.vocab_size,
         prompt_tokens + options.max_new_tokens,
     )
-    answers = min(64 if options.bupo_layer == "auto" else 32, options.responses_per_step)
-    tokens = min(answers, diagnostic_batch_size(S)) * options.max_new_tokens
+    responses = min(64 if options.bupo_layer == "auto" else 32, options.responses_per_step)
+    tokens = min(responses, diagnostic_batch_size(S)) * options.max_new_tokens
     # H, what both norms hand on and H + A stay float32; what both blocks add does not
     stream = 4 * (layers + 1) + 3 * 4 * layers + 2 * compute * layers
     entropy = 8 * min(chunk_of(vocab, "cuda" if cuda else "cpu"), tokens)
@@ -120,18 +123,18 @@ def _diagnostics(config, options, prompt_tokens, compute, cuda):
 
 
 def _sampling(config, options, prompt_tokens, world_size, compute, cuda):
-    """(keys and values of the answers in flight, what a decoding step or prefill works on)"""
+    """(keys and values of the responses in flight, what a decoding step or prefill works on)"""
     G, sequence = options.num_generations, prompt_tokens + options.max_new_tokens
-    answers = options.responses_per_step // world_size
+    responses = options.responses_per_step // world_size
     if options.decode_rows:
-        answers = min(answers, options.decode_rows // G * G)
+        responses = min(responses, options.decode_rows // G * G)
     if cuda and options.capture:
         sequence = math.ceil(sequence / KEYS_STEP) * KEYS_STEP
     keys = 2 * config.num_hidden_layers * _heads(config)[1] * _heads(config)[2] * compute
-    drawing = answers * config.vocab_size * 4 * 4  # logits, the next ones, the draw's two buffers
-    read = min(options.prefill_tokens, answers // G * prompt_tokens)
+    drawing = responses * config.vocab_size * 4 * 4  # logits, the next ones, the draw's two buffers
+    read = min(options.prefill_tokens, responses // G * prompt_tokens)
     reading = read * compute * (3 * config.intermediate_size + 4 * config.hidden_size)
-    return int(answers * sequence * keys), int(max(drawing, reading))
+    return int(responses * sequence * keys), int(max(drawing, reading))
 
 
 def _heads(config):
@@ -142,7 +145,7 @@ def _heads(config):
 
 
 def rows_in_a_pass(options, prompt_tokens, world_size):
-    """Answers of full length in one forward and backward pass."""
+    """Responses of full length in one forward and backward pass."""
     rows = options.responses_per_update // world_size
     rows = min(options.micro_batch or rows, rows)
     if options.micro_tokens:
@@ -167,7 +170,7 @@ def _activations(config, options, prompt_tokens, world_size, compute, apart):
     if packed:
         lines, width = len(packed[0]), packed[1]
     tokens, mask = lines * width, compute * lines * width**2 if packed else 0
-    if options.micro_tokens and not packed:  # shorter answers fill a pass up to its limit
+    if options.micro_tokens and not packed:  # shorter responses fill a pass up to its limit
         everything = width * options.responses_per_update // world_size
         tokens = max(width, min(options.micro_tokens, everything))
     # one layer, in numbers a token: q k v, attention's output and its copy; what the feed-forward

@@ -1,15 +1,15 @@
-"""Answers follow each other in lines, behind their prompt: a pass computes few tokens in vain.
+"""Sequence packing: responses follow their prompt in shared rows, which avoids most padding.
 
-The layout of some rows of a sampling.Rollout for one forward pass. A *segment* is a prompt and some
-of its answers; a line holds the segments that fit its width. The plain layout, one line an answer,
-is internals.unpacked.
+Lays some rows of a sampling.Rollout out for one forward pass. A *segment* is a prompt and some of
+its responses; a packed row ("line" in the code) holds the segments that fit its width. The plain
+layout, one response per row, is internals.unpacked.
 
-    ids        p0 p1 a0 a1 b0 q0 q1 c0 c1 c2    prompt p with two answers, prompt q with one;
-    positions   0  1  2  3  2  0  1  2  3  4    an answer's last token predicts nothing and
-    owner       p  p  a  a  b  q  q  c  c  c    stays out
+    ids        p0 p1 a0 a1 b0 q0 q1 c0 c1 c2    prompt p with two responses, prompt q with one;
+    positions   0  1  2  3  2  0  1  2  3  4    the last token of a response predicts nothing and
+    owner       p  p  a  a  b  q  q  c  c  c    is left out
 
-A token sees what stands before it, of its prompt and of its own answer; the predecessors of a's
-three tokens, its last one included, are here p1 a0 a1.
+A token attends to the tokens before it of its prompt and of its own response. The predecessors of
+a's three tokens, its last one included, are p1 a0 a1 here.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ STEPS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8)  # widths that are tried, as multiple
 
 
 class Segment(NamedTuple):
-    """A prompt and some of its answers, with the tokens of each that a line holds."""
+    """A prompt and some of its responses, with the tokens of each that a packed row holds."""
 
     size: int  # of all of them
     prompt: int
@@ -66,12 +66,12 @@ class Packer:
 
 
 def choose_packing(config, rows, lengths, prompts, G):
-    """(lines of Segments, width) of rows whose answers have `lengths`, and `prompts` tokens before
-    them; None where a line for each answer costs less.
+    """Return (packed rows of Segments, width), or None where one response per row costs less.
 
-    A token costs about 24 D^2 operations in the matrices of a layer, and 4 D in its attention for
-    each token of its line, hidden ones too: W (6 D + W) for a line of width W. Without a mask, one
-    line an answer, attention looks back alone: W (6 D + W / 2).
+    lengths: tokens of each response; prompts: tokens of each prompt. In a layer, a token costs
+    about 24 D^2 operations in matrix products and 4 D in attention for each token of its packed
+    row, masked ones included: W (6 D + W) for a row of width W. With one response per row and
+    causal attention, it is W (6 D + W / 2).
     """
     least = max(prompts[row // G] + lengths[row] - 1 for row in rows)
     if least > LONGEST_ROW or not takes_any_mask(config):
@@ -94,7 +94,7 @@ def cost(packing, D):
 
 
 def segments(rows, lengths, prompts, G, width):
-    """Each prompt with its answers, in as many segments as the width asks for."""
+    """Return each prompt with its responses, in as many segments as the width needs."""
     groups, found = {}, []
     for row in rows:
         groups.setdefault(row // G, []).append(row)
@@ -126,9 +126,9 @@ def fill(segments, width):
 
 
 def laid_out(rollout, rows, lines, width, lengths, prompts):
-    """The PackedBatch of a packing; in place of the mask what `visible` makes it of."""
+    """Return the PackedBatch of a packing; its mask is still the arguments of `visible`."""
     padded, T = rollout.prompt.shape[1], rollout.tokens.shape[1]
-    # of each prompt and answer: where it stands, what it holds, whose it is, its first position
+    # of each prompt and response: its place, its source, its owner, its first position
     pieces, starts, behind = [], {}, {}
     for i, line in enumerate(lines):
         at = i * width
@@ -149,7 +149,7 @@ def laid_out(rollout, rows, lines, width, lengths, prompts):
         [source[which] + place, first[which] + place, segment[which], owner[which]]
     )
     table = torch.zeros(4, len(lines) * width, dtype=torch.long)
-    table[2:] = -2  # padding belongs to nobody, and sees itself alone
+    table[2:] = -2  # padding attends only to itself
     table[:, filled] = columns
     real = torch.zeros(len(lines) * width, dtype=torch.bool)
     real[filled] = True
@@ -174,8 +174,10 @@ def laid_out(rollout, rows, lines, width, lengths, prompts):
 
 
 def visible(segment, owner):
-    """Who sees whom, (lines, 1, width, width): what stands before, of its prompt (owner -1) and of
-    its own answer."""
+    """Return the attention mask, (packed rows, 1, width, width).
+
+    A token attends to what stands before it in its prompt (owner -1) and in its own response.
+    """
     width = segment.shape[1]
     before = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
     same_prompt = segment[:, :, None] == segment[:, None, :]

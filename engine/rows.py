@@ -15,8 +15,10 @@ NEVER = -1e30  # its exponential is 0 and 0 times it is 0, which 0 times -inf is
 
 
 def likeliest(logits):
-    """The id of each row's largest logit, (N, 1); NaN counts as the largest. On a CPU in two
-    levels, blocks first: there a maximum is ten times as fast as its place."""
+    """Return the id of each row's largest logit, (N, 1); NaN counts as the largest.
+
+    On a CPU in two levels, blocks first: there max is ten times as fast as argmax.
+    """
     size = logits.shape[-1]
     block = 64 * max(1, round(size**0.5 / 64))  # whole vectors: three times as fast
     if logits.device.type != "cpu" or size <= block:
@@ -59,8 +61,10 @@ def product(hidden, weight, dtype):
 
 
 def row_scores(logits, targets, measure_entropy=True):
-    """(logp of the targets, entropy, log Z) of logits (N, V), which are used up; the entropy is NaN
-    where nobody reads it."""
+    """Return (logp of the targets, entropy, log Z) of logits (N, V), which are overwritten.
+
+    The entropy is NaN without measure_entropy.
+    """
     if (fused := compiled(_row_scores, logits)) is not None:
         return fused(logits, targets)
     top = likeliest(logits)

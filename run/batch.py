@@ -146,12 +146,12 @@ def pad_to_longest(tensors, left=False):
     return [torch.nn.functional.pad(x, pad) for x, pad in zip(tensors, pads)]
 
 
-def rollout_of(prompts, answers):
-    """Finished answers (lists of ids), one to each prompt, as a Rollout; temperature 0,
+def rollout_of(prompts, responses):
+    """Finished responses (lists of ids), one to each prompt, as a Rollout; temperature 0,
     log-probabilities and entropies unknown."""
     prompt, prompt_mask = pad_prompts(prompts)
-    tokens = torch.cat(pad_to_longest([torch.tensor([ids], dtype=torch.long) for ids in answers]))
-    lengths = torch.tensor([len(ids) for ids in answers])
+    tokens = torch.cat(pad_to_longest([torch.tensor([ids], dtype=torch.long) for ids in responses]))
+    lengths = torch.tensor([len(ids) for ids in responses])
     unknown = torch.full(tokens.shape, torch.nan)
     return Rollout(
         prompt=prompt,
@@ -161,5 +161,5 @@ def rollout_of(prompts, answers):
         temperature=torch.zeros(tokens.shape),
         logp=unknown,
         entropy=unknown,
-        finished=torch.ones(len(answers), dtype=torch.bool),
+        finished=torch.ones(len(responses), dtype=torch.bool),
     )

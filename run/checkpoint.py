@@ -71,7 +71,7 @@ def save(run, step):
         sums = {p.name: _sha256(p) for p in files}
         (aside / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
         _flush(aside / "checksums.json")
-        if folder.exists():  # of an earlier life of this run, which had got further
+        if folder.exists():  # from an earlier attempt, which had got further
             shutil.rmtree(folder)
         os.replace(aside, folder)
         _flush(run.out)
@@ -184,7 +184,7 @@ def newest_whole(out, say):
 
 def to_resume(out, say):
     """The newest whole checkpoint; None where a run had made none yet. UserError where there are
-    checkpoints and none is whole: they may be readable again tomorrow, and nothing is deleted."""
+    checkpoints and none is whole: the fault may be transient, so nothing is deleted."""
     found = newest_whole(out, say)
     if found is None and folders(out):
         raise UserError(

@@ -76,7 +76,7 @@ def step_metrics(step, weights_before, run):
     metrics = {
         "step": step.number,
         "phase": "full" if layer is None else "internal",
-        **answer_metrics(counts),
+        **response_metrics(counts),
         **{name: sum / tokens for name, sum in zip(means, sums)},
         **update_metrics(step, run),
         **signal_metrics(batch, layer, run),
@@ -94,7 +94,7 @@ def step_metrics(step, weights_before, run):
     return metrics
 
 
-def answer_metrics(counts):
+def response_metrics(counts):
     """Return metrics of all responses of a step, those of replaced groups included."""
     responses, finished = counts["responses"], max(1, counts["finished"])
     return {
@@ -272,9 +272,9 @@ def held_out(run, step):
     asked = [run.held_out[i % len(run.held_out)] for i in range(options.eval_prompts)]
     seed = seed_of(options.seed, "held out")
     own = run.reward_function
-    answers = evaluate_over(run, asked, 1.0, seed, f"{name}, sampled", 1, own)
-    sampled = summarise(answers)
-    own = [answer.reward for row in answers for answer in row] if own else []
+    responses = evaluate_over(run, asked, 1.0, seed, f"{name}, sampled", 1, own)
+    sampled = summarise(responses)
+    own = [response.reward for row in responses for response in row] if own else []
     each = run.held_out[: options.eval_prompts]
     greedy = summarise(evaluate_over(run, each, 0.0, 0, f"{name}, greedy"))
     return {
@@ -293,7 +293,7 @@ def evaluate_over(run, problems, temperature, seed, name, samples=1, own_reward=
     """Return the responses to each problem, those of all processes, with `own_reward`'s reward."""
     options, dist, count = run.options, run.dist, len(problems)
     problems = dist.local_shard(problems)
-    answers = sample_responses(
+    responses = sample_responses(
         run.engine.generate,
         run.tokenizer,
         problems,
@@ -308,8 +308,8 @@ def evaluate_over(run, problems, temperature, seed, name, samples=1, own_reward=
     by_question = {}  # a question that is asked twice is one question with two responses
     if own_reward:
         paid = lambda p, a: a._replace(reward=own_reward(p, a.text))
-        answers = [[paid(p, answer) for answer in row] for p, row in zip(problems, answers)]
-    rows = [((p.question, p.history), row) for p, row in zip(problems, answers)]
+        responses = [[paid(p, response) for response in row] for p, row in zip(problems, responses)]
+    rows = [((p.question, p.history), row) for p, row in zip(problems, responses)]
     for part in dist.gather_objects(rows):
         for question, row in part:
             by_question.setdefault(question, []).extend(row)
@@ -330,8 +330,8 @@ def samples_of(step, run, rows, more=None):
     columns = {name: entropy[rows], "temperature": rollout.temperature[rows]}
     columns |= more or {}
     kind = {k: round if x.is_floating_point() else int_of for k, x in columns.items()}
-    of_answer = (batch.rewards, batch.strict, batch.lenient, rollout.finished, rollout.lengths)
-    numbers = torch.stack([x[rows].float() for x in of_answer], 1).tolist()
+    of_response = (batch.rewards, batch.strict, batch.lenient, rollout.finished, rollout.lengths)
+    numbers = torch.stack([x[rows].float() for x in of_response], 1).tolist()
     of_token = torch.stack([x.float() for x in columns.values()], 1).tolist()
     tokens = rollout.tokens[rows].tolist()
     for i, row in enumerate(rollout.row_list(rows)):
@@ -365,7 +365,7 @@ def first_look(run):
     probe, G = [run.train_examples[i][0] for i in some], options.num_generations
     name = f"pass rate of {len(probe)} prompts"
     groups = evaluate_over(run, probe, options.temperature, seed, name, G)
-    right = [[getattr(answer.grade, options.verdict) for answer in group] for group in groups]
+    right = [[getattr(response.grade, options.verdict) for response in group] for group in groups]
     rate = sum(map(sum, right)) / sum(map(len, right))
     live = sum(any(group) and not all(group) for group in right) / len(right)
     metrics |= {"pass_rate": rate, "expected_live_groups": live}
@@ -442,13 +442,13 @@ def diagnose(run):
     """
     if run.diagnosed is None:
         run.diagnosed = run.last_batch.rollout.with_response_mask(32)
-    answers, vocab = run.diagnosed, run.vocab_size
-    batch = internals.diagnostic_batch_size(int(run.dist.all_reduce_max(answers[0].shape[1])))
+    responses, vocab = run.diagnosed, run.vocab_size
+    batch = internals.diagnostic_batch_size(int(run.dist.all_reduce_max(responses[0].shape[1])))
     fast = dict(token_scores=chunked_logprobs_and_entropy)
     with autocast(run.dist.device, run.options.dtype):
-        cosine, kl = internals.layer_similarity(run.policy, *answers, run.layer, vocab, batch)
-        entropy = internals.internal_entropy(run.policy, *answers, vocab, batch, **fast)
-        perplexity = internals.perplexity(run.policy, *answers, vocab, batch, **fast)
+        cosine, kl = internals.layer_similarity(run.policy, *responses, run.layer, vocab, batch)
+        entropy = internals.internal_entropy(run.policy, *responses, vocab, batch, **fast)
+        perplexity = internals.perplexity(run.policy, *responses, vocab, batch, **fast)
     run.dist.reshard(run.policy)
     return {
         "diagnose_cosine": cosine.tolist(),
