@@ -48,19 +48,21 @@ def train_step(step: int, run: Run) -> StepRecord:
     """Train on one batch of responses, from the prompts to the updated weights."""
     options, engine, dist, clock = run.options, run.engine, run.dist, Stopwatch(run.dist.device)
 
-    # 1. Whose policy learns? In BuPO's first phase that of layer l, else the model's own (None).
+    # 1. Whose policy learns? In BuPO's first phase that of layer l, else the model's own (None). To
+    # change the phases, change bupo.target_layer: console, options and resume ask it, too.
     layer = schedules.target_layer(step, options, run.layer)  # BuPO 1
 
     # 2. Sample G responses to each prompt from the policy as it is, and reward each.
     temperature = options.temperature
     if "A" in run.mechanisms:  # HAPO A: a rule, which the decoder asks at every token
         stats, base, tau = run.sampler_stats, options.temperature, options.tau  # last batch's stats
-        temperature = lambda entropy, position: hapo.adaptive_temperature(
-            entropy, stats, base, tau, options.temperature_form, options.released
-        )
         if options.temperature_form == "two":  # a baseline
             temperature = lambda entropy, position: baselines.two_temperatures(
                 entropy, stats, base, tau
+            )
+        else:
+            temperature = lambda entropy, position: hapo.adaptive_temperature(
+                entropy, stats, base, tau, options.temperature_form, options.released
             )
     batch = run.last_batch = generate_and_grade(step, 0, layer, temperature, run)
     if options.dynamic_sampling:  # DAPO: zero-variance groups are replaced, for some rounds
@@ -190,12 +192,14 @@ def generate_and_grade(
     first = [texts.index(text, row // G * G) for row, text in enumerate(texts)]
     correct = correct[first]
 
-    # The outcome is composed here, and a term of your own (a bonus for the format, say) belongs
-    # here: a group whose outcomes are all equal has zero reward variance and advantage 0.
-    outcome = correct.float()
-    if run.reward_function is not None:  # --reward-function; NaN where it failed
+    if run.reward_function is None:
+        outcome = correct.float()
+    else:  # --reward-function; NaN where it failed
         own = [run.reward_function(problems[row // G], text) for row, text in enumerate(texts)]
         outcome = torch.tensor(own, device=rollout.mask.device)[first]
+    # A term of your own, a bonus for the format for example, belongs here. A group whose outcomes
+    # are all equal has zero reward variance and advantage 0; a term that is added below this line
+    # changes that for no group.
     has_variance = losses.has_reward_variance(outcome, G)
     reward = outcome
     if options.overlong_buffer:  # after the variance: a length penalty alone gives a group none
@@ -225,17 +229,16 @@ def policy_loss(logp: Tensor, batch: Batch, rows: Rows, run: Run) -> PolicyLoss:
     if options.baseline in baselines.LOSS_BASELINES:
         loss, ratio, low, high, _, loss_mean = baselines.policy_loss(logp, batch, rows, options)
     else:
-        loss_mean = options.loss_mean
-        ratio = losses.likelihood_ratio(logp, batch.old.logp[rows])
-        low = torch.full_like(logp, options.clip_low)
-        high = torch.full_like(logp, options.clip_high)
+        ratio, loss_mean = losses.likelihood_ratio(logp, batch.old.logp[rows]), options.loss_mean
+        base = (options.clip_low, options.clip_high)  # this ratio's bounds; C and D start there
         if "C" in run.mechanisms:  # HAPO C: its neutral zone is built from the base bounds
-            zone = (options.clip_low, options.clip_high)
+            zone = base
             if options.released and "D" in run.mechanisms:  # there, from D's
-                zone = hapo.adaptive_clip(h, *zone)
+                zone = hapo.adaptive_clip(h, *base)
             advantages = hapo.redistribute_advantages(advantages, h, ratio, *zone, options.released)
+        low, high = (torch.full_like(logp, bound) for bound in base)
         if "D" in run.mechanisms:  # HAPO D
-            low, high = hapo.adaptive_clip(h, options.clip_low, options.clip_high)
+            low, high = hapo.adaptive_clip(h, *base)
         dual_clip = options.dual_clip or None
         loss = losses.clipped_surrogate(ratio, advantages, low, high, dual_clip)
     if options.sampler_correction:

@@ -495,7 +495,7 @@ def without_effect(options):
     yield (
         ignored,
         "bupo_steps",
-        f"does nothing with --bupo-baseline {o.bupo_baseline}: the phases do not depend on it",
+        "does nothing: the phases of this run do not depend on it",
     )
     yield (
         o.bupo_norm and o.bupo_baseline != "align",

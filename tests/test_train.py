@@ -797,7 +797,7 @@ def test_what_becomes_of_an_update():
         ),
         (
             "--bupo-layer 2 --bupo-baseline layer-lr --bupo-steps 3".split(),
-            "--bupo-steps 3: does nothing with --bupo-baseline layer-lr",
+            "--bupo-steps 3: does nothing: the phases",
         ),
         (["--difficulty", "1"], "--difficulty 1: belongs to the built-in tasks"),
         (["--task", "countdown"], "--task countdown: belongs to the built-in tasks"),
