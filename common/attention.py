@@ -1,10 +1,10 @@
-"""The masks that PyTorch's attention is given.
+"""Build the attention masks for PyTorch's scaled_dot_product_attention.
 
-A model on its own leaves the mask out where it can, and asks for grouped heads instead: right where
-flash attention runs. Where it cannot (float32 on a GPU, a card before Ampere) one kernel is left
-that knows grouped heads, and it holds every score, S x S a head; with a mask the memory-efficient
-one takes over. And behind padding on the left stand rows that see nothing, for which kernels give
-zeros or NaN, as they please: here they see themselves, and nobody looks at them.
+By default transformers leaves the mask out where it can and uses grouped heads. This is best where
+flash attention runs. Elsewhere (float32 on a GPU, or a GPU before Ampere) the only kernel with
+grouped heads stores all S x S scores of every head; given a mask, PyTorch uses the memory-efficient
+kernel instead. Positions of left padding attend to nothing, and kernels then return zeros or NaN.
+Here they attend to themselves; their outputs are not used.
 
 Shapes: n rows, S positions.
 """

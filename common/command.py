@@ -1,4 +1,4 @@
-"""What every command line here does: mistakes end in one line and exit code 2, no traceback."""
+"""Run a command line: a user's mistake ends in one line and exit code 2, without a traceback."""
 
 import argparse
 import os

@@ -1,6 +1,8 @@
-"""What differs between devices, asked in one place: a CPU, NVIDIA or AMD (cuda), Apple (mps), Intel
-(xpu). Whatever is not asked here is the same everywhere; random numbers are drawn on the CPU, and
-nothing on a device is float64 but where `widest_float_dtype` says so, which mps does not have."""
+"""Answer device-specific questions for CPU, NVIDIA or AMD (cuda), Apple (mps) and Intel (xpu).
+
+All other code is the same on every device. Random numbers are drawn on the CPU. float64 is used on
+a device only where `widest_float_dtype` allows it, since mps has no float64.
+"""
 
 import os
 

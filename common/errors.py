@@ -1,4 +1,4 @@
-"""The error of a mistake that the user can mend: one line, exit code 2."""
+"""Define UserError, for mistakes that the user can correct: one line, exit code 2."""
 
 
 class UserError(ValueError):

@@ -1,5 +1,4 @@
-"""Opening a model folder: weights in float32, a tokenizer, and one clear line for whatever can be
-wrong with them."""
+"""Load a model folder: float32 weights and a tokenizer, or one line that says what is wrong."""
 
 import json
 import pathlib

@@ -1,6 +1,6 @@
-"""Names that were other names once, for runs and command lines of before.
+"""Map old names of options, metrics and files to the current ones, for earlier runs and commands.
 
-Files of a run are read under both names and written under the new one.
+Files of a run are read under either name and written under the new one.
 """
 
 OPTIONS = {

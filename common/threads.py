@@ -1,8 +1,8 @@
-"""Threads beside other programs. Import this before torch: its threads read the setting at birth.
+"""Limit how long CPU threads spin. Import this before torch, whose threads read the setting once.
 
-PyTorch's OpenMP threads spin while they wait for each other. Where another program needs the cores
-they wait for a thread that cannot run, and a step takes thirty times as long. A short spin costs
-next to nothing on an idle machine and leaves the core soon on a busy one.
+PyTorch's OpenMP threads spin while they wait for each other. If another program uses the cores, a
+thread spins for one that cannot run, and a step takes more than fifteen times as long. A short spin
+costs little on an idle machine and frees the core quickly on a busy one.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""A function of this project in a process of its own, which is killed when its time is up.
+"""Run a function of this project in a separate process, which is killed after a time limit.
 
-The process has a session of its own, so that no Ctrl-C reaches it. Questions and replies are lines
+The process runs in a separate session, so Ctrl-C does not reach it. Requests and replies are lines
 of JSON.
 """
 

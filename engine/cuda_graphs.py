@@ -4,9 +4,9 @@ An eager step of a small model is some thousand kernel launches, and Python issu
 than the GPU runs them. Here a step is recorded once as a CUDA graph and then replayed by a single
 launch. So nothing in it may depend on data or on a host-side number: the place where keys and
 values are written, the mask and the positions are tensors that the step itself updates. Drawing the
-token is part of the graph. Finished rows are looked for once in CHECK steps, since that
-synchronizes with the host. Until then they go on, and their later tokens are dropped; then
-unfinished rows move to the front, and a graph of fewer rows takes over.
+token is part of the graph. The loop looks for finished rows only once in CHECK steps, since
+that synchronizes with the host. Until then finished rows continue and their later tokens are
+dropped. After it, unfinished rows move to the front and a graph with fewer rows is used.
 
 `decode` draws the same tokens as the loop of engine/decoding.py. On a CPU the same steps run
 without recording.

@@ -1,4 +1,4 @@
-"""The engine: how the machine computes what a training step asks for. Here in its plain form.
+"""Define Engine, the plain implementation of what a training step computes.
 
 One process, float32 weights, one response per row, the readable decoder: what --plain runs. The
 engines that are faster, or that run in less precision, in less memory or on more processes, have

@@ -2,8 +2,8 @@
 
 It decodes with a fast decoder (engine/decoding.py), puts several responses into one row
 (engine/packing.py), never holds all logits (engine/logprobs.py), and runs products in --dtype. With
---plain it falls back to the plain engine's bodies, for the precisions and process counts that the
-plain engine itself does not know.
+--plain it uses the plain engine's methods, for precisions and numbers of processes that the plain
+engine does not support.
 """
 
 import internals

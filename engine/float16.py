@@ -1,4 +1,4 @@
-"""Float16 products: small gradients vanish there, so the loss is scaled up, the gradient down."""
+"""Train with float16 products: the loss is scaled up so that small gradients do not underflow."""
 
 import math
 

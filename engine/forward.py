@@ -1,6 +1,6 @@
-"""A decoder's forward passes: many prompts at once, then a token a row.
+"""Run a decoder's forward passes: prefill of many prompts, then one token per row.
 
-Shapes: P prompts, R rows in flight, V vocabulary.
+Shapes: P prompts, R unfinished rows, V vocabulary.
 """
 
 import torch

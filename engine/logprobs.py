@@ -1,12 +1,12 @@
-"""Log-probability and entropy of tokens without ever holding all the logits.
+"""Compute log-probability and entropy of tokens without ever holding all the logits.
 
 The logits exist for one chunk of tokens at a time and are computed again in the backward pass, so
 peak memory is chunk x V and not N x V. The gradients are exact; the plain three lines, which
 autograd differentiates, are losses.token_logprobs_and_entropy.
 
-Under autocast the products run in the compute dtype, and in nothing else: logits and what is made
-of them are float32, and so are weights that are handed in as float32 and their gradient, which is
-summed over the chunks.
+Under autocast only the matrix products run in the compute dtype. Logits and everything computed
+from them are float32. Weights that are passed as float32 stay float32, and so does their gradient,
+which is summed over the chunks.
 
 Shapes: N tokens, D hidden size, V vocabulary.
 """

@@ -1,15 +1,15 @@
 """bfloat16 weights whose float32 master weights are kept elsewhere: 7B on one GPU.
 
 AdamW at 1e-6 does not move a bfloat16 weight, so training needs float32 ones; the forward pass and
-the sampler need bfloat16 alone. Two places for the rest, one option each:
+the sampler need only bfloat16. Two options say where the float32 part is kept:
 
-    --split-master   on the card, as the 16 low bits of each float32 number, an int16 next to the
-                     bfloat16 that holds the high ones. With gradients and moments in float32 16
-                     bytes per parameter, where float32 weights and a bfloat16 replica take 18 and
-                     autocast's copies 2 more: 7B fits in 141 GB
-    --offload        whole and in main memory, with both moments: 6 bytes per parameter stay on the
-                     GPU, weights and the gradient's float32 sum. One transfer down and one up for
-                     each optimizer step, not for each pass: 7B fits in 80 GB
+    --split-master   on the GPU, as the 16 low bits of each float32 number, an int16 next to the
+                     bfloat16 that holds the high ones. Gradients and moments are float32: 16 bytes
+                     per parameter in all. Float32 weights and a bfloat16 replica would take 18,
+                     and autocast's copies 2 more: 7B fits in 141 GB
+    --offload        complete, in main memory, with both moments. 6 bytes per parameter stay on the
+                     GPU: the weights and the float32 sum of the gradient. There is one transfer in
+                     each direction per optimizer step, not per pass: 7B fits in 80 GB
 
 Gradients arrive in bfloat16 after each pass and are summed in float32. The steps are AdamW's in
 float32 to the last bit (tests/test_master_weights.py). Responses are drawn from the model

@@ -1,12 +1,12 @@
 """Estimate the memory a configuration needs, before a weight is loaded.
 
-    weights      4 bytes a parameter, float32        gradients  4       AdamW's two moments  8
-    replica      2 bytes a parameter on CUDA: the bfloat16 copy that responses are drawn
-                 from; sharded: in every process
-    activations  of one micro-batch in the update: with gradient checkpointing one hidden state a
+    weights      4 bytes per parameter, float32      gradients  4       AdamW's two moments  8
+    replica      2 bytes per parameter on CUDA: the bfloat16 copy that responses are drawn
+                 from; with FSDP, one in every process
+    activations  of one micro-batch in the update: with gradient checkpointing one hidden state per
                  layer and one layer's activations, without it every layer's; short responses are
                  packed with their prompts, which needs a mask in every layer
-    logits       one chunk of float32 logits and what its backward pass holds beside it
+    logits       one chunk of float32 logits and what its backward pass holds in addition
     KV cache     keys and values of every response at full length, in the compute dtype
 
 The largest sum of what exists at the same time is the peak: sampling, updating, or diagnostics.

@@ -1,4 +1,4 @@
-"""Micro-batches of at most so many tokens, and equally many of them in every process."""
+"""Split a batch into micro-batches of limited size, the same number of them in every process."""
 
 
 def split_by_tokens(rollout, rows, tokens, packed):

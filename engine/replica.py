@@ -1,4 +1,4 @@
-"""A copy of the policy to draw responses from: in the compute dtype, whole in every process."""
+"""Keep a complete copy of the policy in every process, in the compute dtype, for sampling."""
 
 import copy
 

@@ -1,5 +1,5 @@
-"""Countdown's expressions: read by a walk over a syntax tree that knows four operators, and drawn
-at random."""
+"""Evaluate Countdown expressions by walking a syntax tree with four operators, and generate random
+Countdown problems."""
 
 import ast
 import operator

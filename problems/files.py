@@ -1,5 +1,5 @@
-"""Rows of questions as people have them: JSONL, a JSON array, CSV or parquet, each also as .gz; a
-folder or a hub's data set through `datasets`, an optional library."""
+"""Read data sets: JSONL, a JSON array, CSV or parquet (each also as .gz), and folders or data sets
+of the hub through `datasets`, an optional library."""
 
 import csv
 import gzip

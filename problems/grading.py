@@ -3,10 +3,10 @@
     strict   the answer stands where it was asked for (after ####, in \\boxed{}, or alone)
     lenient  it may also end a sentence: the last number (or expression) of the text counts
 
-The rules find at most one answer in a text, and find it without a look at the right one: no text
-is right for two answers that exclude each other.
+The rules extract at most one answer from a response and never use the reference answer to find it.
+So no response is correct for two contradictory reference answers.
 
-An answer written by a model is hostile input: nothing here is evaluated as code, and every verdict
+A response is hostile input: nothing here is evaluated as code, and every verdict
 takes bounded time.
 """
 

@@ -2,12 +2,12 @@
 
 checkpoint-N/ is an ordinary Hugging Face folder (config, weights, tokenizer) plus
     optimizer.pt     AdamW's moments by weight name (torch.load(weights_only=True))
-    run.json         step, data position, BuPO layer, entropy statistics, guard, a sum of the
-                     options: all but tensors
+    run.json         step, data position, BuPO layer, entropy statistics, guard, a hash of the
+                     options: everything except tensors
     checksums.json   SHA-256 of every other file, written last
 It is written under another name, flushed to the disk and renamed, so a kill at any moment leaves
-either no checkpoint-N or a whole one. Reading checks every sum and takes the newest folder that
-passes. There is no random state to save: every draw is seeded by (seed, step).
+either no checkpoint-N or a whole one. Loading verifies every checksum and uses the newest folder
+that passes. There is no random state to save: every draw is seeded by (seed, step).
 """
 
 import contextlib

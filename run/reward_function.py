@@ -1,11 +1,11 @@
 """A reward function of the user's own: --reward-function FILE.py:NAME.
 
-    def NAME(question, answer, text) -> float      `answer` is the data's, `text` the model's
-    def NAME(question, answer, text, **row)        and every column of the data's row; or those that
-                                                   it names
+    def NAME(question, answer, text) -> float      `answer`: reference, `text`: response
+    def NAME(question, answer, text, **row)        all columns of the row, or only those that the
+                                                   parameters name
 
-It runs in a process of its own (common/worker.py): one that hangs costs REWARD_SECONDS and a new
-process, and what it prints goes to standard error.
+It runs in a separate process (common/worker.py). A call that hangs is killed after REWARD_SECONDS
+and the process is restarted. What the function prints goes to standard error.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
-"""What changes with the step: whose policy is trained, and the learning rate.
+"""Define what changes with the step: the layer whose policy is trained, and the learning rate.
 
-The step, the console, the checks of the options and a resume all ask these functions. So a schedule
-that is changed here is announced as it is, an option that it ignores is refused, and a resumed run
-whose past steps it would have taken differently is refused, too.
+The step, the console, the checks of the options and a resume all call these functions. So if a
+schedule is changed here, the console prints the new one, options without effect are refused, and so
+is resuming a run whose past steps followed another schedule.
 """
 
 import bupo

@@ -198,7 +198,8 @@ def test_public_functions_of_the_top_level_are_annotated(path):
 
 def test_the_readme_is_short_and_its_files_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.split()) <= 1800
+    words = [word for word in text.split() if any(map(str.isalnum, word))]  # no | of a table
+    assert len(words) <= 1800
     assert max(len(line) for line in text.splitlines() if line[:1] != "|") <= 120
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = page.read_text(encoding="utf-8")
