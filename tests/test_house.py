@@ -201,13 +201,47 @@ def test_the_readme_is_short_and_its_files_exist():
     words = [word for word in text.split() if any(map(str.isalnum, word))]  # no | of a table
     assert len(words) <= 1800
     assert max(len(line) for line in text.splitlines() if line[:1] != "|") <= 120
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]:
         text = page.read_text(encoding="utf-8")
         for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
             if not link.startswith("http"):
                 there = page.parent / link if link else page
                 assert there.exists(), f"{page.name}: {link}"
                 assert not anchor or anchor in anchors(there), f"{page.name}: {link}#{anchor}"
+
+
+@pytest.mark.parametrize("name", ["README.zh.md", "README.ko.md"])
+def test_a_translated_readme_says_the_same(name):
+    """Its code, links, numbers and the rows of its tables are those of the English one."""
+    english, translated = readme_parts("README.md"), readme_parts(name)
+    for part, expected in english.items():
+        assert translated[part] == expected, part
+    first = source("README.md").split("\n## ")[0].splitlines()[2]
+    assert f"({name})" in first and "(README.md)" in source(name).split("\n## ")[0]
+
+
+def readme_parts(name):
+    """Return what a translation of the README must keep, part by part."""
+    text = source(name)
+    blocks = re.findall(r"```.*?```", text, re.S)
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    links = [link for link in re.findall(r"\]\(([^)]*)\)", text) if link[:6] != "README"]
+    spans = re.findall(r"`([^`]*)`", text)
+    words = re.sub(r"\]\([^)]*\)|`[^`]*`", "", text)
+    rows = [sorted(numbers(line)) for line in words.splitlines() if line[:1] == "|"]
+    levels = re.findall(r"^#+ ", text, re.M)
+    return {
+        "code blocks": blocks,
+        "headings": levels,
+        "rows of tables": rows,
+        "links": sorted(links),
+        "code in the text": sorted(spans),
+        "numbers": sorted(numbers(words)),
+    }
+
+
+def numbers(text):
+    return re.findall(r"\d+(?:\.\d+)?", text)
 
 
 def anchors(page):
