@@ -283,3 +283,37 @@ def test_no_way_is_printed_that_a_run_would_refuse():
     assert not {*ways("--dtype", "float32")} & {"--offload", "--split-master"}
     assert torchrun < {*ways("--dtype", "float32")}
     assert not {*ways("--prompts-per-step", "2")} & {"torchrun, 2 processes"}
+
+
+def test_the_table_of_cards_is_what_its_command_prints(monkeypatch, capsys):
+    """docs/scaling.md has its lines and settings; a card takes the first setting that fits it."""
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
+    import fit_table
+
+    fit_table.main()
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out in page
+    for way, given in fit_table.WAYS.items():
+        assert f"| **{way}** | `{given}` |" in page
+
+    config = fit_table.config_of("Qwen2.5-0.5B")
+    peaks = {way: fit_table.peak_of(config, way) for way in fit_table.WAYS}
+    assert peaks["a"] > 0.9 * 40 > peaks["b"] > 0.9 * 12  # GiB
+    assert fit_table.cell(config, 40) == f"**b** {peaks['b']:.1f}"
+    assert fit_table.cell(config, 4) == "–" and min(peaks.values()) > 0.9 * 4
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("Qwen2.5-0.5B", 494_032_768),
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen2.5-7B", 7_615_616_512),
+        ("Qwen3-8B", 8_190_735_360),
+    ],
+)
+def test_the_shapes_have_the_published_number_of_parameters(name, parameters, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
+    import fit_table
+
+    assert memory.parameter_count(fit_table.config_of(name))[0] == parameters
