@@ -244,6 +244,16 @@ def numbers(text):
     return re.findall(r"\d+(?:\.\d+)?", text)
 
 
+def test_the_files_whose_warnings_are_errors_exist():
+    """pyproject.toml names all top-level files and all folders whose files import each other."""
+    groups = re.findall(r"'error::\w+:\(([^)]*)\)", source("pyproject.toml"))
+    assert len(groups) == 4  # files and folders, of DeprecationWarning and FutureWarning
+    files, folders = (set(group.split("|")) for group in groups[:2])
+    assert files == {path.stem for path in ROOT.glob("*.py")} | {"conftest", r"test_\w+"}
+    assert folders == {"bridges", "common", "engine", "problems", "run", "scripts"}
+    assert all((ROOT / folder).is_dir() for folder in folders) and groups[2:] == groups[:2]
+
+
 def anchors(page):
     """Of a page's headings, as a link names them."""
     titles = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
