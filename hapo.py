@@ -8,9 +8,9 @@ arXiv 2509.16591, equation numbers of version 2. Four mechanisms, one function e
     C  differential advantage redistribution     Eq. 10-11   redistribute_advantages
     D  asymmetric adaptive clipping              Eq. 12-13   adaptive_clip
 
-A, C and D compare a token's entropy with statistics of a batch (Eq. 5): A with those of the batch
-before, since it samples the new one; C and D, through h, with those of their own batch. B uses no
-entropy.
+A, C and D compare a token's entropy with the statistics of a batch (Eq. 5). A uses those of the
+previous batch, because the current one is still being sampled. C and D use h, which is computed
+from their own batch. B uses no entropy.
 
 Shapes as in losses.py: B responses in groups of G adjacent rows, T positions, mask 1 at response
 tokens (end of sequence included), entropies in nats. No function changes an input, none lets a

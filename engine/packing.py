@@ -8,8 +8,8 @@ layout, one response per row, is internals.unpacked.
     positions   0  1  2  3  2  0  1  2  3  4    the last token of a response predicts nothing and
     owner       p  p  a  a  b  q  q  c  c  c    is left out
 
-A token attends to the tokens before it of its prompt and of its own response. The predecessors of
-a's three tokens, its last one included, are p1 a0 a1 here.
+A token attends to earlier tokens of its prompt and of its own response. In this example the
+predecessors of response a's three tokens are p1, a0 and a1.
 """
 
 from typing import NamedTuple
@@ -176,7 +176,7 @@ def laid_out(rollout, rows, lines, width, lengths, prompts):
 def visible(segment, owner):
     """Return the attention mask, (packed rows, 1, width, width).
 
-    A token attends to what stands before it in its prompt (owner -1) and in its own response.
+    A token attends to earlier tokens of its prompt (owner -1) and of its own response.
     """
     width = segment.shape[1]
     before = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()

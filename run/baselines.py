@@ -141,9 +141,9 @@ def policy_loss(logp, batch, rows, options):
 def archer_bounds(entropy, mask, quantile=0.8, clip_high_entropy=0.5, clip_low_entropy=0.2):
     """Archer (Wang et al. 2025, 2507.15778): two classes of tokens, each with a clip range, (B, T).
 
-    Tokens above the entropy quantile of their own response (nearest rank) may move by
-    `clip_high_entropy`, the others by `clip_low_entropy`. Archer's other half, a KL term on the
-    low-entropy tokens alone, is left out.
+    A token is high-entropy if it lies above the entropy quantile (nearest rank) of its response.
+    Its clip range is `clip_high_entropy`; that of the others is `clip_low_entropy`. Archer's KL
+    term on the low-entropy tokens is omitted.
     """
     mask = mask.bool()
     ordered = torch.where(mask, entropy, torch.inf).sort(1).values

@@ -423,7 +423,7 @@ def test_the_token_behind_a_turn_ends_an_answer():
 
 
 def test_the_logits_processor_counts_positions_from_the_prompt():
-    """In transformers' generate: 0, 1, 2, ... whatever the prompt's width, anew for each call."""
+    """In transformers' generate, positions count from 0 in each call, at any prompt width."""
     model, seen = random_model().eval(), []
 
     def rule(entropy, positions):
