@@ -20,13 +20,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import common.threads  # before torch
+from common.command import run_main
+from run.evaluate_options import read_command_line
+
+DESCRIPTION = __doc__.splitlines()[0]
+if __name__ == "__main__":  # before torch, whose import takes seconds: mistakes are named at once
+    run_main(read_command_line, None, DESCRIPTION)
 
 # isort: split
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from common.command import OneLineParser, run_main
 from common.devices import check_device, default_device, default_dtype
 from common.errors import UserError
 from common.models import load_model, run_config, vocabulary
@@ -35,7 +40,6 @@ from problems.files import DatasetSpec
 from problems.grading import Grade, grade, response_texts
 from problems.latex import LATEX
 from problems.prompts import (
-    FILE_INSTRUCTION,
     default_instruction,
     fit_context,
     instruct,
@@ -171,57 +175,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - failure
 
 
-def parse(argv: list[str] | None) -> object:
-    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--model", required=True, help="a Hugging Face folder or name")
-    add(
-        "--task",
-        choices=sorted(BUILT_IN),
-        help="its held-out problems; default: those of the run whose folder holds the model, else "
-        "addition",
-    )
-    add("--difficulty", type=int, default=None, help="level of the built-in task")
-    add("--data", metavar="FILE", help="questions instead, as in train.py; all its rows are used")
-    for name, usual in (("data-split", "test"), ("question-column", ""), ("answer-column", "")):
-        add(f"--{name}", default=usual, help="as in train.py")
-    add(
-        "--instruction",
-        metavar="TEXT",
-        help="line after every question, '' for none; default: that of the run whose folder holds "
-        f"the model, else '{FILE_INSTRUCTION}' for files",
-    )
-    add("--samples", type=int, default=8, metavar="K", help="responses per question, 1 to 256")
-    add("--temperature", type=float, default=1.0, help="0 is greedy")
-    add("--max-new-tokens", type=int, default=None, help="default: the run's or the task's")
-    add("--limit", type=int, metavar="N", help="ask only the first N questions")
-    add("--seed", type=int, default=0)
-    add("--rows-at-once", type=int, default=512, help="responses decoded at a time")
-    add("--threads", type=int, default=None, metavar="N", help="CPU threads")
-    add("--device", default=default_device())
-    add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the device's own")
-    add("--out", default=None, metavar="FILE.json")
-    args = parser.parse_args(argv)
-    for name in ("samples", "limit", "max_new_tokens", "rows_at_once"):
-        value, high = getattr(args, name), 256 if name == "samples" else math.inf
-        if value is not None and not 1 <= value <= high:
-            limit = "" if high == math.inf else f" and at most {high}"
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1{limit}")
-    check_device(args.device)
-    common.threads.use_threads(args.threads)
-    out = pathlib.Path(args.out or "result.json")
-    if out.is_dir() or out.parent.is_file():
-        raise UserError(f"--out {args.out}: not a file that can be written; name one")
-    if not 0 <= args.temperature <= 100:
-        raise UserError(f"--temperature {args.temperature}: must lie between 0 (greedy) and 100")
-    if args.temperature == 0 and args.samples > 1:
-        raise UserError(
-            f"--samples {args.samples}: greedy decoding (--temperature 0) has one response per "
-            "question; use --samples 1"
-        )
-    return args
-
-
 def accuracy_table(responses: list[list[Response]], samples: int) -> tuple[dict, str]:
     """avg@k and pass@k as numbers by name, and as a table for people."""
     result = summarise(responses)._asdict()
@@ -312,7 +265,10 @@ def held_out_questions(args: object, asked: EvaluationSet) -> list[Problem]:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(argv)
+    args = read_command_line(argv, DESCRIPTION)
+    args.device = args.device or default_device()
+    check_device(args.device)
+    common.threads.use_threads(args.threads)
     asked = evaluation_set(args, run_config(args.model))
     problems = held_out_questions(args, asked)[: args.limit]
     if overlap := trained_on(args.model, problems):

@@ -27,8 +27,12 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-if __name__ == "__main__":
-    import common.threads  # noqa: F401 - before torch
+if __name__ == "__main__":  # before torch, whose import takes seconds: mistakes are named at once
+    import common.threads  # noqa: F401
+    from common.command import run_main
+    from scripts.internal_options import read_command_line
+
+    run_main(read_command_line)
 
 import torch
 from torch import Tensor, nn
@@ -412,7 +416,6 @@ def policy_kl(
 
 
 if __name__ == "__main__":
-    from common.command import run_main
     from scripts.internal_report import main
 
     run_main(main)

@@ -19,6 +19,11 @@ Shapes: P prompts per step, G responses to each, B = P G responses, T positions 
 import contextlib
 
 import common.threads  # before torch
+from common.command import run_main
+from run.options import Options, read_command_line
+
+if __name__ == "__main__":  # before torch, whose import takes seconds: mistakes are named at once
+    run_main(read_command_line, None, __doc__)
 
 # isort: split
 import torch
@@ -27,7 +32,6 @@ from torch import Tensor
 import bupo
 import hapo
 import losses
-from common.command import run_main
 from common.models import load_config
 from engine import memory
 from engine.fsdp import open_processes
@@ -36,7 +40,7 @@ from run import baselines, checkpoint, dynamic_sampling, report, schedules
 from run.batch import Batch, MicroBatchResult, PolicyLoss, StepRecord, Update, join
 from run.finalize import finish, give_up
 from run.guard import StopRequest
-from run.options import Options, parse
+from run.option_checks import parse
 from run.setup import open_run
 from run.state import Run, Stopwatch
 from sampling import NonFinite, Rows, Temperature

@@ -3,16 +3,38 @@
 import argparse
 import os
 import pathlib
+import platform
+import re
 import sys
+from importlib import metadata
 
 from common.errors import UserError
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are UserErrors."""
+    """An argparse parser whose errors are UserErrors, and which knows --version."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_argument("--version", action="version", version=versions())
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
+
+
+def versions():
+    """Return the versions of the project, Python, torch and transformers; imports neither."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    own = re.search(r'^version = "(.+)"', text, re.MULTILINE).group(1)
+    said = [f"HAPO and BuPO {own}", f"Python {platform.python_version()}"]
+    for name in ("torch", "transformers"):
+        try:
+            said.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            said.append(f"{name} is not installed")
+    return ", ".join(said)
 
 
 def refuse_old_names(argv, names):
@@ -25,14 +47,14 @@ def refuse_old_names(argv, names):
             raise UserError(f"{flag}: this option is called --{new} now")
 
 
-def run_main(main):
-    """Run a program; what the user can mend ends in one line and exit code 2."""
+def run_main(main, *arguments):
+    """Call main(*arguments); what the user can mend ends in one line and exit code 2."""
     name = pathlib.Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # an answer may hold what a terminal cannot show
             stream.reconfigure(errors="replace")
     try:
-        return main()
+        return main(*arguments)
     except UserError as error:
         message = str(error)
     except FloatingPointError as error:  # sampling.NonFinite

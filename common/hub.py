@@ -1,6 +1,7 @@
-"""Check that the Hugging Face hub can be reached: fail in seconds and with one line, if not."""
+"""Check a model's name, and that the Hugging Face hub answers: one line within seconds, if not."""
 
 import os
+import pathlib
 import socket
 import threading
 import urllib.parse
@@ -8,6 +9,17 @@ import urllib.parse
 from common.errors import UserError
 
 SECONDS = 2.0
+
+
+def check_model_name(name, flag="--model"):
+    """Raise UserError where a name is neither a folder that is there nor a name on the hub."""
+    folder = pathlib.Path(name)
+    path_like = folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2
+    if not folder.is_dir() and (path_like or folder.parent.is_dir()):
+        raise UserError(
+            f"{flag} {name}: no such folder; "
+            "give a Hugging Face model folder or a hub name such as Qwen/Qwen3-0.6B"
+        )
 
 
 def check_network(what, name, kind="model", needed="config.json"):

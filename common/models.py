@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.attention import install_mask_hook
 from common.errors import UserError
-from common.hub import check_network
+from common.hub import check_model_name, check_network
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -21,13 +21,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 def load_config(name):
     """The configuration of a causal language model, or UserError."""
+    check_model_name(name)
     folder = pathlib.Path(name)
-    path_like = folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2
-    if not folder.is_dir() and (path_like or folder.parent.is_dir()):
-        raise UserError(
-            f"--model {name}: no such folder; "
-            "give a Hugging Face model folder or a hub name such as Qwen/Qwen3-0.6B"
-        )
     if folder.is_dir():
         _check_folder(name, folder)
     if not folder.is_dir():

@@ -25,7 +25,7 @@ import losses  # noqa: E402
 import train  # noqa: E402
 from common.command import run_main  # noqa: E402
 from engine.engine import SingleProcess  # noqa: E402
-from run import options  # noqa: E402
+from run import option_checks  # noqa: E402
 from run.setup import open_run  # noqa: E402
 
 OPTIONS = "--prompts-per-step 128 --num-generations 8 --algo dapo --device cpu"
@@ -35,7 +35,9 @@ def masses(given):
     """{"right", "wrong": mean tokens, "mass": {rule: {length: [share above 0, share below 0]}}} of
     the answers of a world's model."""
     with tempfile.TemporaryDirectory() as out:
-        run, _ = open_run(options.parse([*given.split(), "--out", out], ""), SingleProcess("cpu"))
+        run, _ = open_run(
+            option_checks.parse([*given.split(), "--out", out], ""), SingleProcess("cpu")
+        )
         batch, G = train.generate_and_grade(1, 0, None, 1.0, run), run.options.num_generations
     mask, lengths = batch.rollout.mask, batch.rollout.lengths
     rules = {

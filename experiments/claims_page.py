@@ -356,7 +356,7 @@ def rules(plan, pilot, found, times):
     there = "" if len(found) == asked else f" of {asked}"
     what = (
         f"Level {pilot['difficulty']} of the task addition (three digits), {steps} steps of 128 "
-        f"answers (the default run: 75 of 256), learning rates chosen on other seeds: {rates}. "
+        f"answers (the default run: 40 of 256), learning rates chosen on other seeds: {rates}. "
         f"{len(found)} runs{there}, two at a time on two cores: {toy:.1f} hours, {real:.1f} more "
         f"for the real model, the pilot not counted. {machines(found)}"
     )

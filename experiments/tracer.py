@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train
 from engine.engine import SingleProcess
-from run.options import parse
+from run.option_checks import parse
 from run.setup import open_run
 
 

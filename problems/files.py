@@ -47,14 +47,19 @@ class Unusable(ValueError):
 def rows_of(name, flag="--data", split="train") -> Iterator[tuple[str, dict]]:
     """(place, row) of everything in a file, a folder or a hub's data set. UserError names `flag`,
     file and line of whatever cannot be read."""
+    check_exists(name, flag)
     path = pathlib.Path(name)
     if path.is_file():
         kind = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
         reader = {".json": _json, ".csv": _csv, ".parquet": _parquet}.get(kind, _jsonl)
         yield from reader(path, flag)
-    elif path.is_dir() or _is_hub_name(name):
-        yield from _dataset(name, flag, split)
     else:
+        yield from _dataset(name, flag, split)
+
+
+def check_exists(name, flag="--data"):
+    """Raise UserError where a name is no file, no folder and no data set's name on the hub."""
+    if not pathlib.Path(name).exists() and not _is_hub_name(name):
         raise UserError(f"{flag} {name}: no such file")
 
 

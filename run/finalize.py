@@ -6,6 +6,7 @@ import torch
 
 from common.errors import UserError
 from run import checkpoint
+from run.model_card import write_card
 from run.report import samples_of, write_lines
 from scripts.page import write_page
 
@@ -17,6 +18,7 @@ def finish(run):
         return
     with checkpoint.disk_faults_in_one_line(run.out, "the final model", run.out / "final"):
         checkpoint.save_model(run, run.out / "final", weights)
+        write_card(run, run.out / "final")
     run.say(
         f"done: model saved to {run.out / 'final'}; metrics in metrics.jsonl, sampled responses in "
         "samples.jsonl"
@@ -56,6 +58,7 @@ def give_up(run, step):
         if run.dist.main:
             beside = shutil.ignore_patterns("optimizer.pt", "run.json", "checksums.json")
             shutil.copytree(newest, run.out / "final", ignore=beside, dirs_exist_ok=True)
+            write_card(run, run.out / "final")
     raise UserError(
         f"{run.guard.bad_in_a_row} bad steps in a row (NaN or infinity), stopped at step {step}; "
         f"{kept}, {responses}. Lower --lr {options.lr:g} or "

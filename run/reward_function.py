@@ -22,17 +22,23 @@ from common.worker import Died, SubprocessWorker, serve_lines
 REWARD_SECONDS = 10.0  # an answer
 
 
+def check_named(given):
+    """Raise UserError unless `given` is FILE.py:NAME and the file is there."""
+    file, _, name = given.rpartition(":")
+    if not file or not pathlib.Path(file).is_file() or not name.isidentifier():
+        raise UserError(
+            f"--reward-function {given}: no such file; give FILE.py:NAME, a file and the name "
+            "of a function (question, answer, text) -> float in it"
+        )
+
+
 class RewardFunction:
     """(problem, text) -> float; NaN where the function failed, which `say` names."""
 
     def __init__(self, given, say=print):
         self.given, self.say = given, say
+        check_named(given)
         file, _, name = given.rpartition(":")
-        if not file or not pathlib.Path(file).is_file() or not name.isidentifier():
-            raise UserError(
-                f"--reward-function {given}: no such file; give FILE.py:NAME, a file and the name "
-                "of a function (question, answer, text) -> float in it"
-            )
         self.apart = SubprocessWorker("run.reward_function", file, name, errors=None)
         try:
             found = self.apart.ask(None, 60)

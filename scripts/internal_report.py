@@ -10,7 +10,6 @@ import pathlib
 import torch
 from tqdm import tqdm
 
-from common.command import OneLineParser
 from common.devices import check_device, default_device
 from common.errors import UserError
 from common.models import load_model, run_config, vocabulary
@@ -21,8 +20,8 @@ from internals import boundary_layer, decoder_body, internal_entropy
 from problems.prompts import fit_context, instruct, render_prompt
 from run.batch import join, rollout_of
 from sampling import eos_ids_of
+from scripts.internal_options import read_command_line
 from scripts.model_page import write_model_page
-from tasks import BUILT_IN
 
 
 def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):
@@ -52,7 +51,7 @@ def finished_answers(path, tokenizer, limit, max_new_tokens, context):
     as (questions, Rollout)."""
     end = [i for i in [tokenizer.eos_token_id] if i is not None]
     questions, prompts, answers = [], [], []
-    for number, line in enumerate(open_lines(path), 1):
+    for number, line in enumerate(pathlib.Path(path).read_bytes().splitlines(), 1):
         question, answer = question_and_answer(line, f"--answers {path}, line {number}")
         ids = tokenizer(answer, add_special_tokens=False).input_ids[: max_new_tokens - 1] + end
         questions.append(question)
@@ -69,12 +68,6 @@ def finished_answers(path, tokenizer, limit, max_new_tokens, context):
     if not answers:
         raise UserError(f"--answers {path}: the file is empty")
     return questions, rollout_of(prompts, answers)
-
-
-def open_lines(path):
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"--answers {path}: no such file")
-    return open(path, "rb")
 
 
 def question_and_answer(line, where):
@@ -126,36 +119,6 @@ def table(entropy):
     return "\n".join(rows)
 
 
-def arguments(argv):
-    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-
-    def option(name, help=None, **more):
-        parser.add_argument(f"--{name}", help=help, **more)
-
-    option("model", "a Hugging Face folder or name, or a run's folder", required=True)
-    text = "held-out problems of a built-in task; default: as in evaluate.py"
-    option("task", text, choices=sorted(BUILT_IN))
-    option("difficulty", type=int)
-    option("data", "questions from a JSONL or parquet file instead", metavar="FILE")
-    option("instruction", "line behind every question; as in evaluate.py", metavar="TEXT")
-    text = "finished answers (JSONL with question and answer) instead of sampling"
-    option("answers", text, metavar="FILE")
-    option("samples", "answers that are looked at", type=int, default=32, metavar="N")
-    option("max-new-tokens", type=int, default=64)
-    text = "a second model on the same answers, before and after training for example"
-    option("compare", text, metavar="RUN_OR_DIR")
-    option("seed", type=int, default=0)
-    option("device", default=default_device())
-    text = "internals.json, entropy_flow.png, entropy_change.png"
-    option("out", text, default="runs/internals", metavar="DIR")
-    option("threads", "CPU threads", type=int, default=None, metavar="N")
-    args = parser.parse_args(argv)
-    for name in ("samples", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    return args
-
-
 def answers_for(args, model, tokenizer):
     """The answers that every model is asked about: (questions, Rollout)."""
     if args.answers:
@@ -194,7 +157,8 @@ def write(record, out):
 
 
 def main(argv=None):
-    args = arguments(argv)
+    args = read_command_line(argv)
+    args.device = args.device or default_device()
     check_device(args.device)
     use_threads(args.threads)
     model, tokenizer = load_model(model_folder(args.model), args.device)

@@ -14,7 +14,7 @@ import tasks  # noqa: E402
 import train  # noqa: E402
 from engine.engine import SingleProcess  # noqa: E402
 from problems.grading import Grade  # noqa: E402
-from run import options  # noqa: E402
+from run import option_checks  # noqa: E402
 from run.setup import open_run  # noqa: E402
 
 TINY = ROOT / "assets" / "tiny-qwen3"
@@ -157,7 +157,7 @@ def opened(tmp_path, tiny_folder):
         out = str(tmp_path / str(len(list(tmp_path.iterdir()))))
         where = ["--model", str(tiny_folder), "--data", str(questions), "--out", out]
         arguments = [*SMALL, *where, *more]
-        return open_run(options.parse(arguments, ""), SingleProcess("cpu"))[0]
+        return open_run(option_checks.parse(arguments, ""), SingleProcess("cpu"))[0]
 
     return open_one
 

@@ -11,7 +11,7 @@ import losses
 import train
 from common.errors import UserError
 from hapo import EntropyStats
-from run import baselines, options, report
+from run import baselines, option_checks, report
 
 # ------------------------------------------------------------------------------ what entropy steers
 
@@ -315,4 +315,4 @@ def test_one_layer_for_a_whole_run(opened):
 )
 def test_what_a_rival_has_of_its_own_is_not_set_twice(given, message):
     with pytest.raises(UserError, match=message):
-        options.parse(["--estimate", "--algo", "dapo", *given.split()], "")
+        option_checks.parse(["--estimate", "--algo", "dapo", *given.split()], "")

@@ -25,7 +25,7 @@ from bridges.trl_trainers import BuPOTrainer, HAPOBuPOTrainer, HAPOConfig, HAPOT
 from common.errors import UserError
 from common.models import load_model, vocabulary
 from engine.engine import SingleProcess
-from run import options
+from run import option_checks
 from run.batch import Batch, rollout_of
 from run.setup import open_run
 
@@ -138,7 +138,7 @@ def our_step(trainer, batch, folder, tmp_path, *more):
     files = f"--model {folder} --out {tmp_path / 'ours'} --overwrite --device cpu"
     sizes = f"--prompts-per-step {P} --num-generations {G} --max-new-tokens {T}"
     given = f"{files} {sizes} --updates-per-rollout 1".split()
-    o = options.parse([*given, *more], "")
+    o = option_checks.parse([*given, *more], "")
     run, _ = open_run(o, SingleProcess("cpu"))
     prompts = [ids[m.bool()].tolist() for ids, m in zip(batch["prompt_ids"], batch["prompt_mask"])]
     masks = batch["completion_mask"].bool()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import train
 from common.errors import UserError
 from engine.engine import Engine, SingleProcess
-from run import checkpoint, options, report
+from run import checkpoint, option_checks, report
 from run.setup import open_run
 
 
@@ -115,7 +115,7 @@ def test_another_run_s_checkpoint_is_refused(trained):
     out = trained("--steps", "1")
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     (out / "config.json").write_text(json.dumps(config | {"lr": 0.5}), encoding="utf-8")
-    again = options.parse(["--resume", "--out", str(out)], "")
+    again = option_checks.parse(["--resume", "--out", str(out)], "")
     with pytest.raises(UserError, match="is of a run with other options than"):
         open_run(again, SingleProcess("cpu"))
 
@@ -136,7 +136,7 @@ def test_a_killed_overwrite_leaves_the_old_run_or_nothing(trained, monkeypatch):
     again = ["--out", str(out), "--overwrite", "--lr", "0.5", "--prompts-per-step", "4", *where]
     again += ["--max-new-tokens", "6"]
     try:
-        open_run(options.parse(again, ""), SingleProcess("cpu"))
+        open_run(option_checks.parse(again, ""), SingleProcess("cpu"))
     except KeyboardInterrupt:
         pass
     gc.collect()  # lets go of the lock, as the end of a process does
@@ -148,14 +148,15 @@ def test_a_killed_overwrite_leaves_the_old_run_or_nothing(trained, monkeypatch):
     (out / "config.json").unlink()
     (out / "checkpoint-7").mkdir(exist_ok=True)
     with pytest.raises(UserError, match="holds checkpoints of a run without its config.json"):
-        open_run(options.parse(again, ""), SingleProcess("cpu"))
+        open_run(option_checks.parse(again, ""), SingleProcess("cpu"))
 
 
 def test_a_finished_run_that_goes_on_is_not_finished(trained):
     out = trained("--steps", "1")
     assert (out / "final").is_dir()
     run, step = open_run(
-        options.parse(["--resume", "--out", str(out), "--steps", "2"], ""), SingleProcess("cpu")
+        option_checks.parse(["--resume", "--out", str(out), "--steps", "2"], ""),
+        SingleProcess("cpu"),
     )
     run.lock.lock.release()
     assert step == 1 and not (out / "final").exists()
@@ -170,7 +171,7 @@ def test_no_whole_checkpoint_is_one_line_and_deletes_nothing(trained):
         for p in out.rglob("*")
         if p.is_file() and p.name not in (".lock", ".writer")
     }
-    again = options.parse(["--resume", "--out", str(out), "--steps", "2"], "")
+    again = option_checks.parse(["--resume", "--out", str(out), "--steps", "2"], "")
     with pytest.raises(UserError, match="none of the 2 checkpoints in .* is whole"):
         open_run(again, SingleProcess("cpu"))
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p in before}

@@ -408,13 +408,13 @@ def test_every_claim_names_arms_that_exist(tools):
     assert [c["id"] for c in plan["claims"]] == list(range(1, 15))
     assert len(plan["common"]["seeds"]) == 10
     assert not set(plan["common"]["seeds"]) & set(plan["pilot"]["seeds"])
-    from run import options
+    from run import option_checks
 
     for arm, seed in tools.plan.wanted(plan):
         assert arm in plan["arms"] and seed > 100
     for arm in plan["arms"]:
         flags = tools.plan.options_of(plan, arm, CHOSEN).split()
-        steps = options.parse([*flags, "--out", "/nonexistent/run"], "").steps
+        steps = option_checks.parse([*flags, "--out", "/nonexistent/run"], "").steps
         known = {"short": 36, "long": 36, "real": 24, "bupo-watched": 25, "grpo-watched": 25}
         assert steps == known.get(arm, known.get(arm.partition("-")[0], 48))
 
@@ -700,11 +700,11 @@ def test_outside_a_repository_no_result_can_be_named(tools, tmp_path, monkeypatc
 
 
 def test_one_layer_for_the_whole_run_is_that(tools):
-    from run import options
+    from run import option_checks
 
     plan = json.loads(tools.plan.PLAN.read_text(encoding="utf-8"))
     flags = tools.plan.options_of(plan, "one-layer-whole", CHOSEN).split()
-    o = options.parse([*flags, "--out", "/nonexistent/run"], "")
+    o = option_checks.parse([*flags, "--out", "/nonexistent/run"], "")
     assert o.bupo_baseline == "one-layer" and o.bupo_steps == o.steps
 
 

@@ -19,7 +19,7 @@ from problems.files import DatasetSpec, rows_of
 from problems.grading import grade
 from problems.prompts import fit_context, render_prompt
 from run import report, reward_function
-from run.options import parse
+from run.option_checks import parse
 from run.setup import open_run
 from tasks import Problem, key_of, load_problems, read_problems
 
@@ -446,7 +446,7 @@ def test_evaluate_reads_the_same_forms(tmp_path):
     (tmp_path / "a.csv").write_bytes(as_csv([{"q": "What is 2 + 2?", "a": "4"}]))
     columns = ["--question-column", "q", "--answer-column", "a"]
     arguments = ["--model", str(TINY), "--data", str(tmp_path / "a.csv"), *columns]
-    asked = evaluate.evaluation_set(args := evaluate.parse(arguments), None)
+    asked = evaluate.evaluation_set(args := evaluate.read_command_line(arguments, ""), None)
     assert evaluate.held_out_questions(args, asked) == [Problem("What is 2 + 2?", "4")]
 
 

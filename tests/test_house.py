@@ -24,6 +24,7 @@ LEVELS = [
     {"common"},
     {"problems", "scripts/page"},
     {"tasks", "engine"},
+    {"run/evaluate_options"},
     {"evaluate"},
     {"run"},
     {"train"},
@@ -198,8 +199,7 @@ def test_public_functions_of_the_top_level_are_annotated(path):
 
 def test_the_readme_is_short_and_its_files_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    words = [word for word in text.split() if any(map(str.isalnum, word))]  # no | of a table
-    assert len(words) <= 1800
+    assert len(text.split()) <= 1800
     assert max(len(line) for line in text.splitlines() if line[:1] != "|") <= 120
     for page in [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]:
         text = page.read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY
 import hapo
 import train
 from engine.engine import SingleProcess
-from run.options import parse
+from run.option_checks import parse
 from run.setup import open_run
 from tasks import Problem
 

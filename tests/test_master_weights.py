@@ -14,7 +14,7 @@ from engine.master_weights import CHUNK, MasterAdamW, Masters, join, split
 from evaluate import Response
 from problems.grading import Grade
 from run import report
-from run.options import parse
+from run.option_checks import parse
 from run.setup import open_run
 
 

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.models import load_config
 from engine import memory
 from engine.logprobs import LOGIT_CHUNK_BYTES, chunk_of
-from run import options, setup
+from run import option_checks, setup
 from run.batch import rollout_of
 
 STEP = (
@@ -25,7 +25,7 @@ STEP = (
 
 
 def some_options(*more):
-    return options.parse([*STEP, *more], "")
+    return option_checks.parse([*STEP, *more], "")
 
 
 def test_parts_by_hand():

@@ -13,7 +13,7 @@ from engine import decoding
 from engine.engine import SingleProcess
 from engine.logprobs import chunked_logprobs_and_entropy
 from problems.grading import Grade
-from run import options
+from run import option_checks
 from run.setup import open_run
 from sampling import generate
 
@@ -99,7 +99,8 @@ def test_the_same_step(tmp_path, monkeypatch, more):
         seen = grads.setdefault(way, [])
         out = ["--model", str(TINY), "--data", questions(tmp_path), "--out", str(tmp_path / way)]
         run, _ = open_run(
-            options.parse([*STEP, *out, way, "--algo", *more.split()], ""), SingleProcess("cpu")
+            option_checks.parse([*STEP, *out, way, "--algo", *more.split()], ""),
+            SingleProcess("cpu"),
         )
 
         def step(self, run=run, seen=seen):
@@ -138,7 +139,7 @@ def test_fast_is_not_entered(tmp_path, monkeypatch):
     monkeypatch.setattr("engine.fast.chunked_logprobs_and_entropy", never)
     monkeypatch.setattr("engine.fast.generate", never)
     arguments = [*STEP, "--data", questions(tmp_path), "--out", str(tmp_path / "run"), "--plain"]
-    run, _ = open_run(options.parse(arguments, ""), SingleProcess("cpu"))
+    run, _ = open_run(option_checks.parse(arguments, ""), SingleProcess("cpu"))
     train.train_step(1, run)
 
 
@@ -148,5 +149,5 @@ def test_logits_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
     arguments = [*STEP, "--data", questions(tmp_path), "--out", str(tmp_path / "run"), "--plain"]
     message = "--plain: whole logits of a pass of 16 responses need .* leave --plain out"
     with pytest.raises(UserError, match=message) as error:
-        open_run(options.parse(arguments, ""), SingleProcess("cpu"))
+        open_run(option_checks.parse(arguments, ""), SingleProcess("cpu"))
     assert "\n" not in str(error.value)

@@ -6,11 +6,11 @@ import pytest
 
 import bupo
 from common.errors import UserError
-from run import options, schedules
+from run import option_checks, schedules
 
 
 def given(*more):
-    return options.parse(["--estimate", *more], "")
+    return option_checks.parse(["--estimate", *more], "")
 
 
 def test_phases_by_hand():

@@ -17,7 +17,7 @@ from engine import decoding, forward
 from engine.engine import SingleProcess
 from engine.logprobs import chunked_logprobs_and_entropy
 from problems.grading import Grade
-from run import baselines, options, report
+from run import baselines, option_checks, report
 from run.setup import open_run
 
 # --------------------------------------------------------------------------- entropies, row by row
@@ -183,7 +183,7 @@ def opened(tmp_path, monkeypatch):
     def open_one(*more):
         where = ["--out", str(tmp_path / str(len(list(tmp_path.iterdir()))))]
         where += ["--model", str(TINY), "--data", str(tmp_path / "q.jsonl")]
-        return open_run(options.parse([*SMALL, *where, *more], ""), SingleProcess("cpu"))[0]
+        return open_run(option_checks.parse([*SMALL, *where, *more], ""), SingleProcess("cpu"))[0]
 
     return open_one
 
@@ -408,7 +408,9 @@ def test_the_correction_weighs_tokens(opened, monkeypatch):
             (update,) = train.train_step(1, run).updates
         assert update.loss == pytest.approx(-weight, rel=1e-5)
     with pytest.raises(UserError, match="--sampler-correction True: the sampler does not"):
-        options.parse("--estimate --sampler-correction --algo dapo --bupo-layer 1".split(), "")
+        option_checks.parse(
+            "--estimate --sampler-correction --algo dapo --bupo-layer 1".split(), ""
+        )
 
 
 def test_the_correction_undoes_the_sampler_s_heat(opened):

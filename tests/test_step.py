@@ -21,7 +21,7 @@ import losses
 import train
 from common.errors import UserError
 from engine.engine import SingleProcess
-from run import baselines, checkpoint, options, report, setup
+from run import baselines, checkpoint, option_checks, report, setup
 from run.batch import join, rollout_of, select
 from run.setup import open_run
 from tasks import Problem
@@ -140,8 +140,8 @@ def test_a_rule_reaches_every_arm(opened, monkeypatch, name):
 
 def test_a_rule_beside_hapos_own_is_one_line():
     with pytest.raises(UserError, match="--advantage rloo: HAPO's B is a group rule itself"):
-        options.parse(["--estimate", "--advantage", "rloo"], "")
-    options.parse(["--estimate", "--advantage", "rloo", "--no-token-group-average"], "")
+        option_checks.parse(["--estimate", "--advantage", "rloo"], "")
+    option_checks.parse(["--estimate", "--advantage", "rloo", "--no-token-group-average"], "")
 
 
 def test_the_share_of_needed_tokens_by_hand(opened, monkeypatch):
@@ -256,7 +256,7 @@ def test_a_run_of_an_older_version_is_one_line(opened, tmp_path):
     sums = json.loads((old.parent / "checksums.json").read_text(encoding="utf-8"))
     sums["run.json"] = hashlib.sha256(old.read_bytes()).hexdigest()
     (old.parent / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
-    again = options.parse(["--resume", "--out", str(run.out)], "")
+    again = option_checks.parse(["--resume", "--out", str(run.out)], "")
     assert again.plain is False
     with pytest.raises(UserError, match="older version of this code .no sampler_stats") as error:
         open_run(again, SingleProcess("cpu"))

@@ -28,7 +28,7 @@ from engine.float16 import Fp16Engine
 from evaluate import Response
 from problems.grading import Grade
 from problems.latex import LATEX
-from run import checkpoint, options, report
+from run import checkpoint, option_checks, options, report
 from run.setup import open_run
 from tasks import Problem
 
@@ -209,7 +209,7 @@ def one_update(tmp_path, monkeypatch):
 
     def loss(advantage, shift, *args, h=0.0, ref=None):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        o = options.parse([*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], "")
+        o = option_checks.parse([*FAST, *SMALL, "--out", str(out), "--lr", "0", *args], "")
         run, _ = open_run(o, SingleProcess("cpu"))
 
         def shifted(scores, model):
@@ -460,7 +460,7 @@ def test_an_option_s_older_name_is_answered_with_the_new_one():
     for old, new in renamed.OPTIONS.items():
         flag = lambda name: "--" + name.replace("_", "-")
         with pytest.raises(UserError, match=f"{flag(old)}: this option is called {flag(new)} now"):
-            options.parse([f"{flag(old)}=3"], "")
+            option_checks.parse([f"{flag(old)}=3"], "")
 
 
 @pytest.fixture(scope="session")
@@ -574,11 +574,14 @@ def test_the_tiny_model_s_learning_rate_is_named_beside_a_large_model(
     estimate = SimpleNamespace(parameters=494e6, peak=1e9)
     monkeypatch.setattr("run.setup.memory.estimate", lambda *args: estimate)
     monkeypatch.setattr("run.setup.memory.check_fit", lambda *args: None)
-    open_run(options.parse([*FAST, *SMALL, "--out", str(tmp_path / "a")], ""), SingleProcess("cpu"))
+    open_run(
+        option_checks.parse([*FAST, *SMALL, "--out", str(tmp_path / "a")], ""), SingleProcess("cpu")
+    )
     assert "warning: --lr" not in capsys.readouterr().out  # FAST gives one
     default = [x for x in FAST if x not in ("--lr", "1e-3")]
     open_run(
-        options.parse([*default, *SMALL, "--out", str(tmp_path / "b")], ""), SingleProcess("cpu")
+        option_checks.parse([*default, *SMALL, "--out", str(tmp_path / "b")], ""),
+        SingleProcess("cpu"),
     )
     assert "warning: --lr 0.0002 is for the shipped tiny model" in capsys.readouterr().out
 
@@ -715,7 +718,7 @@ def test_what_becomes_of_an_update():
     """By loss and gradient norm; under float16 an overflow is no fault as long as the loss scale
     can still fall, a NaN loss is."""
     inf, nan = math.inf, math.nan
-    settings = dataclasses.replace(options.parse(["--estimate"], ""), dtype="float32")
+    settings = dataclasses.replace(option_checks.parse(["--estimate"], ""), dtype="float32")
     cases = [(0.0, 1.0, "applied"), (inf, 1.0, "skipped"), (0.0, nan, "skipped")]
     scaled = [(0.0, 1.0, "applied"), (0.0, inf, "rescaled"), (nan, nan, "skipped")]
     for kind, rows in (("float32", cases), ("float16", scaled), ("at scale 1", cases)):
@@ -881,7 +884,7 @@ def test_damaged_weights_are_one_line(real_verdicts, tiny_folder, tmp_path, caps
 
 
 def test_a_default_that_depends_on_others_gives_way_to_what_was_asked_for():
-    parse = lambda *args: options.parse(["--estimate", *args], "")
+    parse = lambda *args: option_checks.parse(["--estimate", *args], "")
     assert parse().tau == 0.05 and parse().clip_high == 0.28
     assert parse("--algo", "grpo").clip_high == 0.2
     assert parse("--temperature-form", "zscore").tau == 0.1
@@ -892,7 +895,7 @@ def test_a_default_that_depends_on_others_gives_way_to_what_was_asked_for():
 def test_every_option_has_a_flag_and_a_help_text():
     for field in dataclasses.fields(options.Options):
         assert field.metadata["help"]
-    assert options.parse(["--no-adaptive-clip", "--estimate"], "").adaptive_clip is False
+    assert option_checks.parse(["--no-adaptive-clip", "--estimate"], "").adaptive_clip is False
 
 
 def test_estimate_needs_no_weights(capsys, tmp_path):

@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen3Config
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from engine import memory  # noqa: E402
-from run import options  # noqa: E402
+from run import option_checks  # noqa: E402
 
 # name: configuration, hidden, feed-forward, layers, heads, key and value heads, vocabulary, tied
 MODELS = {
@@ -63,7 +63,7 @@ def config_of(name):
 def peak_of(config, way):
     """Return the estimated peak in GiB of a run with the options of a way."""
     given = f"--estimate {STEP} {WAYS[way]}".split()
-    return memory.estimate(config, options.parse(given, "")).peak / memory.GIB
+    return memory.estimate(config, option_checks.parse(given, "")).peak / memory.GIB
 
 
 def cell(config, card):

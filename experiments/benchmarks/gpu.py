@@ -37,7 +37,7 @@ from common.errors import UserError
 from engine import memory
 from engine.engine import SingleProcess
 from problems.grading import Grade
-from run import options
+from run import option_checks
 from run.build import build_engine, layer_of
 from run.guard import Guard
 from run.report import largest_ratios
@@ -110,7 +110,7 @@ def step_options(a, more):
         f"--max-new-tokens {a.answer} --lr 1e-6 --device {'cpu' if a.rehearse else 'cuda'}"
     ).split()
     with tempfile.TemporaryDirectory() as folder:
-        return options.parse(["--out", folder, *sizes, *passes, *more], "")
+        return option_checks.parse(["--out", folder, *sizes, *passes, *more], "")
 
 
 def make_run(a, config, o):

@@ -21,7 +21,7 @@ from timing import in_turn, median, ratio
 import hapo
 import train
 from engine.engine import SingleProcess
-from run import options
+from run import option_checks
 from run.setup import open_run
 
 HAPO_AS_DAPO = "hapo, --tau 0"  # all of HAPO's work, DAPO's answers
@@ -32,7 +32,7 @@ def open_both(more="", after=0):
     which gives it statistics and moments."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [*shlex.split(more), "--out", folder, "--device", "cpu"]
-        o = options.parse(flags, "")
+        o = option_checks.parse(flags, "")
         run, _ = open_run(o, SingleProcess(o.device))
     algos = {"dapo": dataclasses.replace(o, algo="dapo"), "hapo": o}
     algos[HAPO_AS_DAPO] = dataclasses.replace(o, tau=0.0)

@@ -11,7 +11,7 @@ and decoding at the rate in RATES.
 from gpu import PEAK, SHAPES, config_of
 
 from engine import memory
-from run import options
+from run import option_checks
 
 STEP = (
     "--estimate --prompts-per-step 64 --num-generations 8 --updates-per-rollout 2 "
@@ -40,7 +40,9 @@ def main():
     print(f"|{'---|' * (len(PARTS) + 3)}")
     for name in [s for s in SHAPES if s in RATES]:
         for way, size, more in WAYS:
-            e = memory.estimate(config_of(name), options.parse(STEP + more, ""), world_size=size)
+            e = memory.estimate(
+                config_of(name), option_checks.parse(STEP + more, ""), world_size=size
+            )
             numbers = " | ".join(f"{getattr(e, p) / memory.GIB:.1f}" for p in PARTS)
             decode, rest = seconds(e.parameters, size, name)
             print(

@@ -25,7 +25,7 @@ import train
 from engine.engine import SingleProcess
 from problems.grading import Grade, grade
 from problems.prompts import render_prompt
-from run import options
+from run import option_checks
 from run.setup import open_run
 from tasks import load_problems
 
@@ -38,7 +38,7 @@ def ours(folder, task, algo, steps):
     prompts, longest = SIZES[task]
     size = f"--prompts-per-step {prompts} --num-generations 16 --max-new-tokens {longest}"
     how = f"--model {folder} --out {tempfile.mkdtemp()} --algo {algo} --lr 1e-6 --device cpu"
-    o = options.parse([*size.split(), *how.split()], "")
+    o = option_checks.parse([*size.split(), *how.split()], "")
     run, _ = open_run(o, SingleProcess(o.device))
     coin = random.Random(0)
     graded = lambda problem, text: Grade(*[coin.random() < 0.5] * 2)

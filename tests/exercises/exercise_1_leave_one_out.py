@@ -3,7 +3,7 @@
 import torch
 
 import hapo
-from run import options
+from run import option_checks
 
 
 def test_by_hand():
@@ -20,8 +20,8 @@ def test_equal_rewards_are_exactly_zero():
 
 
 def test_the_switch():
-    assert options.parse(["--estimate"], "").leave_one_out is False
-    assert options.parse(["--estimate", "--leave-one-out"], "").leave_one_out is True
+    assert option_checks.parse(["--estimate"], "").leave_one_out is False
+    assert option_checks.parse(["--estimate", "--leave-one-out"], "").leave_one_out is True
 
 
 def test_a_step_uses_it(tmp_path):

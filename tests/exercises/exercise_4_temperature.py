@@ -3,7 +3,7 @@
 import torch
 
 from hapo import adaptive_temperature, entropy_stats
-from run import options
+from run import option_checks
 
 
 def test_by_hand():
@@ -16,5 +16,5 @@ def test_by_hand():
 
 
 def test_the_option():
-    parsed = options.parse(["--estimate", "--temperature-form", "raw"], "")
+    parsed = option_checks.parse(["--estimate", "--temperature-form", "raw"], "")
     assert parsed.temperature_form == "raw"

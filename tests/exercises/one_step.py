@@ -9,7 +9,7 @@ from conftest import TINY, random_model
 import train
 from engine.engine import SingleProcess
 from problems.grading import Grade
-from run import options
+from run import option_checks
 from run.setup import open_run
 
 SMALL = (
@@ -28,7 +28,7 @@ def first_step(folder, *more, with_run=False):
     for part in (small, tokenizer):
         part.save_pretrained(model)
     arguments = [*SMALL, "--model", str(model), "--out", str(folder / "run"), *more]
-    run, _ = open_run(options.parse(arguments, ""), SingleProcess("cpu"))
+    run, _ = open_run(option_checks.parse(arguments, ""), SingleProcess("cpu"))
     before = {name: p.detach().clone() for name, p in run.policy.named_parameters()}
     torch.save(before, folder / "before.pt")
     grade, train.grade = train.grade, lambda problem, text: Grade(*[len(text) % 2 == 0] * 2)

@@ -1,0 +1,119 @@
+"""Write the model card of final/: README.md, with the metadata that model hubs read.
+
+It names no folder of this machine, so final/ can be published as it is.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shlex
+from importlib import metadata
+
+from run import checkpoint
+from run.option_checks import with_defaults
+from run.options import MAY_CHANGE, Options, flag_of
+
+# The algorithm decides the defaults of other options; these may change on resume, but belong here.
+DECIDE_DEFAULTS = "algo baseline data device offload split_master task temperature_form".split()
+SHOWN = {"data", "eval_data", "model", "steps"}
+NAMES = {"hapo": "HAPO", "dapo": "DAPO", "grpo": "GRPO", "bupo": "BuPO"}
+PAPERS = {"hapo": "2509.16591", "dapo": "2503.14476", "grpo": "2402.03300", "bupo": "2512.19673"}
+
+
+def write_card(run, folder):
+    """Write folder/README.md from the run's options and its metrics.jsonl."""
+    lines = (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    text = card(run.options, [json.loads(line) for line in lines])
+    checkpoint.write_file(folder / "README.md", text)
+
+
+def card(options, metrics):
+    """Return the text of a model card; metrics: the rows of metrics.jsonl."""
+    methods = [options.algo, *(["bupo"] if options.bupo_layer else [])]
+    base, method = public_name(options.model), " and ".join(NAMES[m] for m in methods)
+    task = public_name(options.data) if options.data else f"the built-in task {options.task}"
+    if not options.data:
+        task += f", level {options.difficulty}"
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["reinforcement-learning", *methods, *(f"arxiv:{PAPERS[m]}" for m in methods)],
+    }
+    if not is_local(options.model):
+        header["base_model"] = options.model
+    if options.data and not is_local(options.data):
+        header["datasets"] = [options.data.partition(":")[0]]
+    lines = [f"{key}: {json.dumps(value)}" for key, value in header.items()]  # JSON is YAML, too
+    measured = [row for row in metrics if "eval_accuracy" in row]
+    rows = [
+        f"| {row['step']} | {row['eval_accuracy']:.3f} | {row['eval_greedy']:.3f} | "
+        f"{row['eval_length']:.1f} |"
+        for row in measured[:1] + measured[1:][-1:]
+    ]
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
+    return "\n".join(
+        [
+            "---",
+            *lines,
+            "---",
+            "",
+            f"# {base}, trained with {method}",
+            "",
+            f"Base model: {base}. Data: {task}. Method: {method}, {options.steps} steps of "
+            f"{options.responses_per_step} responses, learning rate {options.lr:g}, seed "
+            f"{options.seed}. The base model's license applies.",
+            "",
+            f"Held-out accuracy ({options.verdict} verdict, at most {options.max_new_tokens} "
+            "tokens):",
+            "",
+            "| step | sampled at temperature 1 | greedy | tokens of a response |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "Options that this command leaves out have their default values. Files are named "
+            "without their folders.",
+            "",
+            "```bash",
+            command(given(options)),
+            "```",
+            "",
+            f"Trained with {versions}.",
+            "",
+        ]
+    )
+
+
+def given(options):
+    """Return the options that are not the default and change the result, without folders."""
+    decide = {name: getattr(options, name) for name in DECIDE_DEFAULTS}
+    usual = with_defaults(dataclasses.replace(Options(), **decide))
+    usual = dataclasses.asdict(usual) | {"algo": Options.algo, "task": Options.task, "data": ""}
+    usual |= {"baseline": Options.baseline, "temperature_form": Options.temperature_form}
+    changed = {k: v for k, v in dataclasses.asdict(options).items() if v != usual[k]}
+    shown = {k: v for k, v in changed.items() if k not in MAY_CHANGE or k in SHOWN}
+    for name in ("data", "eval_data", "model", "reward_function"):
+        if name in shown:
+            shown[name] = public_name(shown[name])
+    return shown
+
+
+def command(settings):
+    """Return the command line that gives these options."""
+    words = ["python train.py"]
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(flag_of(name) if value else flag_of(f"no_{name}"))
+        else:
+            words.append(f"{flag_of(name)} {shlex.quote(str(value))}")
+    return " ".join(words)
+
+
+def is_local(name):
+    """Return whether a name is a path of this machine, not a name on the hub."""
+    path = pathlib.Path(name)
+    return path.exists() or path.is_absolute() or len(path.parts) != 2
+
+
+def public_name(name):
+    """Return a hub's name as it is, and a path without its folders."""
+    return pathlib.Path(name).name if is_local(name) else name
