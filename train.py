@@ -20,10 +20,10 @@ import contextlib
 
 import common.threads  # before torch
 from common.command import run_main
-from run.options import Options, read_command_line
+from run.options import Options, check_command_line
 
 if __name__ == "__main__":  # before torch, whose import takes seconds: mistakes are named at once
-    run_main(read_command_line, None, __doc__)
+    run_main(check_command_line, None, __doc__)
 
 # isort: split
 import torch

@@ -14,7 +14,9 @@ from run.option_checks import with_defaults
 from run.options import MAY_CHANGE, Options, flag_of
 
 # The algorithm decides the defaults of other options; these may change on resume, but belong here.
-DECIDE_DEFAULTS = "algo baseline data device offload split_master task temperature_form".split()
+DECIDE_DEFAULTS = (
+    "algo baseline data device estimate offload split_master task temperature_form".split()
+)
 SHOWN = {"data", "eval_data", "model", "steps"}
 NAMES = {"hapo": "HAPO", "dapo": "DAPO", "grpo": "GRPO", "bupo": "BuPO"}
 PAPERS = {"hapo": "2509.16591", "dapo": "2503.14476", "grpo": "2402.03300", "bupo": "2512.19673"}
@@ -29,21 +31,11 @@ def write_card(run, folder):
 
 def card(options, metrics):
     """Return the text of a model card; metrics: the rows of metrics.jsonl."""
-    methods = [options.algo, *(["bupo"] if options.bupo_layer else [])]
-    base, method = public_name(options.model), " and ".join(NAMES[m] for m in methods)
-    task = public_name(options.data) if options.data else f"the built-in task {options.task}"
-    if not options.data:
-        task += f", level {options.difficulty}"
-    header = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["reinforcement-learning", *methods, *(f"arxiv:{PAPERS[m]}" for m in methods)],
-    }
-    if not is_local(options.model):
-        header["base_model"] = options.model
-    if options.data and not is_local(options.data):
-        header["datasets"] = [options.data.partition(":")[0]]
-    lines = [f"{key}: {json.dumps(value)}" for key, value in header.items()]  # JSON is YAML, too
+    base = public_name(options.model)
+    method = " and ".join(NAMES[m] for m in methods_of(options))
+    task = f"the built-in task {options.task}, level {options.difficulty}"
+    if options.data:
+        task = public_name(options.data)
     measured = [row for row in metrics if "eval_accuracy" in row]
     rows = [
         f"| {row['step']} | {row['eval_accuracy']:.3f} | {row['eval_greedy']:.3f} | "
@@ -54,7 +46,7 @@ def card(options, metrics):
     return "\n".join(
         [
             "---",
-            *lines,
+            *metadata_of(options),
             "---",
             "",
             f"# {base}, trained with {method}",
@@ -83,6 +75,26 @@ def card(options, metrics):
     )
 
 
+def methods_of(options):
+    """Return the names of a run's methods, as keys of PAPERS."""
+    return [options.algo, *(["bupo"] if options.bupo_layer else [])]
+
+
+def metadata_of(options):
+    """Return the lines between the two ---: what a hub reads."""
+    methods = methods_of(options)
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["reinforcement-learning", *methods, *(f"arxiv:{PAPERS[m]}" for m in methods)],
+    }
+    if not is_local(options.model):
+        header["base_model"] = options.model
+    if options.data and not is_local(options.data):
+        header["datasets"] = [options.data.partition(":")[0]]
+    return [f"{key}: {json.dumps(value)}" for key, value in header.items()]  # JSON is YAML, too
+
+
 def given(options):
     """Return the options that are not the default and change the result, without folders."""
     decide = {name: getattr(options, name) for name in DECIDE_DEFAULTS}
@@ -90,7 +102,7 @@ def given(options):
     usual = dataclasses.asdict(usual) | {"algo": Options.algo, "task": Options.task, "data": ""}
     usual |= {"baseline": Options.baseline, "temperature_form": Options.temperature_form}
     changed = {k: v for k, v in dataclasses.asdict(options).items() if v != usual[k]}
-    shown = {k: v for k, v in changed.items() if k not in MAY_CHANGE or k in SHOWN}
+    shown = {k: v for k, v in changed.items() if k in SHOWN or k not in MAY_CHANGE}
     for name in ("data", "eval_data", "model", "reward_function"):
         if name in shown:
             shown[name] = public_name(shown[name])

@@ -41,7 +41,6 @@ def with_defaults(options):
 def complete(options):
     """Return options with all defaults; UserError for what cannot work."""
     options = with_defaults(options)
-    check_ranges(options)
     faults = [
         *impossible(options),
         *without_effect(options),
@@ -52,37 +51,6 @@ def complete(options):
         if wrong:
             raise UserError(f"{flag_of(name)} {getattr(options, name)}: {why}")
     return options
-
-
-AT_LEAST = dict.fromkeys(
-    "micro_batch micro_tokens decode_rows warmup_steps diagnose_every overlong_buffer seed".split(),
-    0,
-) | dict.fromkeys(
-    "steps prompts_per_step updates_per_rollout max_new_tokens max_rounds eval_prompts eval_every "
-    "save_every save_total_limit max_bad_steps bupo_steps prefill_tokens".split(),
-    1,
-)
-WITHIN = dict(
-    rho=(0, 1),
-    tau=(0, 0.9),
-    clip_low=(0, 1),
-    clip_high=(0, 10),
-    temperature=(0.05, 10),
-    lr=(0, 1),
-    weight_decay=(0, 10),
-    grad_clip=(1e-8, 1e8),
-    kl=(0, 100),
-)
-
-
-def check_ranges(options):
-    for name, low in AT_LEAST.items():
-        if getattr(options, name) < low:
-            raise UserError(f"{flag_of(name)} {getattr(options, name)}: must be at least {low}")
-    for name, (low, high) in WITHIN.items():
-        value = getattr(options, name)
-        if not low <= value <= high:
-            raise UserError(f"{flag_of(name)} {value}: must lie between {low:g} and {high:g}")
 
 
 def impossible(options):

@@ -1,8 +1,8 @@
 """The options of a run: what each is, and how the command line and a run's folder are read.
 
-`read_command_line` does all that needs no torch, whose import takes seconds. So a misspelled
-option, a missing file and a folder that holds a run are named at once. The checks that need it, and
-the defaults that depend on the machine, are in run/option_checks.py.
+Nothing here needs torch, whose import takes seconds. So `check_command_line` names a misspelled
+option, a missing file and a folder that holds a run at once. The checks of what the options mean
+together, and the defaults that depend on the machine, are in run/option_checks.py.
 """
 
 import argparse
@@ -225,19 +225,62 @@ def read_command_line(argv, description):
             "program's); name another folder"
         )
     if taken and options.resume:
-        return resumed_options(given, options)
+        options = resumed_options(given, options)
+        check_ranges(options)
+        return options
+    check_ranges(options)  # a setting that cannot work is named before the folder is
     if taken and not options.overwrite:
         raise UserError(
             f"--out {options.out}: already holds a run; --resume continues it, --overwrite deletes "
             "it, or name another folder"
         )
+    return options
+
+
+def check_command_line(argv, description):
+    """Raise UserError for what can be found without torch: a wrong option, file or folder."""
+    options = read_command_line(argv, description)
+    if options.resume:
+        return  # files may have moved: the messages say how to name them
     check_model_name(options.model)
     for flag, data in (("--data", options.data), ("--eval-data", options.eval_data)):
-        if data and not options.estimate:  # an estimate reads no questions
+        if data and options.data and not options.estimate:  # an estimate reads no questions
             check_exists(data, flag)
     if options.reward_function:
         check_named(options.reward_function)
-    return options
+
+
+AT_LEAST = dict.fromkeys(
+    "micro_batch micro_tokens decode_rows warmup_steps diagnose_every overlong_buffer seed".split(),
+    0,
+) | dict.fromkeys(
+    "steps prompts_per_step updates_per_rollout max_new_tokens max_rounds eval_prompts eval_every "
+    "save_every save_total_limit max_bad_steps bupo_steps prefill_tokens".split(),
+    1,
+)
+WITHIN = dict(
+    rho=(0, 1),
+    tau=(0, 0.9),
+    clip_low=(0, 1),
+    clip_high=(0, 10),
+    temperature=(0.05, 10),
+    lr=(0, 1),
+    weight_decay=(0, 10),
+    grad_clip=(1e-8, 1e8),
+    kl=(0, 100),
+)
+
+
+def check_ranges(options):
+    """Raise UserError for a number out of its range; a default that is still open is None."""
+    for name, low in AT_LEAST.items():
+        value = getattr(options, name)
+        if value is not None and value < low:
+            raise UserError(f"{flag_of(name)} {value}: must be at least {low}")
+    for name, (low, high) in WITHIN.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{flag_of(name)} {value}: must lie between {low:g} and {high:g}")
 
 
 def _parser(description):

@@ -8,11 +8,13 @@ import random
 import time
 from dataclasses import dataclass
 
+import filelock
 import torch
 
 import hapo
 from common.devices import synchronize
 from engine.engine import Engine, SingleProcess
+from run.batch import Batch
 from run.guard import Guard
 from run.options import Options
 from run.reward_function import RewardFunction
@@ -42,9 +44,11 @@ class Run:
     sampler_stats: hapo.EntropyStats = None  # of the last batch: the next one is sampled with them
     diagnosed: tuple = None  # the fixed responses of --diagnose-every
     saves: list = dataclasses.field(default_factory=list)  # (start, end) of each checkpoint, s
-    last_batch: object = None  # the last batch that was drawn
+    last_batch: Batch | None = None  # the last batch that was drawn
     inspected_group: dict = None  # train.inspect_group of the last step
-    lock: object = None  # the open file that keeps other runs out of the folder
+    lock: filelock.BaseFileLock | None = (
+        None  # the open file that keeps other runs out of the folder
+    )
     fingerprints: dict = dataclasses.field(default_factory=dict)  # of first weights and questions
     tokenizer_files: dict = dataclasses.field(default_factory=dict)  # as checkpoints hold them
 

@@ -100,6 +100,7 @@ def test_broken_weights_are_never_saved_as_good(trained, monkeypatch, at, ends):
     assert all(torch.equal(good[name], final[name]) for name in good)
     assert all(x.isfinite().all() for x in final.values())
     assert not (out / "final" / "optimizer.pt").exists()
+    assert (out / "final" / "README.md").is_file()
     assert not (out / f"checkpoint-{at}").exists()
 
 

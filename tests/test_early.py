@@ -15,7 +15,9 @@ TRAIN, EVALUATE, INTERNALS = "train.py", "evaluate.py", "internals.py"
 def answer(tmp_path):
     """answer(program, *arguments): (exit code, output) where importing torch is an error."""
     for name in ("torch", "transformers"):
-        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
+        (tmp_path / f"{name}.py").write_text(
+            f"raise SystemExit('{name} was imported')\n", encoding="utf-8"
+        )
 
     def run(program, *arguments):
         env = os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "100"}
@@ -66,8 +68,10 @@ MISTAKES = [
 @pytest.mark.parametrize("program, given, message", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(answer, tmp_path, program, given, message):
     held = tmp_path / "held.jsonl"
-    held.write_text('{"question": "1 + 1?", "answer": "2"}\n')
-    (tmp_path / "config.json").write_text(json.dumps({"prompts_per_step": 32, "seed": 0}))
+    held.write_text('{"question": "1 + 1?", "answer": "2"}\n', encoding="utf-8")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"prompts_per_step": 32, "seed": 0}), encoding="utf-8"
+    )
     paths = {"HELD": str(held), "RUN": str(tmp_path), "NEW": str(tmp_path / "new")}
     arguments = [paths.get(word, word) for word in given.split()]
     code, text = answer(program, *arguments)

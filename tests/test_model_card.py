@@ -8,6 +8,7 @@ from run.model_card import card, given
 METRICS = [
     {"step": 0, "eval_accuracy": 0.25, "eval_greedy": 0.125, "eval_length": 8.5},
     {"step": 1, "reward": 0.3},
+    {"step": 1, "eval_accuracy": 0.375, "eval_greedy": 0.5, "eval_length": 9.0},
     {"step": 2, "eval_accuracy": 0.5, "eval_greedy": 0.75, "eval_length": 20.0},
 ]
 
@@ -35,7 +36,7 @@ def test_a_default_run(tmp_path):
 
 
 def test_a_run_of_a_hub_model_on_a_file(tmp_path):
-    (tmp_path / "questions.jsonl").write_text("")
+    (tmp_path / "questions.jsonl").touch()
     given = "--estimate --model Qwen/Qwen3-0.6B --algo dapo --bupo-layer 9 --lr 1e-6 --steps 200"
     more = [
         "--data",

@@ -106,6 +106,8 @@ def test_a_run_and_its_files(real_verdicts, tmp_path, capsys):
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8")]
     assert [r["step"] for r in rows] == [0, 1, 2]
     assert {"eval_accuracy", "eval_greedy", "pass_rate", "expected_live_groups"} <= rows[0].keys()
+    card = (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
+    assert f"| 2 | {rows[2]['eval_accuracy']:.3f} | {rows[2]['eval_greedy']:.3f} |" in card
     promised = (
         "step phase loss reward entropy grad_norm response_length clipped_ratio clip_low clip_high "
         "ratio_max zero_std_groups all_correct all_wrong"
