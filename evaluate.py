@@ -114,15 +114,18 @@ def sample_responses(
     with tqdm(total=len(problems), desc=progress, disable=not progress or None, leave=False) as bar:
         for i in range(0, len(problems), chunk):
             part = problems[i : i + chunk]
-            prompts = [render_prompt(p.question, tokenizer, p.history)[1] for p in part]
+            rendered = [render_prompt(p.question, tokenizer, p.history) for p in part]
+            prompts = [ids for _, ids in rendered]
             draws = [draws_of(seed, n, max_new_tokens, samples) for n in numbers[i : i + chunk]]
             uniform = torch.cat(draws, 1)
             rollout = generate(prompts, samples, max_new_tokens, temperature, uniform)
             texts = response_texts(rollout.responses(), tokenizer)
             rows = list(zip(texts, rollout.lengths.tolist(), rollout.finished.tolist()))
             for j, problem in enumerate(part):
-                own = rows[j * samples : (j + 1) * samples]
-                graded = [Response(text, grade(problem, text), *more) for text, *more in own]
+                graded = []
+                for text, tokens, finished in rows[j * samples : (j + 1) * samples]:
+                    verdict = grade(problem, text, finished, rendered[j][0])
+                    graded.append(Response(text, verdict, tokens, finished))
                 responses.append(graded)
             bar.update(len(part))
     return responses

@@ -184,7 +184,9 @@ def generate_and_grade(
         measure_entropy=layer is not None,  # BuPO 2: in phase 1, h is computed from it
     )
     texts = response_texts(rollout.responses(), run.tokenizer)
-    grades = [grade(problems[row // G], text) for row, text in enumerate(texts)]
+    ends = [run.tokenizer.decode(ids[-16:]) for ids in prompts]  # which may have opened <think>
+    rows = enumerate(zip(texts, rollout.finished.tolist()))
+    grades = [grade(problems[i // G], text, finished, ends[i // G]) for i, (text, finished) in rows]
     strict, lenient = torch.tensor(grades, device=rollout.mask.device).unbind(1)
     correct = lenient
     if options.reward == "strict":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import time
 from concurrent import futures
 
 from common.errors import UserError
@@ -9,6 +10,7 @@ from common.worker import Died, SubprocessWorker, serve_lines
 
 LATEX_SECONDS = 5.0
 LONGEST_ANSWER = 1_000  # characters
+REMEMBERED = 50_000  # verdicts
 
 
 def has_math_verify():
@@ -16,26 +18,36 @@ def has_math_verify():
 
 
 class _LatexChecker:
-    """math-verify in a process of its own: an answer that hangs it costs LATEX_SECONDS and a new
-    process. Killed, it is asked again, once."""
+    """math-verify in a process of its own: a response that hangs it costs LATEX_SECONDS and a new
+    process, once: verdicts are remembered. A process that was killed is asked again, once, within
+    the same time."""
 
     def __init__(self):
-        self.apart, self.failures = SubprocessWorker("problems.latex"), 0
+        self.apart, self.failures, self.known = SubprocessWorker("problems.latex"), 0, {}
 
-    def equal(self, answer, truth):
-        verdict = None
-        for _ in range(2):
-            try:
-                if self.apart.process is None:
-                    self._start()
-                verdict = self.apart.ask([answer, truth], LATEX_SECONDS)
-                break
-            except futures.TimeoutError:
-                break
-            except Died:
-                pass
+    def equal(self, stated, answer):
+        if (stated, answer) not in self.known:
+            if len(self.known) >= REMEMBERED:
+                self.known.clear()
+            self.known[stated, answer] = self._verdict(stated, answer)
+        verdict = self.known[stated, answer]
         self.failures += verdict is None
         return bool(verdict)
+
+    def _verdict(self, stated, answer):
+        """math-verify's verdict; None where it failed or took too long."""
+        left = LATEX_SECONDS
+        for _ in range(2):
+            if self.apart.process is None:
+                self._start()
+            started = time.monotonic()
+            try:
+                return self.apart.ask([stated, answer], left)
+            except futures.TimeoutError:
+                return None
+            except Died:
+                left = max(0.1, left - (time.monotonic() - started))
+        return None
 
     def _start(self):
         try:
@@ -49,9 +61,10 @@ class _LatexChecker:
 LATEX = _LatexChecker()
 
 
-def latex_equal(answer, truth):
-    """math-verify's verdict, False when it fails or runs out of time (LATEX.failures counts)."""
-    return LATEX.equal(answer[:LONGEST_ANSWER], truth)
+def latex_equal(stated, answer):
+    """Return math-verify's verdict; False if it fails or runs out of time, which LATEX.failures
+    counts."""
+    return len(stated) <= LONGEST_ANSWER and LATEX.equal(stated, answer)
 
 
 # --------------------------------------------------------------------- what the process itself does

@@ -186,7 +186,7 @@ def verdicts(monkeypatch, *right):
     """The answers of every round are right as listed, over and over."""
     count = [-1]
 
-    def grade(problem, text):
+    def grade(problem, text, *more):
         count[0] += 1
         return Grade(*[right[count[0] % len(right)]] * 2)
 

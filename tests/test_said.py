@@ -98,7 +98,9 @@ def test_a_nan_reward_is_not_replaced_by_dynamic_sampling(opened, monkeypatch):
 def test_an_update_without_a_token_moves_nothing(opened, monkeypatch):
     """KL and dynamic sampling, all groups dead: no momentum, no decay."""
     right = [True]
-    monkeypatch.setattr("train.grade", lambda problem, text: Grade(*[right.pop() or False] * 2))
+    monkeypatch.setattr(
+        "train.grade", lambda problem, text, *more: Grade(*[right.pop() or False] * 2)
+    )
     run = opened("--kl", "0.1", "--dynamic-sampling", "--max-rounds", "1", "--lr", "1e-2")
     right[:] = [True, False] * 4
     assert train.train_step(1, run).updates[0].outcome == "applied"  # AdamW has its moments

@@ -177,7 +177,7 @@ def opened(tmp_path, monkeypatch):
         "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
     )
     monkeypatch.setattr(
-        "train.grade", lambda p, text: Grade(*[zlib.crc32(text.encode()) % 3 == 0] * 2)
+        "train.grade", lambda p, text, *more: Grade(*[zlib.crc32(text.encode()) % 3 == 0] * 2)
     )
 
     def open_one(*more):
@@ -437,7 +437,7 @@ def test_cudnn_attention_is_off():
 
 
 def test_no_comparison_wakes_a_dead_group(opened, monkeypatch):
-    monkeypatch.setattr("train.grade", lambda problem, text: Grade(False, False))
+    monkeypatch.setattr("train.grade", lambda problem, text, *more: Grade(False, False))
     for arm in ("entropy-advantage", "edge", "forking", "archer"):
         run = opened("--algo", "dapo", "--baseline", arm, "--temperature", "0.8")
         assert train.train_step(1, run).updates == [train.Update()]

@@ -61,7 +61,7 @@ def invent_verdicts(monkeypatch):
     """Verdicts that depend on question and answer only, since random weights are never right; and
     no evaluation, most of a short run's time."""
 
-    def grade(problem, text):
+    def grade(problem, text, *more):
         right = sum((problem.question + text).encode()) % 2 == 0
         return Grade(right, right)
 
