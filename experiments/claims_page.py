@@ -80,12 +80,12 @@ below 0.05).
 
 *Final* is {final}.
 *Greedy* is the held-out accuracy with greedy decoding. *Entropy* is in nats per token, and *length*
-is in tokens per response. These three and *groups with a correct response* are also means over the
-last third of the steps. Entropy, length and groups with a correct response are measured on the
-training responses. *Half-way* is the held-out accuracy at the middle evaluation (step 24; step 12
-for the real model). *Steps to 0.5* is the step at which the held-out accuracy first reaches 0.5.
-*Similarity* is the cosine similarity between the hidden states of the aligned layer and of the last
-layer. For *seconds*, the effect is the ratio of the two arms' times minus 1.
+is in tokens per response. These three and *groups with a correct response* (a share of the groups)
+are also means over the last third of the steps. Entropy, length and groups with a correct response
+are measured on the training responses. *Half-way* is the held-out accuracy at the middle evaluation
+(step 24; step 12 for the real model). *Steps to 0.5* is the step at which the held-out accuracy
+first reaches 0.5. *Similarity* is the cosine similarity between the hidden states of the aligned
+layer and of the last layer. For *seconds*, the effect is the ratio of the two arms' times minus 1.
 {changes}
 """
 
