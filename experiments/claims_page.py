@@ -35,39 +35,57 @@ ENOUGH = 0.5  # the held-out accuracy of "steps to 0.5"
 
 HEAD = """# What holds: the papers' claims, tested again on a toy
 
-**What toy results are worth.** A model of 0.7 million parameters that learns to add says nothing
-about 7 billion that learn mathematics. What a verdict here can show is whether an effect is so
-general that it appears even in the smallest case.
-A clear "no" or "cannot be told here" is a result.
+**What toy results are worth.** A model of 0.7 million parameters that learns additions says nothing
+about a model of 7 billion parameters that learns mathematics. A verdict on this page shows only
+whether an effect is so general that it appears even in the smallest case. A clear "no" or "cannot
+be told here" is a result, too.
 {mixed}"""
 RULES = """## How it was tested
 
-Made by `python experiments/claims.py` from `experiments/claims_runs.jsonl`, a line a run. What is
-tested stands in `experiments/claims.json`, written before the runs but for what is marked as added
-later. Tables and pictures are made by the command, other text by hand in
-`experiments/claims_notes.md`.
+`python experiments/claims.py` makes this page from `experiments/claims_runs.jsonl`, a file with one
+line per run. `experiments/claims.json` defines the claims and how each of them is tested. It was
+written before the runs, except for what is marked as added later. The command makes the tables and
+the figures; the other text was written by hand in `experiments/claims_notes.md`.
+
+**Names.** An *arm* is one configuration: an algorithm with its options. A *run* is the training of
+one arm with one seed. A to D are the mechanisms of HAPO: `dapo+A` is DAPO with mechanism A alone,
+and `hapo-B` is HAPO without mechanism B. `long-dapo` is DAPO on the model *long*; `real-dapo` is
+DAPO on the real model. `dapo@0.0004` is DAPO at the learning rate 0.0004. *Start* is the model
+before training. `experiments/claims.json` lists the options of every arm. A *rival* is another
+method that is compared with a mechanism of HAPO, with HAPO as a whole, or with BuPO.
 
 {what}
 
-**How to read a table.** *Effect*: the mean difference of paired seeds and its 95 % interval, in
-the claim's direction (above 0 speaks for it); accuracies in points (hundredths). *Bar*: the
-smallest effect that counts; *contradicted* says that the whole interval lies below it, not that
-the effect is reversed. *p, Holm*: one a claim, corrected for the table's claims. *Improves*:
-the chance that a run of the first arm, of whatever seed, beats a run of the second.
+**How to read a table.** *Effect* is the mean difference between the two runs of a pair, which have
+the same seed, with its 95 % interval. Its sign is chosen so that a value above 0 supports the
+claim. Differences of accuracies are in points (hundredths). *Bar* is the smallest effect that
+counts. *p* is the exact p of a two-sided sign-flip test for one comparison. *p, Holm* is the p of
+the claim, corrected by Holm's method for the number of claims in the table. *Improves* is the
+probability that a run of the first arm beats a run of the second arm, over all pairs of seeds.
 
-*Holds*: the mean paired difference is at least the smallest effect of interest (*bar*), and its
-exact sign-flip p, corrected by Holm over the claims of a table, is below 0.05. *Contradicted*: the
-whole 95 % interval (of this one comparison, uncorrected) lies below that effect, so whatever is
-there is too small to matter; *the reverse* where it lies below 0 and the corrected p is below 0.05.
-*Not decided*: neither; the interval's upper end is the largest effect that is still possible. A
-claim of several comparisons holds if all do, is contradicted if one is, and has the largest of
-their p; in brackets each on its own, uncorrected. A claim of "at most" holds where its whole
-interval lies below that, one of "no worse" where it lies above. Controls are not corrected, which
-makes them stricter; *no difference* says that none was found (p not below 0.05).
+A claim *holds* if the mean difference reaches the bar and the corrected p is below 0.05. It is
+*contradicted* if the whole 95 % interval of the comparison, without correction, lies below the bar.
+The effect is then too small to matter, or absent; the verdict does not mean that it is reversed.
+*The reverse* is added if the interval lies below 0 and the corrected p is below 0.05. In all other
+cases the claim is *not decided*: the upper end of the interval is the largest effect that is still
+possible.
+
+A claim with several comparisons holds if all of them hold, and is contradicted if one of them is
+contradicted. Its p is the largest p of its comparisons. The verdict in brackets after a comparison
+is that of this comparison alone, without correction. If the bar is "below" a value, the claim holds
+if the whole interval lies below that value. If the bar is "above" a value, the claim holds if the
+whole interval lies above it. The p of a control is not corrected. This makes the control stricter,
+because a difference is found more easily. *No difference* means that no difference was found (p not
+below 0.05).
+
 *Final* is {final}.
-*Greedy*, *entropy*, *length* and *groups with a right answer* are means over the last third of the
-steps too, the last three of training answers; *half-way* is the middle evaluation (step 24;
-12 of the real model); *seconds* are a ratio less 1.
+*Greedy* is the held-out accuracy with greedy decoding. *Entropy* is in nats per token, and *length*
+is in tokens per response. These three and *groups with a correct response* (a share of the groups)
+are also means over the last third of the steps. Entropy, length and groups with a correct response
+are measured on the training responses. *Half-way* is the held-out accuracy at the middle evaluation
+(step 24; step 12 for the real model). *Steps to 0.5* is the step at which the held-out accuracy
+first reaches 0.5. *Similarity* is the cosine similarity between the hidden states of the aligned
+layer and of the last layer. For *seconds*, the effect is the ratio of the two arms' times minus 1.
 {changes}
 """
 
@@ -281,7 +299,11 @@ def write(plan, pilot, found, times, other):
     parts += arms_tables(plan, found, times)
     parts += [f"## {title}\n\n{text}" for title, text in notes.items()]
     if pictures:
-        words = "Accuracy over the steps, a line a run; the two arms of every seed, joined.\n"
+        words = (
+            "The first figure shows the accuracy over the steps, one line per run. The second\n"
+            "figure shows the comparisons that no figure above shows. A line joins the two runs\n"
+            "of a seed.\n"
+        )
         parts += [f"## What the pictures above leave out\n\n{words}"]
         parts += [shown("curves.png"), shown("others.png")]
     PAGE.write_text("\n".join(part for part in parts if part), encoding="utf-8")
@@ -355,22 +377,24 @@ def rules(plan, pilot, found, times):
     asked, steps = sum(map(seeds, arms)), plan["common"]["steps"]
     there = "" if len(found) == asked else f" of {asked}"
     what = (
-        f"Level {pilot['difficulty']} of the task addition (three digits), {steps} steps of 128 "
-        f"answers (the default run: 40 of 256), learning rates chosen on other seeds: {rates}. "
-        f"{len(found)} runs{there}, two at a time on two cores: {toy:.1f} hours, {real:.1f} more "
-        f"for the real model, the pilot not counted. {machines(found)}"
+        f"The task is level {pilot['difficulty']} of addition (three digits). A run has {steps} "
+        "steps of 128 responses (the default run: 40 of 256). The learning rates were chosen in a "
+        f"pilot study with other seeds: {rates}. The page uses {len(found)} runs{there}. They were "
+        f"made two at a time on two cores, in {toy:.1f} hours; the real model took {real:.1f} "
+        f"hours more. The time of the pilot study is not included. {machines(found)}"
     )
     final, changes = plan["common"]["final"], "\n".join(f"- {c}" for c in plan["changes"])
     if changes:
-        changes = "\nThe plan was changed after runs had been seen:\n\n" + changes
+        changes = "\nThe plan was changed after results had been seen:\n\n" + changes
     return RULES.format(what=what, final=final, changes=changes)
 
 
 def machines(found):
     """How many runs were made on which kind of machine: rounding differs between them."""
-    often = Counter(run.get("machine", "a machine that was not noted") for run in found.values())
-    each = "; ".join(f"{runs} on {kind}" for kind, runs in often.most_common())
-    return f"Rounding differs between machines: {each}."
+    unknown = "a configuration that was not recorded"
+    often = Counter(run.get("machine", unknown) for run in found.values())
+    each = "; ".join(f"{runs} with {kind}" for kind, runs in often.most_common())
+    return f"Rounding differs between machines. Numbers of runs by machine: {each}."
 
 
 def is_real(plan, arm):
@@ -387,7 +411,9 @@ def rates_table(plan, pilot):
     rates = sorted({rate for ends in arms.values() for rate in ends})
     lines = [
         "## Learning rates\n",
-        "Final accuracy on the pilot's seeds (how many); bold: chosen.\n",
+        "The table gives the final accuracy of each arm at each learning rate, averaged over the\n"
+        "seeds of the pilot study. The number of seeds is in brackets. Bold marks the rate that\n"
+        "was chosen.\n",
     ]
     lines += [
         f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} |",
@@ -421,8 +447,10 @@ def mass_table(before):
     columns = list(next(iter(before.values())))
     lines = [
         "## Length and advantage mass before training\n",
-        "Tokens of right and of wrong answers; net share of the mass"
-        " (`python experiments/advantage_mass.py`).\n",
+        "The columns *right* and *wrong* give the mean number of tokens of a correct and of an\n"
+        "incorrect response. The columns after them give the sum of all tokens' advantages,\n"
+        "divided by the sum of their absolute values, for GRPO's advantages and for those of\n"
+        "mechanism B (`python experiments/advantage_mass.py`).\n",
         f"| model | {' | '.join(columns)} |",
         "|---" * (len(columns) + 1) + "|",
     ]
@@ -447,7 +475,7 @@ def arms_table(plan, found, times, title, arms):
     """Means of every arm, to see where the level saturates."""
     keys = "start half-way final greedy pass_at_8 entropy length tokens updates".split()
     heads = [
-        {"tokens": "1000 training tokens", "pass_at_8": "groups with a right answer"}.get(k, k)
+        {"tokens": "1000 training tokens", "pass_at_8": "groups with a correct response"}.get(k, k)
         for k in keys
     ]
     lines = [f"## {title}\n\n| arm | {' | '.join(heads)} | steps to {ENOUGH} | seeds |"]

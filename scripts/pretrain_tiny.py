@@ -166,9 +166,9 @@ def look(model, tokenizer, held_out, seed):
     right = sum(a.grade.strict for a in with_steps) / max(1, len(with_steps))
     result = summarise(sampled)
     return (
-        f"sampled {result.strict:.3f}, greedy {summarise(greedy).strict:.3f}, worked "
-        f"{len(with_steps) / len(answers):.3f} of the answers, {right:.3f} of them right, "
-        f"{result.length:.1f} tokens"
+        f"accuracy {result.strict:.3f} sampled, {summarise(greedy).strict:.3f} greedy; "
+        f"{len(with_steps) / len(answers):.3f} of the sampled responses are worked out, and "
+        f"{right:.3f} of these are correct; {result.length:.1f} tokens per sampled response"
     )
 
 
@@ -203,19 +203,21 @@ def card(args, looks):
     found = "\n".join(f"- sums of {level} digits: {line}" for level, line in looks.items())
     return f"""# A tiny Qwen3 that adds sloppily
 
-Random weights, then next-token training on a sloppy teacher's additions: {args.worked:.0%} of the
-answers are worked digit by digit (each step wrong with chance {args.slip:g}), the others are bare
-numbers, {args.right:.0%} of them right, {args.forgotten:.0%} without any carry, the rest near. Made
-for teaching reinforcement learning on a laptop; good for nothing else. English prompts of one form:
-"What is 247 + 138?".
+The weights were initialized at random and then trained by next-token prediction on the additions
+of a sloppy teacher. Of the teacher's answers, {args.worked:.0%} are worked out digit by digit, and
+each step is wrong with probability {args.slip:g}. The other answers are bare numbers. Of these,
+{args.right:.0%} are correct, {args.forgotten:.0%} leave out every carry, and the rest are close to
+the correct sum. The model was made for teaching reinforcement learning on a laptop and is good for
+nothing else. All prompts are in English and have one form: "What is 247 + 138?".
 
     python scripts/pretrain_tiny.py --out DIR {told}
 
-On held-out problems, at the end of that training:
+Results on held-out problems at the end of this training:
 
 {found}
 
-PyTorch {torch.__version__}; another number of threads adds in another order and ends elsewhere.
+The model was made with PyTorch {torch.__version__}. With another number of threads, sums are
+computed in another order, and the weights differ.
 """
 
 
