@@ -7,16 +7,16 @@ policy; phase 2 trains the full policy.
     Eq. 9   IPA loss: losses.clipped_surrogate, its ratio  pi_layer^l(o) / pi_layer,old^l(o)
     Eq. 10  the schedule: target_layer
 
-There is no second surrogate here. `internals.response_states(..., layer=l, norm=False)` gives the
-states, and from there on phase 1 runs the same lines of train.py as phase 2. Which weights move
-follows from the graph: in phase 1 the gradient reaches the embedding, layers 1 ... l and the
-unembedding, and nothing above layer l is even computed. Layers above l and the final norm have no
+Both phases use the same surrogate. `internals.response_states(..., layer=l, norm=False)` returns
+layer l's states, and from there on phase 1 runs the same lines of train.py as phase 2. The
+computation graph decides which weights change: in phase 1 the gradient reaches the embedding,
+layers 1 ... l and the unembedding. Layers above l are not computed. They and the final norm have no
 gradient at all (None, not zero), so AdamW leaves them unchanged to the last bit: no weight decay,
 no moments.
 
 The released code (Trae1ounG/BuPO, commit d3a85c6) counts layers from 0 (its 5 is layer 6 here),
 computes all L layers and the vocabulary projection twice, and logs the last layer's entropy in
-phase 1; here both entropies have their own names.
+phase 1. Here the entropies of both policies are logged, under different names.
 """
 
 from typing import NamedTuple
@@ -32,13 +32,13 @@ from internals import (
     internal_entropy,
 )
 
-AUTO = "auto"  # the boundary layer, which step 1 measures
+AUTO = "auto"  # the boundary layer, which is measured in step 1
 
 
 def target_layer(step: int, inter_steps: int, layer: int | str | None) -> int | str | None:
     """Return the layer whose policy is trained at `step` (from 1), Eq. 10; None: the full policy.
 
-    layer may be AUTO while it is not measured yet; None: a run without BuPO.
+    `layer` is AUTO until the boundary layer has been measured, and None in a run without BuPO.
     """
     if layer is None:
         return None
@@ -62,9 +62,9 @@ def measure_boundary(
     dist: object | None = None,
     token_scores: Scorer = chunked_scores,
 ) -> Boundary:
-    """Return the boundary layer of a model, measured on some responses, (N, S) each.
+    """Return the Boundary of a model, measured on N sequences; ids and masks are (N, S) each.
 
-    dist: the processes of a sharded model, each with its own responses (engine/engine.py).
+    dist: the processes of a sharded model, each with different responses (engine/engine.py).
     """
     width = input_ids.shape[1]
     batch = diagnostic_batch_size(width if dist is None else int(dist.all_reduce_max(width)))
@@ -83,7 +83,10 @@ def measure_boundary(
 
 
 def boundary_or_fallback(ffn_entropy_change: Tensor | list[float]) -> tuple[int, bool]:
-    """Return (the boundary layer, True); where no change is positive, (the largest's, False)."""
+    """Return (boundary layer, True) from the changes dH_ffn of all layers, (L,).
+
+    If no change is positive, return (layer with the largest change, False).
+    """
     layer = boundary_layer(ffn_entropy_change)
     if layer:
         return layer, True

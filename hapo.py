@@ -10,29 +10,30 @@ arXiv 2509.16591, equation numbers of version 2. Four mechanisms, one function e
 
 A, C and D compare a token's entropy with the statistics of a batch (Eq. 5). A uses those of the
 previous batch, because the current one is still being sampled. C and D use h, which is computed
-from their own batch. B uses no entropy.
+with the statistics of the current batch. B uses no entropy.
 
 Shapes as in losses.py: B responses in groups of G adjacent rows, T positions, mask 1 at response
-tokens (end of sequence included), entropies in nats. No function changes an input, none lets a
-gradient through entropy or ratio.
+tokens (end of sequence included), entropies in nats. No function changes an input or lets a
+gradient flow through an entropy or a ratio.
 
-Where the paper disagrees with itself, and what we follow: Eq. 6 as printed in version 2 (by two
-readers' transcriptions) has -h / |h_min| in its lower branch, which is never negative. The range
-[-1, 1] and the text on the same pages, and Eq. 8 and 10-13, need it negative for low entropy: the
-branches h <= 0 could never be met otherwise. We follow range, text and Eq. 8, 10-13. Eq. 8 is
-printed with z; the published runs, and our default, have its bounded form with h.
+The paper contradicts itself in Eq. 6. As printed in version 2 (according to two readers'
+transcriptions), its lower branch is -h / |h_min|, which is never negative. But the range [-1, 1],
+the text on the same pages, and Eq. 8 and 10-13 need h to be negative for low entropy: otherwise
+their branches for h <= 0 could never apply. We follow the range, the text and Eq. 8, 10-13. Eq. 8
+is printed with z; the published runs, and our default, use its bounded form with h.
 
-Departures from the released code (starriver030515/HAPO, 7671dde), which `released=True` restores:
-1. It has the sign of Eq. 6 as printed: a negative number divided by a negative one, so low-entropy
-   tokens come out positive. They are sampled at a higher temperature instead of a lower one, get a
-   wider *upper* bound instead of a wider lower one, and their advantage is never reduced.
-2. The neutral zone is closed and built from the base clip values here. The release builds it, open,
-   from adapted ones.
-3. Here Eq. 9 is used as printed. The release replaces a whole group by its GRPO advantages wherever
-   some |A| >= 5.
-Not switchable: statistics are computed once per rollout batch from the old policy (the release
-refits them in every micro-batch from the current one, so its objective depends on the micro-batch
-size), and padding holds zeros.
+Differences from the released code (starriver030515/HAPO, 7671dde); `released=True` follows it:
+1. The release has the sign of Eq. 6 as printed: it divides a negative number by a negative one, so
+   h is positive for low-entropy tokens. These tokens are then sampled at a higher temperature
+   instead of a lower one, get a wider *upper* bound instead of a wider lower one, and their
+   advantage is never reduced.
+2. Here the neutral zone is a closed interval built from the base clip values. In the release it is
+   an open interval built from mechanism D's adapted values.
+3. Here Eq. 9 is used as printed. The release replaces the advantages of a group in which some
+   |A| >= 5 by the group's GRPO advantages.
+Two differences have no switch. Here statistics are computed once per rollout batch from the old
+policy; the release recomputes them in every micro-batch from the current policy, so its objective
+depends on the micro-batch size. And here padding holds zeros.
 """
 
 from typing import NamedTuple
@@ -42,7 +43,7 @@ from torch import Tensor
 
 from losses import grpo_advantages, split_groups
 
-ENTROPY_FLOOR = 1e-8  # nats; keeps the logarithm of a certain token finite
+ENTROPY_FLOOR = 1e-8  # nats; keeps log H finite where H is 0
 SPREAD_FLOOR = 1e-8  # the smallest sigma^2, h_max and -h_min: equal entropies give h = 0
 
 
@@ -56,14 +57,16 @@ class EntropyStats(NamedTuple):
 
 
 def log_entropy(entropy: Tensor) -> Tensor:
-    """x = log(max(H, 1e-8)), detached: no gradient flows through an entropy."""
+    """Return x = log(max(H, 1e-8)) of entropies H in nats, of any shape, without a gradient."""
     return entropy.detach().clamp_min(ENTROPY_FLOOR).log()
 
 
 def entropy_stats(entropy: Tensor, mask: Tensor, rho: float = 0.8) -> EntropyStats:
-    """Eq. 5: pivot and spread of the log-entropy over the valid tokens of one rollout batch.
-    entropy of the policy before the updates, mask of the same shape. The pivot is the value of the
-    nearest rank."""
+    """Return Eq. 5's statistics of the log-entropy over the valid tokens of one rollout batch.
+
+    entropy: nats, of the policy before the updates; mask: the same shape. The pivot is the
+    rho-quantile by nearest rank. ValueError if rho is outside [0, 1] or no token is valid.
+    """
     if not 0 <= rho <= 1:
         raise ValueError(f"rho is a quantile and must lie in [0, 1], not {rho}")
     x = log_entropy(entropy[mask.bool()])
@@ -81,8 +84,11 @@ def entropy_stats(entropy: Tensor, mask: Tensor, rho: float = 0.8) -> EntropySta
 def modulation(
     entropy: Tensor, stats: EntropyStats, mask: Tensor | None = None, released: bool = False
 ) -> Tensor:
-    """Eq. 6: h = (x - pivot) / h_max above the pivot, (x - pivot) / |h_min| below.
-    In [-1, 1], 0 where `mask` is 0. The clamp matters only when `stats` come from another batch."""
+    """Return h of Eq. 6: (x - pivot) / h_max above the pivot, (x - pivot) / |h_min| below it.
+
+    The shape is that of `entropy`. h lies in [-1, 1] and is 0 where `mask` is 0. The clamp matters
+    only when `stats` come from another batch.
+    """
     distance = log_entropy(entropy) - stats.pivot
     above = distance / stats.h_max
     below = distance / stats.h_min.abs()  # -1 ... 0
@@ -100,10 +106,14 @@ def adaptive_temperature(
     form: str = "bounded",
     released: bool = False,
 ) -> Tensor:
-    """A, Eq. 8: the temperature of one decoding step, from the entropy of that step's raw logits.
+    """Return mechanism A's temperatures, Eq. 8, from the entropies of a decoding step's raw logits.
+
         bounded (published runs)   T = base (1 + tau h)
         zscore  (as printed)       T = base clip(1 + tau z, 0.1, 10),  z = (x - pivot) / sigma
-    Any shape; statistics of the batch before, None for the first, which is drawn at base."""
+
+    The shape is that of `entropy`. stats: those of the previous batch; None for the first batch,
+    whose temperature is `base` everywhere.
+    """
     if stats is None:
         return torch.zeros_like(entropy) + base
     if form == "bounded":
@@ -117,17 +127,23 @@ def adaptive_temperature(
 def token_group_advantages(
     rewards: Tensor, mask: Tensor, group_size: int, released: bool = False
 ) -> Tensor:
-    """B, Eq. 9: every token of response b carries R[b]; centre and scale over the group's tokens.
-        A[b, t] = (R[b] - mu) / (s + 1e-6),   mu and s (population) over all valid tokens
-    A long response weighs more. (B,), (B, T) -> (B, T), 0 where a group's rewards are equal."""
+    """Return mechanism B's advantages, Eq. 9: rewards normalized over the tokens of a group.
+
+        A[b, t] = (R[b] - mu) / (s + 1e-6)
+
+    Every token of response b carries its reward R[b]. mu and s (population) are the mean and
+    standard deviation over all valid tokens of the group, so a long response weighs more.
+    (B,), (B, T) -> (B, T), 0 at padding and where a group's rewards are equal.
+    """
     groups = split_groups(rewards, group_size)
     lengths = mask.to(rewards.dtype).sum(1).view_as(groups)  # in tokens
-    # all tokens of a response carry its reward: a sum over tokens is one over responses by length
+    # all tokens of a response carry its reward: sum over responses, weighted by their lengths
     tokens = lengths.sum(1, keepdim=True).clamp_min(1)
     mean = (groups * lengths).sum(1, keepdim=True) / tokens
     variance = ((groups - mean).square() * lengths).sum(1, keepdim=True) / tokens
     advantages = (groups - mean) / (variance.sqrt() + 1e-6)
-    # equal rewards (of responses that have tokens) mean exactly 0, whatever the mean's rounding
+    # equal rewards give exactly 0, whatever the mean's rounding; responses without tokens are
+    # ignored
     counts = lengths > 0
     highest = torch.where(counts, groups, -torch.inf).amax(1, keepdim=True)
     lowest = torch.where(counts, groups, torch.inf).amin(1, keepdim=True)
@@ -138,7 +154,7 @@ def token_group_advantages(
 
 
 def _released_fallback(advantages, lengths, rewards, group_size):
-    """A group in which some |A| >= 5 is replaced, whole, by its GRPO advantages."""
+    """Return advantages in which a group with some |A| >= 5 has its GRPO advantages instead."""
     large = (advantages.abs() >= 5) & (lengths > 0)
     grpo = grpo_advantages(rewards, group_size).view_as(advantages)
     return torch.where(large.any(1, keepdim=True), grpo, advantages)
@@ -152,11 +168,12 @@ def redistribute_advantages(
     clip_high: float | Tensor,
     released: bool = False,
 ) -> Tensor:
-    """Return C's advantages, Eq. 10-11.
+    """Return mechanism C's advantages, Eq. 10-11, (B, T), without a gradient.
 
-    A (1 + h) where h > 0 and r is outside the neutral zone, and where h <= 0 and r is inside it; A
-    elsewhere. The zone is [1 - clip_low / 2, 1 + clip_high / 2].
-    All (B, T), bounds numbers or (B, T); no gradient."""
+    They are A (1 + h) where h > 0 and r is outside the neutral zone, and where h <= 0 and r is
+    inside it. Elsewhere they are A. The neutral zone is [1 - clip_low / 2, 1 + clip_high / 2].
+    All inputs are (B, T); the bounds may be numbers.
+    """
     ratio, advantages = ratio.detach(), advantages.detach()
     low, high = 1 - clip_low / 2, 1 + clip_high / 2
     inside = (ratio >= low) & (ratio <= high)
@@ -168,9 +185,13 @@ def redistribute_advantages(
 
 
 def adaptive_clip(h: Tensor, clip_low: float = 0.2, clip_high: float = 0.28) -> tuple:
-    """D, Eq. 12-13: per-token clip distances (low, high), each (B, T).
-    low  = clip_low (1 - h)  where h <= 0: sure tokens may fall further
-    high = clip_high (1 + h) where h > 0:  uncertain tokens may rise further"""
+    """Return mechanism D's clip distances (low, high) of every token, Eq. 12-13, each (B, T).
+
+        low  = clip_low (1 - h)  where h <= 0: a low-entropy token may lose more probability
+        high = clip_high (1 + h) where h > 0:  a high-entropy token may gain more probability
+
+    Elsewhere they are clip_low and clip_high.
+    """
     sure = h.detach().clamp_max(0.0)  # h where h <= 0, elsewhere 0
     uncertain = h.detach().clamp_min(0.0)
     return clip_low * (1 - sure), clip_high * (1 + uncertain)

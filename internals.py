@@ -1,23 +1,23 @@
-"""Every layer is a policy: residual stream, internal policies, and how their entropy flows.
+"""Compute the internal policies of a model's layers: residual stream, logits and entropies.
 
 "Bottom-up Policy Optimization", Tan et al., arXiv 2512.19673, equation numbers of version 3. A
-pre-norm decoder adds two terms a layer to its residual stream (Eq. 4),
+pre-norm decoder adds two terms per layer to its residual stream (Eq. 4),
 
     H^l = H^(l-1) + A^l + F^l
     A^l from attention(LN_in(H^(l-1))),    F^l from mlp(LN_post(H^(l-1) + A^l))
 
-and each of them, multiplied by the unembedding matrix E_u, is a policy of its own (Eq. 5-6):
-softmax(H^l E_u^T), softmax(A^l E_u^T), softmax(F^l E_u^T). The model's own is
+and each of H^l, A^l and F^l, multiplied by the unembedding matrix E_u, defines an internal policy
+(Eq. 5-6): softmax(H^l E_u^T), softmax(A^l E_u^T), softmax(F^l E_u^T). The model's own policy is
 softmax(norm(H^L) E_u^T).
 
 Layers count 1 ... L as in the paper, H^0 is the embedding output, and every H here is taken
-*before* the final norm. (The last entry of transformers' own `hidden_states` is already normed, the
-inner ones are not: a common trap.)
+*before* the final norm. (In transformers' own `hidden_states`, the last entry is taken after the
+final norm and the others are not, which is easily overlooked.)
 
 Shapes: B sequences, S positions, D hidden size, L layers, V vocabulary. Entropies in nats.
 The released code (Trae1ounG/BuPO, commit d3a85c6) counts layers from 0, edits copies of three model
-files and always runs all L layers; here nothing of transformers is copied or patched, and
-`layer_hidden` runs layers 1 ... l alone.
+files and always runs all L layers. Here no code of transformers is copied or patched, and
+`layer_hidden` runs only layers 1 ... l.
 
     python internals.py --model DIR     prints the entropy of every layer's policy
 """
@@ -27,7 +27,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-if __name__ == "__main__":  # before torch, whose import takes seconds: mistakes are named at once
+if __name__ == "__main__":  # before torch, whose import takes seconds: report mistakes at once
     import common.threads  # noqa: F401
     from common.command import run_main
     from scripts.internal_options import read_command_line
@@ -48,7 +48,10 @@ Scorer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def decoder_body(model: nn.Module) -> nn.Module:
-    """Return the module that holds `layers` and `norm`; ValueError names what is missing."""
+    """Return the module that holds `layers` and `norm`.
+
+    ValueError if the model is not built as expected; it names the missing part.
+    """
     body = model.base_model
     name = type(model).__name__
     for part in ("layers", "norm", "embed_tokens"):
@@ -72,13 +75,13 @@ def layer_count(model: nn.Module) -> int:
 
 
 def check_layer(model: nn.Module, layer: int, name: str = "layer") -> None:
-    """Raise ValueError if the model has no such layer."""
+    """Raise ValueError if the model has no layer of this number (from 1)."""
     if not 1 <= layer <= layer_count(model):
         raise ValueError(f"{name} {layer}: this model has the layers 1 to {layer_count(model)}")
 
 
 def unembedding(model: nn.Module) -> Tensor:
-    """Return E_u, (V, D)."""
+    """Return E_u, the output embedding, (V, D)."""
     return model.get_output_embeddings().weight
 
 
@@ -87,12 +90,16 @@ def unembedding(model: nn.Module) -> Tensor:
 
 @contextlib.contextmanager
 def first_layers(model: nn.Module, layer: int | None, norm: bool, head: bool = False) -> Iterator:
-    """While open, the model runs layers 1 ... layer, norms if asked to; without its head, `logits`
-    are hidden states. Modules are swapped, not copied: masks, positions, sharding stay its own."""
+    """Make a model run only layers 1 ... layer (None: all) while open.
+
+    Its final norm is applied if `norm`. Its output embedding is applied if `head`; otherwise the
+    model's `logits` are hidden states. Modules are exchanged and not copied, so the model keeps its
+    masks, positions and sharding.
+    """
     body, unembed = model.base_model, model.get_output_embeddings()
     layers, final_norm = body.layers, body.norm
     try:
-        if layer is not None:  # BuPO 5: nothing above layer l runs, nor gets a gradient
+        if layer is not None:  # BuPO 5: no layer above l runs or gets a gradient
             check_layer(model, layer)
             body.layers = layers[:layer]
         if not norm:
@@ -111,11 +118,14 @@ def policy_hidden(
     layer: int | None = None,
     norm: bool = True,
 ) -> Tensor:
-    """The states a policy unembeds: layer `layer`'s (default: the last), normed or not, (B, S, D).
-    policy_hidden(model, ids, mask) @ unembedding(model).T are the model's own logits."""
+    """Return the hidden states of layer `layer` (default: the last), (B, S, D).
+
+    norm=True applies the final norm. policy_hidden(model, ids, mask) @ unembedding(model).T are the
+    model's own logits.
+    """
     mask, positions = attention_mask, position_ids(attention_mask)
     if bool((mask[:, :-1] >= mask[:, 1:]).all()) and bool(mask[:, 0].all()):
-        mask = positions = None  # padding on the right alone: causal attention ignores it
+        mask = positions = None  # only right padding: causal attention needs no mask for it
     with first_layers(model, layer, norm):
         return model(input_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
 
@@ -124,16 +134,16 @@ class PackedBatch(NamedTuple):
     """Some responses with their prompts, laid out in rows for one forward pass."""
 
     ids: Tensor  # (rows, width)
-    mask: Tensor | None  # of the attention; None: causal, with padding on the right alone
-    positions: Tensor | None  # None: 0, 1, 2, ...
-    predecessors: Tensor  # (N,) for each response token the flat index of the state before it
-    tokens: Tensor  # (N,) the response tokens themselves, one response after the other
+    mask: Tensor | None  # attention mask; None: causal attention, and padding only on the right
+    positions: Tensor | None  # position ids, (rows, width); None: 0, 1, 2, ...
+    predecessors: Tensor  # (N,) for each response token, the flat index of the state predicting it
+    tokens: Tensor  # (N,) the response tokens, one response after the other
 
 
 def unpacked(rollout: Rollout, rows: Rows) -> PackedBatch:
     """Return the plain layout: one response per row, after its prompt."""
     ids, _, predicts = rollout.sequences(rows)
-    # the last column predicts nothing; states of prompt tokens are computed and never projected
+    # the last column predicts nothing; prompt states are computed but not multiplied by E_u
     predecessors = predicts[:, :-1].flatten().nonzero().squeeze(1)
     tokens = ids[:, 1:].flatten()[predecessors]
     return PackedBatch(ids[:, :-1], None, None, predecessors, tokens)
@@ -144,7 +154,7 @@ def response_states(
 ) -> Tensor:
     """Return the states that predict the response tokens, (N, D), in the order of packed.tokens.
 
-    layer None: of the model's last layer. The layout changes none of them.
+    layer: None for the model's last layer. The states do not depend on the layout.
     """
     with first_layers(model, layer, norm):
         out = model(
@@ -153,22 +163,28 @@ def response_states(
             position_ids=packed.positions,
             use_cache=False,
         )
-    # first_layers has taken the head off: what the model calls logits are states
+    # first_layers has removed the output embedding, so `logits` are hidden states
     return out.logits.flatten(0, 1).index_select(0, packed.predecessors)
 
 
 def layer_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
-    """H^l, (B, S, D): layers 1 ... l are computed, nothing above; no final norm; differentiable."""
+    """Return H^l, (B, S, D), before the final norm; differentiable. Only layers 1 ... l are run."""
     return policy_hidden(model, input_ids, attention_mask, layer, norm=False)
 
 
 def layer_logits(model: nn.Module, hidden: Tensor, norm: bool = False) -> Tensor:
-    """Eq. 5-6: hidden E_u^T, (..., D) -> (..., V). norm=True applies the final norm first."""
+    """Return the logits hidden E_u^T of Eq. 5-6, (..., D) -> (..., V).
+
+    norm=True applies the final norm first.
+    """
     return (decoder_body(model).norm(hidden) if norm else hidden) @ unembedding(model).T
 
 
 class ResidualStream(NamedTuple):
-    """Eq. 4, all of shape (B, S, D). Layer l of the paper: hidden[l], and index l - 1 elsewhere."""
+    """The terms of Eq. 4, each (B, S, D). Layer l is hidden[l], and index l - 1 in the other lists.
+
+    If residual_stream was given a `keep`, each term has the shape that `keep` returns.
+    """
 
     hidden: list  # H^0 ... H^L, before the final norm
     attention: list  # A^1 ... A^L
@@ -183,9 +199,10 @@ def residual_stream(
     attention_mask: Tensor,
     keep: Callable[[Tensor], Tensor] = lambda states: states,
 ) -> ResidualStream:
-    """Return the residual stream of one forward pass, keep(state) of every state, (..., D).
+    """Return the residual stream of one forward pass.
 
-    ValueError if the blocks are not pre-norm.
+    keep: applied to every state, (B, S, D), to store only a part of it. ValueError if the blocks
+    are not pre-norm.
     """
     body, stream, hooks = decoder_body(model), ResidualStream([], [], [], [], []), []
 
@@ -193,7 +210,7 @@ def residual_stream(
         stream.hidden.append(keep(args[0] if args else kwargs["hidden_states"]))
 
     def keep_output(into):
-        # attention returns a tuple, whose first part is what it adds
+        # attention returns a tuple whose first item is added to the residual stream
         first = lambda out: out[0] if isinstance(out, tuple) else out
         return lambda module, args, out: into.append(keep(first(out)))
 
@@ -234,7 +251,10 @@ def _check_sum(stream, name, layers):
 
 
 class InternalEntropy(NamedTuple):
-    """Mean entropies over all response tokens and their changes (Eq. 7-8, 11-13); on the CPU."""
+    """Mean entropies in nats over all response tokens, and their changes (Eq. 7-8, 11-13).
+
+    All tensors are on the CPU.
+    """
 
     layer: Tensor  # (L + 1,) H(H^0) ... H(H^L)
     attention: Tensor  # (L,) H(A^l)
@@ -243,44 +263,48 @@ class InternalEntropy(NamedTuple):
     feed_forward_input: Tensor  # (L,) H(LN_post(H^(l-1) + A^l))
     attention_cosine: Tensor  # (L,) cos(A^l, H^(l-1))
     feed_forward_cosine: Tensor  # (L,) cos(F^l, H^(l-1) + A^l)
-    policy: Tensor  # () the model's own policy, with the final norm
+    policy: Tensor  # () entropy of the model's own policy, with the final norm
 
     @property
     def layer_change(self) -> Tensor:
-        """H(H^l) - H(H^(l-1)), (L,). Positive: the layer explores; negative: it converges."""
+        """Return H(H^l) - H(H^(l-1)), (L,): positive if the layer explores, negative if not."""
         return self.layer[1:] - self.layer[:-1]
 
     @property
     def attention_change(self) -> Tensor:
-        """H(A^l) - H(LN_in(H^(l-1))), (L,): against what the block was given."""
+        """Return H(A^l) - H(LN_in(H^(l-1))), (L,): output minus input."""
         return self.attention - self.attention_input
 
     @property
     def feed_forward_change(self) -> Tensor:
-        """H(F^l) - H(LN_post(H^(l-1) + A^l)), (L,)."""
+        """Return H(F^l) - H(LN_post(H^(l-1) + A^l)), (L,): output minus input."""
         return self.feed_forward - self.feed_forward_input
 
 
-DIAGNOSED_TOKENS = 2**12  # measured in one pass, padding included; at least one sequence
-LOGITS_CHUNK = 2**24  # logits that exist at a time
+DIAGNOSED_TOKENS = 2**12  # tokens per forward pass, padding included; at least one sequence
+LOGITS_CHUNK = 2**24  # logits that are in memory at a time
 
 
 def diagnostic_batch_size(width: int) -> int:
-    """Return how many sequences of a width are measured in one pass.
+    """Return how many sequences of `width` tokens are measured in one forward pass.
 
-    The processes of a sharded model must agree on it: every pass is a collective call.
+    The processes of a sharded model must use the same number, since every forward pass is a
+    collective call.
     """
     return max(1, DIAGNOSED_TOKENS // width)
 
 
 def chunked_scores(states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return token_logprobs_and_entropy of many tokens, with bounded memory."""
+    """Return losses.token_logprobs_and_entropy, computed in chunks of bounded memory."""
     chunk = max(1, LOGITS_CHUNK // len(weight))
     return token_logprobs_and_entropy(states, weight, targets, chunk_tokens=chunk)
 
 
 def predicting(states: Tensor, response_mask: Tensor) -> Tensor:
-    """The states that predict response tokens: one position to their left. (B, S, D) -> (N, D)."""
+    """Return the states that predict response tokens, (B, S, D) -> (N, D).
+
+    Each is one position to the left of its token.
+    """
     return states[:, :-1][response_mask[:, 1:].bool()]
 
 
@@ -297,8 +321,9 @@ def internal_entropy(
 ) -> InternalEntropy:
     """Return the entropy of every internal policy, averaged over response tokens.
 
-    All masks (B, S); `batch` sequences at a time; ids from vocab_size on (a padded vocabulary) do
-    not count. `progress` names a bar. `token_scores` may be a faster function with the same result.
+    Ids and masks are (B, S). `batch` sequences are run at a time. Ids from vocab_size on (a padded
+    vocabulary) are left out. `progress` is the title of a progress bar, None for no bar.
+    `token_scores` may be a faster function with the same result.
     """
     total, count = None, 0
     batch = batch or diagnostic_batch_size(input_ids.shape[1])
@@ -307,7 +332,7 @@ def internal_entropy(
         rows = slice(i, i + batch)
         of_responses = functools.partial(predicting, response_mask=response_mask[rows])
         parts = residual_stream(model, input_ids[rows], attention_mask[rows], of_responses)
-        weight = unembedding(model)[:vocab_size]  # a sharded model has gathered it by now
+        weight = unembedding(model)[:vocab_size]  # a sharded model gathers it in its forward pass
         own = decoder_body(model).norm(parts.hidden[-1])
         before_ffn = [h + a for h, a in zip(parts.hidden, parts.attention)]
         entropy_sum = lambda states: _entropy_sum(states, weight, token_scores)
@@ -333,9 +358,10 @@ def _cosine_sums(xs, ys):
 
 
 def boundary_layer(ffn_entropy_change: Tensor | list[float]) -> int | None:
-    """The last layer l (from 1) whose feed-forward block raises entropy, dH_ffn^l > 0; or None.
+    """Return the last layer l (from 1) whose feed-forward block raises entropy, dH_ffn^l > 0.
 
-    BuPO aligns this layer: the last one that still explores before the model only converges.
+    Return None if there is no such layer. The input is (L,). BuPO aligns this layer: no
+    feed-forward block above it raises entropy.
     """
     positive = (torch.as_tensor(ffn_entropy_change) > 0).nonzero()
     return int(positive[-1]) + 1 if len(positive) else None
@@ -354,11 +380,12 @@ def layer_similarity(
     vocab_size: int | None = None,
     batch: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Against every later layer k = layer + 1 ... L, over response tokens: two (L - layer,), on the
-    CPU. `batch` sequences at a time.
+    """Compare layer l = `layer` with every later layer k. Return (cosine, kl), (L - l,) each.
 
     cosine  mean cos(H^l, H^k)
-    kl      mean KL(policy_l || policy_k) in nats, the internal policies of Eq. 5
+    kl      mean KL(policy_l || policy_k) in nats, of the internal policies of Eq. 5
+
+    Means are over response tokens; the results are on the CPU. `batch` sequences are run at a time.
     """
     count, sums = 0, torch.zeros(2, layer_count(model) - layer, dtype=torch.float64)
     batch = batch or diagnostic_batch_size(input_ids.shape[1])
@@ -385,9 +412,10 @@ def perplexity(
     batch: int | None = None,
     token_scores: Scorer = chunked_scores,
 ) -> float:
-    """Return exp of the mean negative log-probability of the response tokens, full policy.
+    """Return the perplexity of the response tokens under the full policy.
 
-    `batch` sequences at a time; `token_scores` as in internal_entropy.
+    It is exp of their mean negative log-probability. `batch` sequences are run at a time;
+    `token_scores` is as in internal_entropy.
     """
     total, count = 0.0, 0
     batch = batch or diagnostic_batch_size(input_ids.shape[1])
@@ -404,7 +432,10 @@ def perplexity(
 def policy_kl(
     states: Tensor, others: Tensor, weight: Tensor, chunk_tokens: int | None = None
 ) -> Tensor:
-    """Mean KL(softmax(states E^T) || softmax(others E^T)) over N tokens; (N, D) twice -> ()."""
+    """Return the mean KL(softmax(states E^T) || softmax(others E^T)) over N tokens, in nats.
+
+    (N, D), (N, D), (V, D) -> (). Logits are computed for `chunk_tokens` tokens at a time.
+    """
     chunk = chunk_tokens or max(1, LOGITS_CHUNK // weight.shape[0])
     total = 0.0
     with torch.autocast(states.device.type, enabled=False):

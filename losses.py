@@ -1,6 +1,6 @@
 """The mathematics both papers build on: token log-probabilities, advantages, the clipped surrogate.
 
-Tensors in, tensors out. Nothing here knows a model, a tokenizer or an optimiser, and nothing
+All functions take and return tensors. None needs a model, a tokenizer or an optimizer, and none
 changes an input.
 
 Shapes    B responses (the G responses to one prompt are adjacent), T response positions
@@ -16,7 +16,7 @@ Sources   GRPO (Shao et al. 2024, arXiv 2402.03300), DAPO (Yu et al. 2025, 2503.
 import torch
 from torch import Tensor
 
-LOG_RATIO_LIMIT = 20.0  # from 89 on exp overflows, and even a clipped token's gradient is NaN
+LOG_RATIO_LIMIT = 20.0  # exp overflows from 89 on, and even a clipped token's gradient is then NaN
 NEVER = -1e30  # a finite stand-in for -inf: exp(NEVER) and 0 * NEVER are both 0
 
 # ------------------------------------- log-probability and entropy of the tokens of a response
@@ -34,9 +34,9 @@ def token_logprobs_and_entropy(
         p = softmax(hidden @ unembedding.T / temperature)
         logp = log p[target],   entropy = -sum_v p_v log p_v
 
-    hidden (..., D), unembedding (V, D) cut to the tokenizer's ids, targets (...); both results
-    (...) and differentiable. The logits of `chunk_tokens` tokens exist at a time (default: of all).
-    engine/logprobs.py computes the same with less memory.
+    hidden (..., D), unembedding (V, D) cut to the tokenizer's ids, targets (...). Both results are
+    (...) and differentiable. Logits are computed for `chunk_tokens` tokens at a time (default: for
+    all). engine/logprobs.py computes the same with less memory.
     """
     if targets.shape != hidden.shape[:-1]:
         shapes = f"{tuple(targets.shape)}, hidden {tuple(hidden.shape)}"
@@ -56,16 +56,17 @@ def token_logprobs_and_entropy(
 def row_logprobs_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return log p[target] and the entropy of p = softmax(logits): (..., V), (...) -> (...) twice.
 
-    HAPO uses log H, so H must be exact where it is small; H = log Z - E[logit] cancels there.
-    Subtract the largest logit, so that every z <= 0. Let s be the sum of e^z over all other ids.
-    Then H = log1p(s) + sum p (-z): a sum of terms that are never negative.
+    HAPO uses log H, so H must be exact where it is small, where log Z - E[logit] loses its digits
+    by cancellation. So subtract the largest logit, which makes every z <= 0. Let s be the sum of
+    e^z over all other ids. Then H = log1p(s) + sum p (-z): a sum of terms that are never negative.
     """
     with torch.autocast(logits.device.type, enabled=False):
         top = logits.argmax(-1, keepdim=True)
         z = clip(logits - logits.gather(-1, top), NEVER, torch.inf)
         others = z.exp().scatter(-1, top, 0.0)
         s = others.sum(-1)
-        # log Z, less the largest logit. Its z is 0, or NaN if it was infinite: that must show
+        # log Z minus the largest logit. Add that logit's own z: it is 0, or NaN if the logit was
+        # infinite, and the NaN must reach the result
         log_z = torch.log1p(s) + z.gather(-1, top).squeeze(-1)
         entropy = log_z - (others * z).sum(-1) / (1 + s)
         logp = z.gather(-1, targets[..., None]).squeeze(-1) - log_z
@@ -78,7 +79,8 @@ def row_logprobs_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, T
 def grpo_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """Return GRPO's advantages: A[b] = (R[b] - mean_group) / (std_group + 1e-6), (B,) -> (B,).
 
-    The deviation is the sample's (n - 1). A group of one, or of equal rewards, has advantage 0.
+    std_group is the sample standard deviation (n - 1). A group of one response, or of equal
+    rewards, has advantage 0.
     """
     groups = split_groups(rewards, group_size)
     if group_size == 1:
@@ -86,7 +88,7 @@ def grpo_advantages(rewards: Tensor, group_size: int) -> Tensor:
     mean = groups.mean(1, keepdim=True)
     std = groups.std(1, keepdim=True)
     advantages = (groups - mean) / (std + 1e-6)
-    # rounding of the mean must not turn "all equal" into noise divided by 1e-6
+    # if all rewards are equal, the mean's rounding error must not be divided by 1e-6
     return torch.where(has_reward_variance(rewards, group_size), advantages.view(-1), 0.0)
 
 
@@ -106,7 +108,7 @@ def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def split_groups(rewards: Tensor, group_size: int) -> Tensor:
-    """Return rewards by group, (B,) -> (B / G, G). ValueError if a group is not whole."""
+    """Return rewards by group, (B,) -> (B / G, G). ValueError if B is not a multiple of G."""
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} responses: not a multiple of the group size {group_size}")
     return rewards.view(-1, group_size)
@@ -136,7 +138,7 @@ def clip(values: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
 
 
 def likelihood_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
-    """Return r = exp(logp - old_logp), its exponent clipped to +-20: no gradient beyond."""
+    """Return r = exp(logp - old_logp); the exponent is clipped to +-20, with gradient 0 beyond."""
     return torch.exp(clip(logp - old_logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
@@ -181,13 +183,16 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------- three kinds of mean
-# The normalizer belongs to the whole mini-batch of an update. Where it is cut into micro-batches,
-# the caller passes the whole mini-batch's number, and the parts add up to the same loss and
-# gradient. Padding is filled with 0: multiplying by the mask would keep a NaN that stands there.
+# The normalizer is that of an update's whole mini-batch. If the mini-batch is split into
+# micro-batches, the caller passes this number, and their losses and gradients add up to those of
+# the mini-batch. Padding is filled with 0, since multiplying a NaN by the mask would keep it.
 
 
 def masked_mean(values: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
-    """Return the token mean (DAPO): sum over valid tokens / their number, or / `normalizer`."""
+    """Return the token mean (DAPO), (B, T) -> (): the sum over valid tokens / their number.
+
+    `normalizer` replaces the number of tokens.
+    """
     count = mask.sum() if normalizer is None else normalizer
     return values.masked_fill(mask == 0, 0.0).sum() / max(count, 1)
 
@@ -197,7 +202,7 @@ def sequence_mean(
     mask: Tensor,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Return the sequence mean (GRPO): each response's mean over its tokens, then over responses.
+    """Return the sequence mean (GRPO), (B, T) -> (): the mean over responses of their token means.
 
     `normalizer` replaces the number of responses. A response without a valid token adds 0 and still
     counts as a response.
@@ -214,7 +219,10 @@ def fixed_length_mean(
     length: int,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Return Dr. GRPO's mean: each response's sum / a constant `length`, then over responses."""
+    """Return Dr. GRPO's mean, (B, T) -> (): the mean over responses of their sums / `length`.
+
+    `length` is a constant in tokens. `normalizer` replaces the number of responses.
+    """
     count = len(values) if normalizer is None else normalizer
     total = values.masked_fill(mask == 0, 0.0).sum()
     return total / (length * max(count, 1))
@@ -224,9 +232,9 @@ def fixed_length_mean(
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """Return DAPO's soft overlong penalty, added to the reward: (B,) tokens -> (B,).
+    """Return DAPO's soft overlong penalty, which is added to the reward: (B,) tokens -> (B,).
 
-    0 up to max_length - buffer, then linear down to -1 at max_length.
+    It is 0 up to a length of max_length - buffer, then falls linearly to -1 at max_length.
     """
     if not 0 < buffer <= max_length:
         raise ValueError(f"the overlong buffer must lie in 1..{max_length}, not {buffer}")

@@ -3,7 +3,7 @@
 Each decoding step draws one token per row from softmax(logits / temperature), and from nothing
 else: no top-k, no top-p, no repetition penalty, whatever the model's generation_config says. The
 temperature is a number, or a rule: a function of the entropies of the step's raw logits and of the
-tokens' positions in the response. HAPO's Eq. 8 is such a rule; this module does not know it.
+tokens' positions in the response. HAPO's Eq. 8 is such a rule, but this module needs no part of it.
 
 `generate` is the readable decoder, which --plain runs. engine/decoding.py has the fast one: the
 same arguments and the same tokens.
@@ -39,13 +39,13 @@ class NonFinite(FloatingPointError):
 
 
 class TokenScores(NamedTuple):
-    """The log-probability and entropy of every response token, and where they come from."""
+    """Log-probability and entropy of every response token, with their policy and temperature."""
 
     logp: Tensor  # (B, T), 0 at padding
     entropy: Tensor | None  # (B, T) in nats, 0 at padding; None where it was not computed
     policy: str  # whose distribution: "sampler", "full policy", "layer 3", "reference"
     temperature: float | Tensor  # of logp: a number, or one per token where the sampler adapts it
-    entropy_temperature: float  # of the distribution that the entropy belongs to
+    entropy_temperature: float  # temperature at which the entropy was computed
 
 
 @dataclass(kw_only=True)
@@ -56,9 +56,9 @@ class Rollout:
     prompt_mask: Tensor  # (P, S) bool
     tokens: Tensor  # (B, T) int64, 0 after the end
     mask: Tensor  # (B, T) bool, true up to and including the end-of-sequence token
-    temperature: Tensor  # (B, T) at which each token was drawn, 0 after the end
-    logp: Tensor  # (B, T) its log-probability at that temperature (greedy: at 1)
-    entropy: Tensor  # (B, T) of that step's raw logits, nats; NaN where it was not measured
+    temperature: Tensor  # (B, T) temperature at which each token was drawn, 0 after the end
+    logp: Tensor  # (B, T) each token's log-probability at that temperature (greedy: at 1)
+    entropy: Tensor  # (B, T) nats, of each step's raw logits; NaN where it was not measured
     finished: Tensor  # (B,) bool, false where the length cap cut the response
 
     @property
@@ -80,31 +80,37 @@ class Rollout:
         return [ids[kept].tolist() for ids, kept in zip(tokens, mask)]
 
     def row_list(self, rows: Rows) -> list[int]:
-        """Return rows as a list of their numbers."""
+        """Return rows, a slice or a list, as a list of row numbers."""
         if isinstance(rows, slice):
             return list(range(len(self.tokens))[rows])
         return rows
 
     def sequences(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Return some rows padded on the right: (ids, mask, whether a response token is next)."""
+        """Return some rows padded on the right: (ids, mask, predicts), (rows, longest row) each.
+
+        `predicts` is true at the positions whose next token is a response token.
+        """
         prompts = torch.arange(len(self.tokens), device=self.mask.device)[rows] // self.group_size
         padded = torch.cat([self.prompt[prompts], self.tokens[rows]], 1)
         start = self.prompt_mask[prompts].sum(1, keepdim=True)
         end = start + self.mask[rows].sum(1, keepdim=True)
         place = torch.arange(int(end.max()), device=padded.device)
         attention = place < end
-        source = place + self.prompt.shape[1] - start  # skips the padding on the left
+        source = place + self.prompt.shape[1] - start  # skip the padding on the left
         ids = padded.gather(1, source.clamp_max(padded.shape[1] - 1)) * attention
         predicts = (place >= start - 1) & (place < end - 1)
         return ids, attention, predicts
 
     def with_response_mask(self, cap: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return at most `cap` rows, spread over the batch: (ids, attention, response mask)."""
+        """Return at most `cap` rows, spread evenly over the batch: (ids, attention, response mask).
+
+        All three have the shape (rows, longest row).
+        """
         total = len(self.tokens)
         count = min(cap, total)
         rows = [i * total // count for i in range(count)]
         ids, attention, predicts = self.sequences(rows)
-        response = predicts.roll(1, 1)  # a token stands one place right of what predicts it
+        response = predicts.roll(1, 1)  # a token is one position right of the state predicting it
         return ids, attention, response
 
 
@@ -120,7 +126,10 @@ def pad_prompts(prompts: list, device: str = "cpu") -> tuple[Tensor, Tensor]:
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Return positions that count real tokens only: padding on the left changes none of them."""
+    """Return position ids that count real tokens only, so that left padding does not shift them.
+
+    (rows, positions) -> (rows, positions).
+    """
     count = attention_mask.long().cumsum(-1)
     return (count - 1).clamp_min(0)
 
@@ -139,13 +148,16 @@ def generate(
     uniform: Tensor | None = None,
     measure_entropy: bool = False,
 ) -> Rollout:
-    """Draw `group_size` responses to each prompt (lists of token ids, of any lengths).
+    """Draw `group_size` responses to each prompt and return them as a Rollout.
 
+    prompts          lists of token ids, of any lengths
     eos_ids          every id that ends a response (see eos_ids_of)
-    temperature      0 for greedy; see Temperature
+    temperature      a number (0: greedy) or a rule; see Temperature
     vocab_size       ids from here on (a padded vocabulary) have probability 0
-    uniform          the random numbers, (max_new_tokens, B) in [0, 1)
-    measure_entropy  at every step, also where no rule asks for it (this decoder always does)
+    uniform          the random numbers, (max_new_tokens, B) in [0, 1); default: new ones
+    measure_entropy  measure entropies even if no rule needs them (this decoder always does)
+
+    NonFinite if a logit is NaN or infinite.
     """
     device = model.get_input_embeddings().weight.device
     prompt, prompt_mask = pad_prompts(prompts, device)
@@ -181,7 +193,10 @@ def generate(
 
 @contextlib.contextmanager
 def rollout_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to eval without gradients, and back: checkpointing drops the cache in train mode."""
+    """Put a model in eval mode without gradients while open; restore its modes afterwards.
+
+    In train mode, gradient checkpointing would turn the KV cache off.
+    """
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
@@ -192,7 +207,7 @@ def rollout_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Drawn(NamedTuple):
-    """The tokens of one decoding step and what is kept of each, (R,)."""
+    """The tokens drawn in one decoding step, and the values recorded with them, (R,) each."""
 
     tokens: Tensor
     temperature: Tensor
@@ -206,9 +221,9 @@ def draw(
     uniform: Tensor,
     positions: Tensor | None = None,
 ) -> Drawn:
-    """Draw one token per row from softmax(logits / T), (R, V), by its inverse CDF at `uniform`.
+    """Draw one token per row from softmax(logits / T), (R, V), by inverting its CDF at `uniform`.
 
-    uniform (R,) in [0, 1); positions (R,): each token's position in its response, default 0.
+    uniform: (R,) in [0, 1). positions: (R,), each token's position in its response; default 0.
     """
     _, entropy = row_logprobs_and_entropy(logits, logits.argmax(-1))
     temperatures = temperature
@@ -229,7 +244,7 @@ def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
     """Return the smallest index whose cumulative probability exceeds `uniform`; (R, V), (R,)."""
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
-    # rounding may carry the threshold up to the total; below it, no id of probability 0 is drawn
+    # rounding may raise the threshold to the total, where an id of probability 0 would be drawn
     below = torch.nextafter(total, torch.zeros_like(total))
     threshold = torch.minimum(uniform[:, None] * total, below)
     index = torch.searchsorted(cumulative, threshold, right=True)
@@ -237,7 +252,7 @@ def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def entropy_of(logits: Tensor) -> Tensor:
-    """Return the entropy in nats of softmax(logits), (R, V) -> (R,). -inf is probability 0."""
+    """Return the entropy in nats of softmax(logits), (R, V) -> (R,). A logit may be -inf."""
     _, entropy = row_logprobs_and_entropy(logits, logits.argmax(-1))
     return entropy
 
@@ -268,14 +283,14 @@ class AdaptiveTemperature(LogitsProcessor):
         return (logits / temperatures[:, None]).to(scores.dtype)
 
 
-# ------------------------------------------------------------------------ what models are asked
+# ----------------------------------------------------------- properties of models and tokenizers
 
 
 @functools.cache
 def cache_argument(kind: type) -> str:
-    """Return the name under which a class of models takes its keys and values.
+    """Return the name of the argument by which a class of models takes its KV cache.
 
-    past_key_values, or cache since transformers 5.24, which will refuse the old name in 5.40.
+    It is past_key_values, or cache since transformers 5.24, which will refuse the old name in 5.40.
     """
     forwards = [vars(k)["forward"] for k in kind.__mro__ if "forward" in vars(k)]
     known = {name for forward in forwards for name in inspect.signature(forward).parameters}
@@ -285,8 +300,8 @@ def cache_argument(kind: type) -> str:
 def eos_ids_of(model: nn.Module, tokenizer: object) -> list[int]:
     """Return every id that ends a response.
 
-    They are those of generation_config, of config and of the tokenizer, and the one that the chat
-    template puts after a response.
+    They are the ids in generation_config, in config and in the tokenizer, and the token that the
+    chat template puts after a response.
     """
     found = {end_of_turn(tokenizer)}
     for source in (model.generation_config, model.config, tokenizer):
@@ -305,7 +320,7 @@ def end_of_turn(tokenizer: object) -> int | None:
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "jinja2":
             raise
-        return None  # the template knows no responses, and so no end of one
+        return None  # the template takes no assistant message, so it has no end of one
     after = tokenizer(text.rpartition("xyz")[2], add_special_tokens=False).input_ids[:1]
     added = tokenizer.added_tokens_decoder
     return after[0] if after and after[0] in added and added[after[0]].special else None

@@ -5,9 +5,10 @@
 
 Read `train_step` first, from the prompts to the updated weights. HAPO differs from its baseline
 DAPO in four mechanisms, marked HAPO A to D. BuPO differs in the places marked BuPO 1 to 9, here and
-elsewhere (grep -rn "# BuPO"). What an experiment decides is an `if` in the step. What the machine
-decides (precision, memory, processes, the decoder) is a method of one engine. engine/engine.py has
-its plain form, which --plain runs in float32; engine/fast.py has the one that runs by default.
+elsewhere (grep -rn "# BuPO"). The choices of an experiment are `if`s in the step. The choices that
+depend on the machine (precision, memory, processes, the decoder) are methods of the engine.
+engine/engine.py has the plain engine, which --plain runs in float32. engine/fast.py has the engine
+that runs by default.
 
 A run is a function of its options and its seed: every random draw is seeded by (seed, step). On the
 same processor with the same number of threads nothing else is random; a GPU may add numbers in
@@ -22,7 +23,7 @@ import common.threads  # before torch
 from common.command import run_main
 from run.options import Options, check_command_line
 
-if __name__ == "__main__":  # before torch, whose import takes seconds: mistakes are named at once
+if __name__ == "__main__":  # before torch, whose import takes seconds: report mistakes at once
     run_main(check_command_line, None, __doc__)
 
 # isort: split
@@ -52,13 +53,13 @@ def train_step(step: int, run: Run) -> StepRecord:
     """Train on one batch of responses, from the prompts to the updated weights."""
     options, engine, dist, clock = run.options, run.engine, run.dist, Stopwatch(run.dist.device)
 
-    # 1. Whose policy learns? In BuPO's first phase that of layer l, else the model's own (None). To
-    # change the phases, change bupo.target_layer: console, options and resume ask it, too.
+    # 1. Whose policy is trained? In BuPO's first phase layer l's, otherwise the model's own (None).
+    # Change the phases in bupo.target_layer: the console, the options and a resume call it, too.
     layer = schedules.target_layer(step, options, run.layer)  # BuPO 1
 
-    # 2. Sample G responses to each prompt from the policy as it is, and reward each.
+    # 2. Sample G responses to each prompt from the current policy, and compute their rewards.
     temperature = options.temperature
-    if "A" in run.mechanisms:  # HAPO A: a rule, which the decoder asks at every token
+    if "A" in run.mechanisms:  # HAPO A: a rule that the decoder calls at every token
         stats, base, tau = run.sampler_stats, options.temperature, options.tau  # last batch's stats
         if options.temperature_form == "two":  # a baseline
             temperature = lambda entropy, position: baselines.two_temperatures(
@@ -69,7 +70,7 @@ def train_step(step: int, run: Run) -> StepRecord:
                 entropy, stats, base, tau, options.temperature_form, options.released
             )
     batch = run.last_batch = generate_and_grade(step, 0, layer, temperature, run)
-    if options.dynamic_sampling:  # DAPO: zero-variance groups are replaced, for some rounds
+    if options.dynamic_sampling:  # DAPO: replace zero-variance groups, in at most max_rounds
         for attempt in range(1, options.max_rounds):
             if dynamic_sampling.is_filled(batch, run):
                 break
@@ -82,8 +83,8 @@ def train_step(step: int, run: Run) -> StepRecord:
         run.layer = report.measure_boundary(batch, run)
         layer = schedules.target_layer(step, options, run.layer)
 
-    # 3. Score every token under the policy that learns: the ratio's denominator. (What the sampler
-    # recorded is at the temperature of each draw.) A mini-batch holds the responses of one update.
+    # 3. Compute the ratio's denominator: log-probabilities under the policy being trained. (The
+    # sampler's are at each draw's temperature.) A mini-batch holds the responses of one update.
     size = len(batch.texts) // options.updates_per_rollout
     mini_batches = [slice(i, i + size) for i in range(0, len(batch.texts), size)]
     batch.old = engine.batch_logprobs(engine.policy, rollout, mini_batches, layer)
@@ -103,7 +104,7 @@ def train_step(step: int, run: Run) -> StepRecord:
 
     # 4. How uncertain was the full policy at each token? One h in [-1, 1] per token. Two sets of
     # statistics, each over all tokens of all processes, zero-variance groups included: those of all
-    # responses drawn, for A in the next step, and those of this batch, for its h.
+    # responses drawn, for mechanism A in the next step, and those of this batch, for its h.
     if "A" in run.mechanisms:
         drawn = (batch.all_drawn or batch).rollout
         pool = dist.gather(drawn.entropy[drawn.mask])
@@ -128,10 +129,10 @@ def train_step(step: int, run: Run) -> StepRecord:
         batch.advantages = baselines.change_advantages(batch.advantages, batch, run)
     clock.lap("score")
 
-    # 6. Update the policy on each mini-batch in turn. Its loss is a mean over the whole mini-batch,
-    # however many micro-batches it is computed in. No step at all, not even weight decay, where no
-    # token has an advantage (with a KL term all tokens learn).
-    if options.bupo_baseline != "align" or options.bupo_norm:  # BuPO 8: its baselines, its ablation
+    # 6. Update the policy on each mini-batch in turn. The loss is a mean over the whole mini-batch,
+    # whatever the number of micro-batches. If no token has an advantage, skip the optimizer step
+    # and its weight decay (with a KL term, every token in the loss has a gradient).
+    if options.bupo_baseline != "align" or options.bupo_norm:  # BuPO 8: baselines and ablation
         baselines.set_trainable_weights(step, run)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * schedules.learning_rate_factor(step, options)
@@ -149,7 +150,7 @@ def train_step(step: int, run: Run) -> StepRecord:
         total, results = 0.0, []
         for rows in engine.micro_batches(rollout, mini_batch):
             new = engine.token_logprobs(engine.policy, rollout, rows, layer, measure_entropy=False)
-            of_tokens = policy_loss(new.logp, batch, rows, run)  # with C and D of HAPO
+            of_tokens = policy_loss(new.logp, batch, rows, run)  # applies HAPO's C and D
             if of_tokens.loss_mean == "token":
                 loss = losses.masked_mean(of_tokens.per_token, batch.loss_mask[rows], tokens)
             elif of_tokens.loss_mean == "sequence":
@@ -172,7 +173,7 @@ def train_step(step: int, run: Run) -> StepRecord:
 def generate_and_grade(
     step: int, attempt: int, layer: int | str | None, temperature: Temperature, run: Run
 ) -> Batch:
-    """Draw P prompts and G responses to each, and compose the reward of each response."""
+    """Return a Batch: the next P prompts, G responses to each, and the reward of each response."""
     options, G = run.options, run.options.num_generations
     problems, prompts = zip(*run.next_prompts())
     rollout = run.engine.generate(
@@ -181,7 +182,7 @@ def generate_and_grade(
         options.max_new_tokens,
         temperature,
         run.uniform(step, attempt),
-        measure_entropy=layer is not None,  # BuPO 2: in phase 1, h is computed from it
+        measure_entropy=layer is not None,  # BuPO 2: in phase 1, h is computed from these entropies
     )
     texts = response_texts(rollout.responses(), run.tokenizer)
     ends = [run.tokenizer.decode(ids[-16:]) for ids in prompts]  # which may have opened <think>
@@ -203,12 +204,12 @@ def generate_and_grade(
     else:  # --reward-function; NaN where it failed
         own = [run.reward_function(problems[row // G], text) for row, text in enumerate(texts)]
         outcome = torch.tensor(own, device=rollout.mask.device)[first]
-    # A term of your own, a bonus for the format for example, belongs here. A group whose outcomes
-    # are all equal has zero reward variance and advantage 0; a term that is added below this line
-    # changes that for no group.
+    # Add reward terms of your own here, a bonus for the format for example. A group whose outcomes
+    # are all equal at this line has zero reward variance and advantage 0, whatever terms are added
+    # to its rewards below.
     has_variance = losses.has_reward_variance(outcome, G)
     reward = outcome
-    if options.overlong_buffer:  # after the variance: a length penalty alone gives a group none
+    if options.overlong_buffer:  # after the line above: a length penalty alone gives no variance
         cap, buffer = options.max_new_tokens, options.overlong_buffer
         reward = outcome + losses.overlong_penalty(rollout.lengths, cap, buffer)
     return Batch(
@@ -226,9 +227,9 @@ def generate_and_grade(
 
 
 def policy_loss(logp: Tensor, batch: Batch, rows: Rows, run: Run) -> PolicyLoss:
-    """Return the loss of some responses, (rows, T), from their log-probabilities now.
+    """Return the PolicyLoss of some responses from their current log-probabilities, (rows, T).
 
-    A ratio, its clip bounds and its mean belong together: whoever changes one changes all, here.
+    The ratio, its clip bounds and the mean of the loss depend on each other: all are chosen here.
     """
     options, advantages = run.options, batch.advantages[rows]
     h = None if batch.h is None else batch.h[rows]
@@ -236,10 +237,10 @@ def policy_loss(logp: Tensor, batch: Batch, rows: Rows, run: Run) -> PolicyLoss:
         loss, ratio, low, high, _, loss_mean = baselines.policy_loss(logp, batch, rows, options)
     else:
         ratio, loss_mean = losses.likelihood_ratio(logp, batch.old.logp[rows]), options.loss_mean
-        base = (options.clip_low, options.clip_high)  # this ratio's bounds; C and D start there
+        base = (options.clip_low, options.clip_high)  # this ratio's bounds, before C and D
         if "C" in run.mechanisms:  # HAPO C: its neutral zone is built from the base bounds
             zone = base
-            if options.released and "D" in run.mechanisms:  # there, from D's
+            if options.released and "D" in run.mechanisms:  # the released code takes D's bounds
                 zone = hapo.adaptive_clip(h, *base)
             advantages = hapo.redistribute_advantages(advantages, h, ratio, *zone, options.released)
         low, high = (torch.full_like(logp, bound) for bound in base)
@@ -258,7 +259,7 @@ def policy_loss(logp: Tensor, batch: Batch, rows: Rows, run: Run) -> PolicyLoss:
 
 
 def train(options: Options) -> None:
-    """Set a run up (or pick it up where it stopped), take its steps, leave its files."""
+    """Start or resume a run, take its steps, and write its files."""
     processes = open_processes(options.device)
     common.threads.use_threads(options.threads, print if processes.main else str)
     run, step = open_run(options, processes)
@@ -288,7 +289,10 @@ def train(options: Options) -> None:
 
 
 def guarded_step(step: int, run: Run) -> tuple[dict, str | None]:
-    """Take one step, with its evaluation. Return (metrics, None), or (metrics, why it is bad)."""
+    """Take one step, and evaluate where one is due.
+
+    Return (metrics, None), or (metrics, reason) if NaN or infinite values made the step bad.
+    """
     options = run.options
     try:
         before = report.weight_sample(run)
@@ -310,10 +314,11 @@ def guarded_step(step: int, run: Run) -> tuple[dict, str | None]:
 
 
 def inspect_group(done: StepRecord, run: Run) -> dict:
-    """Return one group for samples.jsonl, token by token: {name: (G, T)} and the group's rows.
+    """Return one group for samples.jsonl: {name: (G, T)} for each value, and the group's rows.
 
-    It is the group whose share of correct responses is nearest to one half. Ratios are those after
-    the last update.
+    The group is the one whose share of correct responses is nearest to one half. Ratios are
+    computed after the last update. `clipped` is -1 or +1 where the lower or upper clip bound
+    removes a token's gradient, elsewhere 0.
     """
     batch, G = done.batch, run.options.num_generations
     share_correct = batch.correct.view(-1, G).float().mean(1)

@@ -1,11 +1,12 @@
-"""The shipped model learns its sums inside TRL, in about two minutes on a CPU.
+"""Train the shipped model on additions inside TRL, in about two minutes on a CPU.
 
     python bridges/trl_addition.py                     HAPO
-    python bridges/trl_addition.py --lora              the same with adapters alone
-    python bridges/trl_addition.py --trainer grpo      TRL's own (or bupo, hapo-bupo)
+    python bridges/trl_addition.py --lora              HAPO, training only LoRA adapters
+    python bridges/trl_addition.py --trainer grpo      TRL's own GRPO (or bupo, hapo-bupo)
 
-The settings are those of `python train.py`: 32 prompts, 8 answers each, 4 updates. Held-out
-accuracy is that of sampled answers, before and after. Needs trl and datasets; --lora needs peft.
+The settings are those of `python train.py`: 32 prompts, 8 responses to each, 4 updates. The script
+prints held-out accuracy of sampled responses before and after training. It needs trl and datasets;
+--lora needs peft.
 """
 
 import argparse

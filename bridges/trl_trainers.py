@@ -1,24 +1,29 @@
-"""HAPO and BuPO inside TRL's GRPOTrainer, for what one loop does not do: LoRA, DeepSpeed, FSDP over
-nodes, trainers and data sets of one's own.
+"""Run HAPO and BuPO inside TRL's GRPOTrainer, for features that train.py does not have.
+
+Examples are LoRA, DeepSpeed, FSDP over several nodes, and trainers and data sets of your own.
+Instead of `from trl import GRPOConfig, GRPOTrainer`, write
 
     from bridges.trl_trainers import HAPOConfig, HAPOTrainer       (BuPOTrainer, HAPOBuPOTrainer)
 
-in place of `from trl import GRPOConfig, GRPOTrainer`. Nothing of TRL is copied. Four of its methods
-are overridden, and each calls the one it overrides. One rollout, in order:
+No code of TRL is copied. Besides `__init__`, three of its methods are overridden, and each calls
+the one it overrides. One rollout runs them in this order:
 
-    _generate_and_score_completions      BuPO: whose policy learns? (_layer)
-        transformers draws the answers   A: a logits processor of ours behind all others
-        _get_per_token_logps_...         TRL's old log-probabilities, layer l's in phase 1; beside
-                                         them the whole policy's entropies (_scored)
-        behind it                        h, from the statistics of all processes; B
-    for each pass of the updates:
+    _generate_and_score_completions      BuPO: select the policy to train (_layer)
+        transformers draws responses     A: add a logits processor after all others
+        _get_per_token_logps_...         compute TRL's old log-probabilities, layer l's in phase 1,
+                                         and the full policy's entropies (_scored)
+        afterwards                       compute h, from the statistics of all processes; B
+    then for each micro-batch of the updates:
     _compute_loss                        D: epsilon_low and epsilon_high become (B, T) tensors
-        _get_per_token_logps_...         new log-probabilities; C: TRL reads advantages behind it
+        _get_per_token_logps_...         compute new log-probabilities; C: change the advantages,
+                                         which TRL reads after this call
 
-A reaches transformers' own `generate` and `generate_batch`, not vLLM. At a T_base other than 1
-entropies are those of logits / T_base, in A, too; behind top_k or top_p, A's are of what is left.
+Mechanism A works with transformers' own `generate` and `generate_batch`, not with vLLM. If T_base
+is not 1, all entropies are those of logits / T_base. With top_k or top_p, mechanism A's entropies
+are those of the remaining ids.
 
-Shapes: B answers of this process, S positions of prompts and answers, T of answers, as TRL pads.
+Shapes: B responses of this process, S positions of prompts and responses, T positions of responses,
+padded as in TRL.
 """
 
 import contextlib
@@ -39,7 +44,7 @@ from sampling import AdaptiveTemperature
 
 try:
     from trl import GRPOConfig, GRPOTrainer
-except (ImportError, RuntimeError) as error:  # RuntimeError: TRL lacks a package of its own
+except (ImportError, RuntimeError) as error:  # RuntimeError: a package that TRL needs is missing
     reason = str(error).splitlines()[-1]
     raise UserError(f"this needs TRL ({reason}); pip install 'trl>=1.0'") from error
 
@@ -48,7 +53,7 @@ IDLE = (
     "note: with one optimiser step a rollout every ratio is 1: nothing is clipped, and HAPO's C "
     "and D do next to nothing; raise steps_per_generation or num_iterations"
 )
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo")  # TRL's losses that are the clipped surrogate
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo")  # TRL's losses that use the clipped surrogate
 
 
 def opt(default, text):
@@ -57,7 +62,7 @@ def opt(default, text):
 
 @dataclass
 class HAPOConfig(GRPOConfig):
-    """GRPOConfig with DAPO's clip range, and the settings of run/options.py by the same names."""
+    """GRPOConfig with DAPO's clip range, and options of run/options.py under the same names."""
 
     epsilon_high: float | None = opt(0.28, "upper clip distance")
     adaptive_temperature: bool = opt(True, "HAPO A: temperature by token entropy (Eq. 8)")
@@ -79,7 +84,7 @@ class HAPOConfig(GRPOConfig):
         if self.bupo_layer is not None:
             self.bupo_layer = str(self.bupo_layer)
             if self.ddp_find_unused_parameters is None:
-                self.ddp_find_unused_parameters = True  # nothing above layer l has a gradient
+                self.ddp_find_unused_parameters = True  # layers above l have no gradient
         layer, liger = self.bupo_layer, getattr(self, "use_liger_kernel", False)
         named = layer in (None, bupo.AUTO) or layer.isdecimal()
         token = self.importance_sampling_level == "token"
@@ -94,17 +99,17 @@ class HAPOConfig(GRPOConfig):
 
 
 def text_of(batch):
-    """(ids, attention mask, positions of answers) of prompts and answers, (B, S) twice."""
+    """Return (ids, attention mask, T) of prompts and responses; ids and mask are (B, S)."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     seen = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     return ids, seen, batch["completion_ids"].shape[1]
 
 
 class Kept(TrainerCallback, ExportableState):
-    """What the first batch after a resume needs, kept in TRL's own trainer_state.json."""
+    """State that the first batch after a resume needs, saved in TRL's own trainer_state.json."""
 
     def __init__(self):
-        self.stats, self.layer = None, None  # of the last rollout: (4,); the boundary layer found
+        self.stats, self.layer = None, None  # EntropyStats of the last rollout; boundary layer
 
     def state(self):
         return {"args": {}, "attributes": {"stats": self.stats, "layer": self.layer}}
@@ -116,9 +121,9 @@ class Kept(TrainerCallback, ExportableState):
 
 
 class Bridge:
-    """What both have in common, over GRPOTrainer."""
+    """Code that HAPO and BuPO share, to be combined with GRPOTrainer."""
 
-    _layer = None  # whose policy this rollout trains; None: the model's own
+    _layer = None  # layer whose policy this rollout trains; None: the model's own
 
     def __init__(self, model, reward_funcs, args=None, *more, **kwargs):
         bottom_up, hapo = isinstance(self, BuPO), isinstance(self, HAPO)
@@ -140,15 +145,15 @@ class Bridge:
         return next(c for c in self.callback_handler.callbacks if isinstance(c, Kept))
 
     def _causal_lm(self, model):
-        """The transformers model inside what accelerate and PEFT have put around it."""
+        """Return the transformers model inside the wrappers of accelerate and PEFT."""
         model = self.accelerator.unwrap_model(model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _tokens(self):
-        """Ids of the tokenizer: those behind only pad the model's vocabulary."""
+        """Return the number of the tokenizer's ids; later ids only pad the model's vocabulary."""
         return vocabulary(getattr(self.processing_class, "tokenizer", self.processing_class))
 
-    # bupo.measure_boundary calls these three, since several processes measure together
+    # bupo.measure_boundary calls these three methods to measure over all processes
     def all_reduce_sum(self, *numbers):
         sums = torch.tensor(numbers, device=self.accelerator.device)
         return self.accelerator.reduce(sums, "sum").tolist()
@@ -157,20 +162,20 @@ class Bridge:
         return self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max()
 
     def reshard(self, model):
-        """FSDP2 gathers the layer above the cut ahead of time, and would keep it."""
+        """Free gathered weights: FSDP2 gathers layer l + 1 ahead of time and would keep it."""
         for module in model.modules():
             if hasattr(module, "reshard"):
                 module.reshard()
 
 
 class HAPO(Bridge):
-    """HAPO over GRPOTrainer."""
+    """HAPO's changes to GRPOTrainer."""
 
-    _scored = None  # while a rollout is scored: entropies of the model that is trained
-    _redistribute = None  # while a loss is computed: what C makes of its log-probabilities
+    _scored = None  # while a rollout is scored: list of entropies of the model being trained
+    _redistribute = None  # while a loss is computed: function of its log-probabilities, for C
 
     def _generate_and_score_completions(self, inputs):
-        if not self.model.training:  # held-out answers are drawn at the base temperature
+        if not self.model.training:  # held-out responses are drawn at the base temperature
             return super()._generate_and_score_completions(inputs)
         self._scored = []
         with self._heated():
@@ -181,7 +186,7 @@ class HAPO(Bridge):
         stats = hapo.entropy_stats(self._everywhere(entropy), masks, rho)
         self._kept.stats = torch.stack(stats).tolist()
         batch["h"] = h = hapo.modulation(entropy, stats, mask)
-        if self.args.token_group_average:  # Eq. 9 is the same of any a R + b: of TRL's advantages
+        if self.args.token_group_average:  # Eq. 9 of a R + b is that of R: use TRL's advantages
             shares = self._everywhere(batch["advantages"])
             shares = hapo.token_group_advantages(shares, masks, self.num_generations)
             first = self.accelerator.process_index * len(mask)
@@ -193,12 +198,12 @@ class HAPO(Bridge):
         return batch
 
     def _everywhere(self, x):
-        """The rows of all processes, padded to the longest."""
+        """Return the rows of all processes, padded to the longest."""
         return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))
 
     @contextlib.contextmanager
     def _heated(self):
-        """A: while open, transformers divides a row's logits by its step's temperature."""
+        """While open, make transformers divide each row's logits by mechanism A's temperature."""
         a, stats = self.args, self._kept.stats
         if not a.adaptive_temperature or stats is None:
             yield
@@ -213,7 +218,7 @@ class HAPO(Bridge):
 
         def heated(*args, **kwargs):
             processors = build(*args, **kwargs)
-            processors.append(processor)  # after T_base
+            processors.append(processor)  # after the division by T_base
             return processors
 
         model._get_logits_processor = heated
@@ -224,12 +229,15 @@ class HAPO(Bridge):
 
     @torch.no_grad()
     def _old_entropy(self, batch):
-        """The whole policy's, (B, T): of TRL's own pass where it has made one, or of one more."""
+        """Return the full policy's entropies, (B, T).
+
+        They come from TRL's own forward pass if it has made one, otherwise from an additional one.
+        """
         scored, self._scored = self._scored, None
-        if scored and "old_per_token_logps" in batch:  # else the reference's, with adapters off
+        if scored and "old_per_token_logps" in batch:  # else they are the reference model's (LoRA)
             return scored[0]
         ids, seen, size = text_of(batch)
-        how = {name: batch[name] for name in SCORE.keys() & batch.keys()}  # images
+        how = {name: batch[name] for name in SCORE.keys() & batch.keys()}  # inputs such as images
         how["batch_size"] = self.args.per_device_train_batch_size
         layer, self._layer, self._scored = self._layer, None, []
         try:
@@ -241,7 +249,7 @@ class HAPO(Bridge):
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         score = super()._get_per_token_logps_and_entropies
         if self._scored is not None and model is self.model and self._layer is None:
-            kwargs["compute_entropy"] = True  # TRL asks for none here
+            kwargs["compute_entropy"] = True  # TRL does not compute it here
             with self._measuring(args[2]) as exact:
                 scores = score(model, *args, **kwargs)
             self._scored.append(torch.cat(exact) if exact else scores[1])
@@ -253,12 +261,15 @@ class HAPO(Bridge):
 
     @contextlib.contextmanager
     def _measuring(self, size):
-        """While open, the entropies of the last `size` tokens as losses.py has them, whose relative
-        error is small for sure tokens, too. Not where a shard of the weights is all there is."""
+        """While open, record losses.py's entropies of the last `size` tokens in a list.
+
+        Their relative error is small for low-entropy tokens, too. Nothing is recorded without
+        exact_entropy, or if this process has only a shard of the unembedding.
+        """
         model, exact = self._causal_lm(self.model), []
 
         def measure(module, given, out):
-            weight = internals.unembedding(model)  # whole while the model runs, with FSDP2 too
+            weight = internals.unembedding(model)  # FSDP2 gathers it while the model runs
             if not self.args.exact_entropy or weight.dim() < 2 or hasattr(weight, "full_tensor"):
                 return
             states = out.last_hidden_state[:, -size - 1 : -1]
@@ -295,7 +306,7 @@ class HAPO(Bridge):
 
 
 class BuPO(Bridge):
-    """BuPO over GRPOTrainer."""
+    """BuPO's changes to GRPOTrainer."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -320,7 +331,7 @@ class BuPO(Bridge):
         with self._without_reference():
             batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            if self._layer == bupo.AUTO:  # where TRL has scored nothing
+            if self._layer == bupo.AUTO:  # where TRL has computed no log-probabilities
                 body = self._causal_lm(self.model)
                 self._layer = self._kept.layer = self._measured(body, *text_of(batch))
             self._metrics["train"]["bupo/layer"].append(self._layer or 0)  # 0: the model's own
@@ -328,7 +339,7 @@ class BuPO(Bridge):
 
     @contextlib.contextmanager
     def _without_reference(self):
-        """No KL to the initial model in phase 1."""
+        """While open, leave out the KL to the initial model in phase 1."""
         beta = self.beta
         if self.model.training and self._layer is not None:
             self.beta = 0.0
@@ -352,7 +363,10 @@ class BuPO(Bridge):
 
     @torch.no_grad()
     def _measured(self, body, ids, seen, size):
-        """The boundary layer, on 64 answers of all processes together, spread over the batch."""
+        """Return the boundary layer, measured on about 64 responses of all processes together.
+
+        The responses are spread evenly over the batch.
+        """
         count = min(len(ids), max(1, 64 // self.accelerator.num_processes))
         rows = [i * len(ids) // count for i in range(count)]
         response = torch.cat([torch.zeros_like(seen[:, :-size]), seen[:, -size:]], 1)
@@ -380,4 +394,4 @@ class BuPOTrainer(BuPO, GRPOTrainer):
 
 
 class HAPOBuPOTrainer(HAPO, BuPO, GRPOTrainer):
-    """HAPO, bottom-up: h and A are the whole policy's in both phases."""
+    """HAPO and BuPO in TRL: in both phases, h and mechanism A use the full policy's entropies."""

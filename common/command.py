@@ -1,4 +1,4 @@
-"""Run a command line: a user's mistake ends in one line and exit code 2, without a traceback."""
+"""Run a command line. A user's mistake ends in one line and exit code 2, without a traceback."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are UserErrors, and which knows --version."""
+    """An argparse parser that raises UserError for a mistake and has the option --version."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -25,7 +25,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def versions():
-    """Return the versions of the project, Python, torch and transformers; imports neither."""
+    """Return the versions of the project, Python, torch and transformers as text.
+
+    Neither library is imported.
+    """
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     own = re.search(r'^version = "(.+)"', text, re.MULTILINE).group(1)
     said = [f"HAPO and BuPO {own}", f"Python {platform.python_version()}"]
@@ -38,7 +41,7 @@ def versions():
 
 
 def refuse_old_names(argv, names):
-    """Raise UserError for an option that has another name now; names: {old: new} of fields."""
+    """Raise UserError if argv has an option that was renamed. names: {old field: new field}."""
     for argument in argv:
         flag = argument.partition("=")[0]
         old = flag.removeprefix("--").replace("-", "_")
@@ -48,10 +51,10 @@ def refuse_old_names(argv, names):
 
 
 def run_main(main, *arguments):
-    """Call main(*arguments); what the user can mend ends in one line and exit code 2."""
+    """Return main(*arguments). An error that the user can fix ends in one line and exit code 2."""
     name = pathlib.Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # an answer may hold what a terminal cannot show
+        if hasattr(stream, "reconfigure"):  # a response may hold what a terminal cannot show
             stream.reconfigure(errors="replace")
     try:
         return main(*arguments)
@@ -66,7 +69,7 @@ def run_main(main, *arguments):
             f"{error.strerror or error}: {error.filename or ''}; "
             "what was saved before is intact, --resume goes on from it"
         )
-    if os.environ.get("RANK", "0") == "0":  # every process of a sharded run meets the same mistake
+    if os.environ.get("RANK", "0") == "0":  # every process of a sharded run has the same error
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     if "WORLD_SIZE" in os.environ:
         os._exit(2)  # gloo's threads can abort an interpreter that is shutting down

@@ -14,13 +14,13 @@ KNOWN = ("cpu", "cuda", "mps", "xpu")
 
 
 def default_device():
-    """The accelerator where there is one that this project knows."""
+    """Return the name of the accelerator if this project supports it, else "cpu"."""
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return there.type if there is not None and there.type in KNOWN else "cpu"
 
 
 def check_device(name):
-    """UserError unless torch knows the device and it is there; makes it the current one."""
+    """Raise UserError unless a device is supported and present; make it the current device."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -37,19 +37,23 @@ def check_device(name):
             f"--device {name}: no such {device.type.upper()} device is visible ({count} are); "
             "use --device cpu"
         )
-    if device.type != "mps":  # there is one of it
+    if device.type != "mps":  # there is only one mps device
         getattr(torch, device.type).set_device(device.index or 0)
 
 
 def devices(kind):
-    """How many of a kind there are."""
+    """Return the number of devices of a kind (cuda, mps or xpu)."""
     if kind == "mps":
         return int(torch.backends.mps.is_available())
     return getattr(torch, kind).device_count()
 
 
 def default_dtype(device):
-    """What products run in where nobody says: bfloat16 where the device has it in hardware."""
+    """Return the name of the default compute dtype of a device.
+
+    It is bfloat16 if the device supports it in hardware, float16 on an older NVIDIA GPU, and
+    float32 on a CPU and on mps.
+    """
     kind = torch.device(device).type
     if kind == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
@@ -57,8 +61,10 @@ def default_dtype(device):
 
 
 def has_flash_attention(device, dtype, head_size):
-    """Whether PyTorch's attention has a kernel there that never holds all scores and knows grouped
-    heads."""
+    """Return whether PyTorch's attention has a memory-saving kernel with grouped heads.
+
+    Such a kernel never holds all attention scores. On devices other than cuda the answer is True.
+    """
     if device.type != "cuda":
         return True
     fits = dtype in (torch.float16, torch.bfloat16) and head_size <= 256
@@ -66,12 +72,12 @@ def has_flash_attention(device, dtype, head_size):
 
 
 def pins_memory(device):
-    """Whether copies to the device are faster from memory that cannot be swapped out."""
+    """Return whether copies to the device are faster from pinned memory."""
     return device.type in ("cuda", "xpu")
 
 
 def to_device_async(x, device):
-    """A tensor of the CPU on its way to the device, without a wait where memory can be pinned."""
+    """Return a CPU tensor copied to the device; do not wait for the copy if memory is pinned."""
     if not pins_memory(device):
         return x.to(device)
     pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
@@ -79,11 +85,11 @@ def to_device_async(x, device):
 
 
 def total_memory(device):
-    """Bytes on the device, on a CPU the machine's; None where nobody tells."""
+    """Return a device's memory in bytes (for a CPU, the machine's), or None if it is unknown."""
     if device.type == "mps":
         try:
             return torch.mps.recommended_max_memory()
-        except RuntimeError:  # as torch says it where this cannot be asked
+        except RuntimeError:  # torch cannot tell on this system
             return None
     if device.type != "cpu":
         return getattr(torch, device.type).get_device_properties(device).total_memory
@@ -93,10 +99,10 @@ def total_memory(device):
 
 
 def widest_float_dtype(device):
-    """The widest float that a device computes with."""
+    """Return the widest floating-point dtype that a device supports."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def synchronize(device):
-    """Wait until what was launched on a device has run."""
+    """Wait until all work launched on a device has finished."""
     getattr(torch, device.type).synchronize()

@@ -1,8 +1,8 @@
 """Limit how long CPU threads spin. Import this before torch, whose threads read the setting once.
 
 PyTorch's OpenMP threads spin while they wait for each other. If another program uses the cores, a
-thread spins for one that cannot run, and a step takes more than fifteen times as long. A short spin
-costs little on an idle machine and frees the core quickly on a busy one.
+thread spins while the thread it waits for has no core, and a step takes more than fifteen times as
+long. A short spin costs little on an idle machine and frees the core quickly on a busy one.
 """
 
 import os
@@ -10,12 +10,15 @@ import os
 from common.errors import UserError
 
 if "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["GOMP_SPINCOUNT"] = "4000"  # turns of an empty loop
+    os.environ["GOMP_SPINCOUNT"] = "4000"  # iterations of an empty loop
 
 
 def use_threads(count, say=print):
-    """Compute with `count` threads (None: as many as PyTorch likes); a line where the machine is
-    busy with something else."""
+    """Compute with `count` CPU threads (None: PyTorch's default).
+
+    Print a note with `say` if other programs keep the cores busy. UserError if the machine has
+    fewer cores.
+    """
     import torch
 
     cores = os.cpu_count() or 1

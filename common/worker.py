@@ -16,21 +16,27 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class Died(Exception):
-    """The process has ended without a reply."""
+    """The subprocess has ended without a reply."""
 
 
 class SubprocessWorker:
-    """`serve` of a module, called with some texts. `errors`: where its standard error goes."""
+    """A subprocess that runs a module's `serve`, with `arguments` (strings) on its command line.
+
+    errors: the destination of its standard error, as for subprocess.Popen.
+    """
 
     def __init__(self, module, *arguments, errors=subprocess.DEVNULL):
         code = f"import sys; sys.path[0] = sys.argv[1]; from {module} import serve; serve()"
         self.command = [sys.executable, "-c", code, str(ROOT), *arguments]
         self.errors, self.process = errors, None
-        self.reader = futures.ThreadPoolExecutor(1)  # a pipe has no time-out, a future has
+        self.reader = futures.ThreadPoolExecutor(1)  # pipes have no time-out, futures do
 
     def ask(self, question, seconds):
-        """The reply; Died where there is none, futures.TimeoutError where it takes too long. After
-        either, the next question starts a new process."""
+        """Send a question (JSON) and return the reply.
+
+        Raise Died if the process ends without a reply, and futures.TimeoutError if it takes more
+        than `seconds`. After either, the next question starts a new process.
+        """
         try:
             return json.loads(self._ask(question, seconds))
         except BaseException:  # this reply must not be taken for the next question's
@@ -60,9 +66,12 @@ class SubprocessWorker:
 
 
 def serve_lines(open_it):
-    """What such a process does: a line of JSON in, one out, until nothing more comes. `open_it` ()
-    returns the function that replies. Whatever prints meanwhile, code in C included, prints to
-    standard error and answers nothing; signals are the parent's affair."""
+    """Reply to each line of JSON on standard input with one line, until the input ends.
+
+    open_it() returns the function that computes a reply. Everything else that prints, code in C
+    included, is redirected to standard error, so that it cannot be taken for a reply. SIGINT and
+    SIGTERM are ignored: the parent process handles them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -70,5 +79,5 @@ def serve_lines(open_it):
     reply_to = open_it()
     for line in sys.stdin:
         reply = reply_to(json.loads(line))
-        sys.stdout.flush()  # what it has printed comes before what it says
+        sys.stdout.flush()  # show what the function printed before its reply is read
         print(json.dumps(reply), file=replies, flush=True)

@@ -1,19 +1,20 @@
-"""Decoding steps as CUDA graphs: one fixed sequence of kernels on static buffers.
+"""Replay decoding steps as CUDA graphs: one fixed sequence of kernels on static buffers.
 
-An eager step of a small model is some thousand kernel launches, and Python issues them more slowly
-than the GPU runs them. Here a step is recorded once as a CUDA graph and then replayed by a single
-launch. So nothing in it may depend on data or on a host-side number: the place where keys and
-values are written, the mask and the positions are tensors that the step itself updates. Drawing the
-token is part of the graph. The loop looks for finished rows only once in CHECK steps, since
-that synchronizes with the host. Until then finished rows continue and their later tokens are
-dropped. After it, unfinished rows move to the front and a graph with fewer rows is used.
+An eager step of a small model is about a thousand kernel launches, and Python issues them more
+slowly than the GPU runs them. Here a step is recorded once as a CUDA graph and then replayed by a
+single launch. So no operation in it may depend on data or on a number of the host: the position at
+which keys and values are written, the mask and the position ids are tensors that the step itself
+updates. The graph also draws the token. The loop checks for finished rows only once in CHECK steps,
+since a check synchronizes with the host. Between checks, finished rows continue and their later
+tokens are dropped. After a check, unfinished rows move to the front and a graph with fewer rows is
+used if it holds them.
 
-`decode` draws the same tokens as the loop of engine/decoding.py. On a CPU the same steps run
-without recording.
+`decode` draws the same tokens as `decode` in engine/decoding.py. On a CPU the same steps run
+without being recorded.
 
-Graphs are recorded again for every rollout: a graph holds the addresses of its buffers, and these
-are freed for the update, whose peak memory is the larger one. One graph exists at a time, since
-destroying one clears the workspace of every graph on its stream.
+Graphs are recorded again for every rollout: a graph holds the addresses of its buffers, and the
+buffers are freed for the update, whose peak memory is larger. Only one graph exists at a time,
+since destroying a graph clears the workspace of every graph on its stream.
 
 Shapes: B rows of the rollout, n of them in the current step, S prompt positions, L key positions
 that the current step sees, T response positions, V vocabulary.
@@ -26,17 +27,17 @@ from transformers.cache_utils import DynamicLayer
 from engine.forward import next_logits
 from sampling import Drawn, NonFinite
 
-BUCKETS = (512, 384, 256, 192, 128, 96, 64, 32)  # rows of later graphs; the first has all
-KEYS_STEP = 256  # L is a multiple of it
+BUCKETS = (512, 384, 256, 192, 128, 96, 64, 32)  # row counts of later graphs; the first has B rows
+KEYS_STEP = 256  # L is a multiple of this number
 CHECK = 16  # decode steps between checks for finished rows; each check synchronizes with the GPU
 
 
 def why_not(config, device):
-    """Return why this model's steps are launched kernel by kernel, in one line; None: captured."""
+    """Return None if this model's steps can be recorded as a graph, else the reason as one line."""
     if torch.device(device).type != "cuda":
         return "graphs are CUDA's"
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for kind in [rope, *(v for v in rope.values() if isinstance(v, dict))]:  # or by kind of layer
+    for kind in [rope, *(v for v in rope.values() if isinstance(v, dict))]:  # one per kind of layer
         if kind.get("rope_type") in ("dynamic", "longrope"):
             return f"its rope scaling ({kind['rope_type']}) depends on the length of the text"
     if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
@@ -50,8 +51,11 @@ def why_not(config, device):
 
 
 def decode(model, logits, cache, prompt_mask, G, cap, ends, draw_next):
-    """As engine/decoding.py's loop behind the prompts: logits (P, V) and cache are what prefill has
-    left, draw_next(logits, t, row) draws token t of some rows of the rollout."""
+    """Decode after prefill: return the fields of a Rollout by name, `cap` tokens wide.
+
+    logits (P, V) and cache come from prefill. `ends` (V,) is true for ids that end a response.
+    draw_next(logits, t, row) draws token t of the rollout's rows `row`.
+    """
     steps = _Steps(model, cache, prompt_mask, G, cap)
     responses = _Responses(steps, cap, ends, draw_next)
     responses.draw(logits.repeat_interleave(G, 0))
@@ -66,16 +70,19 @@ def decode(model, logits, cache, prompt_mask, G, cap, ends, draw_next):
 
 
 class _Steps:
-    """The rows in flight, and the model's step on them. The first n rows of every buffer count."""
+    """The rows being decoded, and the model's step on them.
+
+    Only the first n rows of every buffer are in use.
+    """
 
     def __init__(self, model, cache, prompt_mask, G, cap):
         self.model = model
         device, self.S = prompt_mask.device, prompt_mask.shape[1]
         total = -(-(self.S + cap) // KEYS_STEP) * KEYS_STEP
-        self.place = torch.full((1,), self.S, device=device)  # where the next token's keys go
+        self.place = torch.full((1,), self.S, device=device)  # key position of the next token
         self.columns = torch.arange(total, device=device)
         self.cache = DynamicCache()
-        while cache.layers:  # one at a time: the prompts' own keys and values are let go of
+        while cache.layers:  # one at a time, to free each layer's prefill keys and values early
             layer = cache.layers.pop(0)
             static = _StaticLayer(layer.keys, layer.values, G, total, self.place)
             self.cache.layers.append(static)
@@ -84,14 +91,16 @@ class _Steps:
         self.n, self.visible = len(visible), visible
         self.token = torch.zeros_like(visible[:, :1], dtype=int)
         self.position = visible.sum(1, keepdim=True)
-        self.row = torch.arange(self.n, device=device)  # which row of the rollout each one is
+        self.row = torch.arange(self.n, device=device)  # each row's number in the rollout
         self.alive = torch.ones(self.n, dtype=torch.bool, device=device)
         self.length = torch.zeros_like(self.row)
         self.captures, self.shape, self.graph = device.type == "cuda", None, None
 
     def drop_all_but(self, live):
-        """Rows in `live` move into the first rows, where those that ended give them their place, if
-        a smaller graph holds them all."""
+        """Move the rows `live` into the first rows, in place of finished ones, and shrink n.
+
+        Nothing changes unless a smaller graph can hold all rows in `live`.
+        """
         n = min((b for b in BUCKETS if b >= len(live)), default=self.n)
         if n >= self.n:
             return
@@ -110,7 +119,7 @@ class _Steps:
         """Feed the last token and draw response token t."""
         last = (self.S + t - 1) // CHECK * CHECK + 2 * CHECK  # written before L is looked at again
         L = min(-(-last // KEYS_STEP) * KEYS_STEP, len(self.columns))
-        if (self.n, L) != self.shape:  # the first step of a shape runs as it is, and so warms up
+        if (self.n, L) != self.shape:  # the first step of a shape runs eagerly, as a warm-up
             self.shape, self.graph = (self.n, L), None
             for layer in self.cache.layers:
                 layer.show(self.n, L)
@@ -119,10 +128,10 @@ class _Steps:
             self._step(draw)
         elif self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            # a pool of its own: one that is shared must never be without a graph
+            # no shared memory pool: such a pool must never be left without a graph
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self._step(draw)
-            self.graph.replay()  # capturing has run nothing
+            self.graph.replay()  # capturing only records: the step has not run yet
         else:
             self.graph.replay()
 
@@ -136,7 +145,7 @@ class _Steps:
         draw(logits)
 
     def _mask(self, visible, columns):
-        """What is added to the attention's logits, (n, 1, 1, L): of every layer, or by kind."""
+        """Return the term added to attention logits, (n, 1, 1, L), or {kind of layer: term}."""
         config = self.model.config
         window = getattr(config, "sliding_window", None)
         full = self._additive(visible)
@@ -153,8 +162,11 @@ class _Steps:
 
 
 class _StaticLayer(DynamicLayer):
-    """One layer's keys and values, (B, heads, S + T or more, size), written at `place`, a tensor.
-    A step sees the first n rows and the first L positions."""
+    """One layer's keys and values, (B, heads, S + T or more, size).
+
+    New ones are written at the position in the tensor `place`. A step sees the first n rows and the
+    first L positions.
+    """
 
     def __init__(self, keys, values, repeats, total, place):
         super().__init__()
@@ -164,7 +176,7 @@ class _StaticLayer(DynamicLayer):
     @staticmethod
     def _buffer(x, repeats, total):
         rows, heads, filled, size = x.shape
-        # zeros: a hidden position counts 0 times what stands there, and 0 x NaN is NaN
+        # zeros: attention multiplies masked positions by 0, and 0 x NaN would be NaN
         buffer = x.new_zeros(rows * repeats, heads, total, size)
         buffer[:, :, :filled] = x.repeat_interleave(repeats, 0)
         return buffer
@@ -183,22 +195,22 @@ class _StaticLayer(DynamicLayer):
 
 
 class _Responses:
-    """The tokens drawn. They are written to tables of the rollout's rows at each check."""
+    """The tokens drawn so far, which each check copies to tables with the rollout's rows."""
 
     def __init__(self, steps, cap, ends, draw_next):
         self.steps, self.ends, self.draw_next, self.written = steps, ends, draw_next, 0
-        self.t = torch.zeros(1, dtype=torch.long, device=steps.row.device)  # position of the next
+        self.t = torch.zeros(1, dtype=torch.long, device=steps.row.device)  # the next position
         table = torch.zeros(steps.n, cap, device=steps.row.device)
         self.tables = {name: table.clone() for name in Drawn._fields[1:]}
         self.tables["tokens"] = table.long()
-        # of each slot, the last CHECK ones
+        # the last CHECK tokens of each row being decoded
         self.recent = {name: x[:, :CHECK].clone() for name, x in self.tables.items()}
         self.lengths = torch.zeros_like(steps.row)
         self.finished = torch.zeros_like(steps.alive)
-        self.bad = torch.full((1,), -1, device=steps.row.device)  # where the first NaN was drawn
+        self.bad = torch.full((1,), -1, device=steps.row.device)  # of the first NaN; -1: none
 
     def draw(self, logits):
-        """Draw the next token of every row from its logits, (n, V). Part of the graph."""
+        """Draw the next token of every row from its logits, (n, V). This is part of the graph."""
         steps, column = self.steps, self.t % CHECK
         drawn = self.draw_next(logits, self.t, steps.row)
         broken = (steps.alive & ~drawn.logp.isfinite()).any() & (self.bad < 0)
@@ -211,7 +223,10 @@ class _Responses:
         self.t.add_(1)
 
     def look(self, t):
-        """Return the slots of the rows unfinished after t tokens. Synchronizes with the GPU."""
+        """Return the indices (below n) of the rows that are unfinished after t tokens.
+
+        This synchronizes with the GPU. NonFinite if a logit was NaN or infinite.
+        """
         steps = self.steps
         *alive, bad = torch.cat([steps.alive.long(), self.bad]).tolist()
         if bad >= 0:
@@ -224,7 +239,7 @@ class _Responses:
         return [slot for slot, lives in enumerate(alive) if lives]
 
     def tensors(self):
-        """By name, as sampling.Rollout has them; 0 behind the end."""
+        """Return the fields of sampling.Rollout by name, with 0 after the end of a response."""
         width = self.tables["tokens"].shape[1]
         mask = torch.arange(width, device=self.lengths.device) < self.lengths[:, None]
         kept = {name: torch.where(mask, x, 0) for name, x in self.tables.items()}

@@ -1,4 +1,4 @@
-"""Attention of one new token per row, with grouped heads folded into the query dimension.
+"""Attend with one new token per row, with grouped heads folded into the query dimension.
 
 Shapes: n rows, L keys.
 """
@@ -12,10 +12,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 @contextlib.contextmanager
 def packed_heads(model):
-    """While open, treat the query heads that share keys as as many queries of one head.
+    """While open, compute the query heads that share keys as several queries of one head.
 
-    It applies where the model uses PyTorch's attention. Keys are not copied for each head, which
-    halves the time of grouped heads on a CPU.
+    Keys are then not copied for each query head, which halves the time of grouped heads on a CPU.
+    It applies to models that use PyTorch's attention ("sdpa"); others are left unchanged.
     """
     before = model.config._attn_implementation
     if before == "sdpa":
@@ -29,7 +29,10 @@ def packed_heads(model):
 
 
 def _packed_heads(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """query (n, heads, 1, size), key and value (n, kv_heads, L, size), mask (n, 1, 1, L)."""
+    """Return the attention output, (n, 1, heads, size), and None in place of attention weights.
+
+    query (n, heads, 1, size), key and value (n, kv_heads, L, size), mask (n, 1, 1, L).
+    """
     n, heads, _, size = query.shape
     packed = query.reshape(n, key.shape[1], -1, size)
     out = scaled_dot_product_attention(packed, key, value, attention_mask, scale=scaling)

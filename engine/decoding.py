@@ -1,9 +1,9 @@
-"""Fast decoder: prefill each prompt once, drop finished rows, preallocate the KV cache.
+"""Decode fast: prefill each prompt once, drop finished rows, preallocate the KV cache.
 
 `generate` has the signature of sampling.generate and draws the same tokens. Every prompt runs
 through the model once; its keys and values are then repeated for its G responses. Rows that draw an
-end-of-sequence id leave the batch. On CUDA the steps are replayed as graphs (cuda_graphs.py), on a
-CPU they use matrix products for few rows (onednn.py).
+end-of-sequence id are removed from the batch. On CUDA the steps are replayed as graphs
+(cuda_graphs.py). On a CPU they use matrix products that are fast for few rows (onednn.py).
 
 Shapes: P prompts, G responses to each, B = P G rows, S prompt positions, T response positions, R
 unfinished rows, V vocabulary.
@@ -35,10 +35,10 @@ def generate(
     decode_rows=0,
     prefill_tokens=PREFILL_TOKENS,
 ):
-    """Draw responses as sampling.generate does.
+    """Draw responses and return them as a Rollout. The arguments of sampling.generate come first.
 
-    capture         on CUDA, replay steps as graphs (cuda_graphs.py), where the model allows it
-    decode_rows     responses decoded at a time, whole groups; 0: all. The others follow in chunks
+    capture         on CUDA, replay steps as graphs (cuda_graphs.py) if the model allows it
+    decode_rows     responses decoded at a time, in whole groups; 0: all of them
     prefill_tokens  prompt tokens per prefill pass, padding included
     """
     G, device = group_size, model.get_input_embeddings().weight.device
@@ -46,7 +46,7 @@ def generate(
     if uniform is None:
         uniform = torch.rand(max_new_tokens, len(prompts) * G)
     ends = torch.zeros(len(model.get_input_embeddings().weight), dtype=torch.bool)
-    ends[[i for i in eos_ids if i < len(ends)]] = True  # by id: a search sorts, and waits
+    ends[[i for i in eos_ids if i < len(ends)]] = True  # a table: isin would sort and wait
     ends, uniform = to_device_async(ends, device), to_device_async(uniform, device)
     captures = capture and cuda_graphs.why_not(model.config, device) is None
     loop = cuda_graphs.decode if captures else decode
@@ -75,10 +75,9 @@ def generate(
 def decode(model, logits, cache, prompt_mask, G, cap, ends, draw_next):
     """Decode after prefill: return the fields of a Rollout by name, `cap` tokens wide.
 
-    `ends` tells for every id whether it ends a response.
-
-    logits (P, V) and cache are what prefill has left; draw_next(logits, t, row) draws token t of
-    some rows of the rollout.
+    logits (P, V) and cache come from prefill. `ends` (V,) is true for ids that end a response.
+    draw_next(logits, t, row) draws token t of the rollout's rows `row`. NonFinite if a logit is NaN
+    or infinite.
     """
     B, S, device = len(prompt_mask) * G, prompt_mask.shape[1], prompt_mask.device
     kept = {name: torch.zeros(B, cap, device=device) for name in Drawn._fields[1:]}
@@ -91,7 +90,7 @@ def decode(model, logits, cache, prompt_mask, G, cap, ends, draw_next):
     visible = torch.ones(B, S + cap, dtype=torch.bool, device=device)
     visible[:, :S] = prompt_mask.repeat_interleave(G, 0)
     position = visible[:, :S].sum(1, keepdim=True)
-    row = torch.arange(B, device=device)  # which row of the rollout each row in flight is
+    row = torch.arange(B, device=device)  # the number in the rollout of each row being decoded
 
     for t in range(cap):
         drawn = draw_next(logits, t, row)
@@ -115,7 +114,7 @@ def decode(model, logits, cache, prompt_mask, G, cap, ends, draw_next):
 
 
 class _KeysAndValues(DynamicLayer):
-    """One layer's keys and values in a buffer of their final length: a step writes one token."""
+    """One layer's keys and values, in buffers of their final length; a step writes one token."""
 
     def __init__(self, keys, values, repeats, room):
         super().__init__()
@@ -142,19 +141,22 @@ class _KeysAndValues(DynamicLayer):
         return self.keys, self.values
 
     def fill_holes(self, holes, movers, count):
-        """Compact the cache: rows `movers` move into `holes`, and the first `count` rows stay."""
+        """Compact the cache: move rows `movers` into rows `holes`, keep the first `count` rows."""
         self.buffers = [b.index_copy_(0, holes, b[movers])[:count] for b in self.buffers]
         self._show()
 
 
 def repeat_cache(cache, repeats, room):
-    """Repeat every row's keys and values, in buffers with room for `room` more tokens."""
+    """Repeat each row's keys and values `repeats` times, in buffers with `room` more positions."""
     cache.layers = [_KeysAndValues(x.keys, x.values, repeats, room) for x in cache.layers]
 
 
 def drop_finished(ended, cache, *per_row):
-    """Rows that ended leave the cache and each tensor of `per_row`: live rows from the back fill
-    their places, so that as many rows are copied as ended."""
+    """Remove the rows that ended from the cache; return the tensors `per_row` without them.
+
+    Unfinished rows from the end take the places of ended ones, so at most as many cache rows are
+    copied as have ended.
+    """
     keep = (~ended).nonzero().squeeze(1)
     count = len(keep)
     holes, movers = ended[:count].nonzero().squeeze(1), keep[keep >= count]
@@ -166,10 +168,10 @@ def drop_finished(ended, cache, *per_row):
 
 
 class Draw:
-    """`sampling.draw`, with two buffers for the work of all steps of a rollout.
+    """`sampling.draw` with two buffers that all steps of a rollout reuse.
 
     `position` is the token's position in the response: a number, or a tensor (1,) that a recorded
-    graph moves on.
+    graph increments.
     """
 
     def __init__(self):
@@ -196,18 +198,19 @@ class Draw:
         if adaptive or temperature != 1:
             logits = torch.div(logits, temperatures[:, None], out=z)
         token, share, rest = index_and_shares(torch.softmax(logits, -1, out=work), uniform)
-        # log p from all the other ids' share, not from 1 - p: exact for a sure token, too
+        # log p from the sum of the other ids, not from 1 - p: exact for p near 1, too
         logp = -torch.log1p(rest.to(widest_float_dtype(rest.device)) / share).to(share.dtype)
         return Drawn(token, temperatures, logp, entropy)
 
 
 def index_and_shares(probs, uniform):
-    """As sampling.invert_cdf, the smallest index whose cumulative share exceeds `uniform`; with its
-    share and the sum of all others'. (R, V), (R,) -> three (R,).
+    """Return (index, its share, the sum of all other shares): (R, V), (R,) -> three (R,).
 
-    In two levels, blocks of about sqrt(V) and then inside the block drawn: two short cumulative
-    sums instead of one as long as the vocabulary, and no multinomial, which draws V random numbers
-    a row.
+    The index is sampling.invert_cdf's: the smallest whose cumulative share exceeds `uniform`.
+
+    The search has two levels: first over blocks of about sqrt(V) ids, then inside the block found.
+    This takes two short cumulative sums instead of one over the whole vocabulary. torch.multinomial
+    is not used, since it draws V random numbers per row.
     """
     rows, size = probs.shape
     block = max(1, round(size**0.5))
@@ -226,10 +229,13 @@ def index_and_shares(probs, uniform):
 
 
 def _first_above(weights, threshold):
-    """First index whose cumulative weight exceeds the threshold, and what of it is left: (R, 1)."""
+    """Return the first index whose cumulative weight exceeds the threshold, and the remainder.
+
+    The remainder is the threshold minus the weight before that index. Both are (R, 1).
+    """
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
-    # rounding may carry the threshold up to the total; below it, no index of weight 0 is chosen
+    # rounding may raise the threshold to the total, where an index of weight 0 would be chosen
     threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, threshold, right=True).clamp_max(weights.shape[1] - 1)
     return index, (threshold - (cumulative - weights).gather(1, index)).clamp_min(0)

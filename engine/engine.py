@@ -1,15 +1,15 @@
 """Define Engine, the plain implementation of what a training step computes.
 
-One process, float32 weights, one response per row, the readable decoder: what --plain runs. The
-engines that are faster, or that run in less precision, in less memory or on more processes, have
-the same ten methods:
+It runs in one process with float32 weights, one response per row and the readable decoder. --plain
+selects it. The engines that are faster, or that run in less precision, in less memory or on more
+processes, have the same ten methods:
 
     engine/fast.py             FastEngine: fast decoder, packed rows, chunked logits, autocast
     engine/float16.py          Fp16Engine: float16 products and a scaled loss
-    engine/master_weights.py   MasterWeightEngine: bfloat16 weights, float32 masters elsewhere
+    engine/master_weights.py   MasterWeightEngine: bfloat16 weights and separate float32 masters
     engine/fsdp.py             FsdpEngine: one model over several processes
 
-Shapes as in sampling.py: B responses, T response positions, rows: some of the B.
+Shapes are as in sampling.py: B responses, T response positions. `rows` selects some of the B.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ from sampling import TokenScores
 
 
 def autocast(device, dtype):
-    """Return a context in which products run in `dtype`, a name, and everything else in float32."""
+    """Return a context in which matrix products run in `dtype` (a name), the rest in float32."""
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, getattr(torch, dtype))
 
 
 class SingleProcess:
-    """One process: every sum over processes is the number itself.
+    """The processes of a run with a single process: a sum over processes is the number itself.
 
-    engine/fsdp.py has the same methods for several: DistributedProcesses.
+    DistributedProcesses in engine/fsdp.py has the same methods for several processes.
     """
 
     size, rank, main, sharded = 1, 0, True, False
@@ -45,7 +45,7 @@ class SingleProcess:
         self.zero = torch.zeros((), dtype=dtype, device=self.device)
 
     def all_reduce_sum(self, *numbers):
-        """Return each number's sum over processes, as floats. All wait for the device once."""
+        """Return each number's sum over processes, as floats; synchronizes with the device once."""
         return torch.stack([self.zero + number for number in numbers]).tolist()
 
     def all_reduce_max(self, values):
@@ -57,7 +57,7 @@ class SingleProcess:
         return bool(flag)
 
     def gather(self, values):
-        """Return the values (n,) of all processes as one tensor."""
+        """Return the values, (n,) in each process, of all processes as one tensor."""
         return values
 
     def gather_objects(self, thing):
@@ -69,11 +69,11 @@ class SingleProcess:
         return items
 
     def raise_on_all_ranks(self, errors, function, *args, **kwargs):
-        """Return function(...). If it raises one of `errors` in one process, all raise."""
+        """Return function(...). If one process raises one of `errors`, all processes raise."""
         return function(*args, **kwargs)
 
     def reshard(self, model):
-        """Free weights that a forward pass has gathered."""
+        """Free the weights of a sharded model that a forward pass has gathered."""
 
     def close(self):
         """Leave the group of processes."""
@@ -85,10 +85,10 @@ def full_tensor(tensor):
 
 
 class Engine:
-    """A policy, its optimizer, and how a step is computed with them.
+    """A policy, its optimizer, and the methods by which a step samples, scores and updates.
 
-    BuPO's first phase needs nothing special: AdamW leaves a weight without a gradient unchanged,
-    weight decay and moments included.
+    BuPO's first phase needs no code here: AdamW skips a weight without a gradient, with its weight
+    decay and moments.
     """
 
     def __init__(self, policy, options, dist, vocab_size, eos_ids, groups=None):
@@ -102,7 +102,7 @@ class Engine:
     def generate(
         self, prompts, group_size, max_new_tokens, temperature, uniform, measure_entropy=False
     ):
-        """Draw `group_size` responses to each prompt: a sampling.Rollout."""
+        """Draw `group_size` responses to each prompt and return them as a sampling.Rollout."""
         return sampling.generate(
             self.policy,
             prompts,
@@ -123,10 +123,10 @@ class Engine:
         return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
 
     def token_logprobs(self, model, rollout, rows, layer, measure_entropy=True):
-        """Return the TokenScores of some rows, (rows, T), differentiable in logp.
+        """Return the TokenScores of some rows, (rows, T), whose logp is differentiable.
 
-        They are taken at T_base, under the policy of layer `layer`, or the model's own (None): one
-        function for old, new and reference log-probabilities.
+        They are computed at T_base under the policy of layer `layer`, or the model's own (None).
+        Old, new and reference log-probabilities all come from this method.
         """
         norm = layer is None or self.options.bupo_norm  # BuPO 4: a layer's policy has no final norm
         packed = internals.unpacked(rollout, rows)
@@ -138,14 +138,14 @@ class Engine:
         return self._token_scores(model, rollout.mask[rows], layer, logp, entropy)
 
     def pack(self, rollout, rows):
-        """Return the internals.PackedBatch of a forward pass: here one response per row."""
+        """Return the internals.PackedBatch of some rows, here with one response per row."""
         return internals.unpacked(rollout, rows)
 
     def batch_logprobs(self, model, rollout, mini_batches, layer, measure_entropy=True):
         """Return the TokenScores of a whole rollout, (B, T), without gradients.
 
-        Each mini-batch is scored in the micro-batches that its update will use: the same passes
-        give the same numbers, so the ratios of the first update are exactly 1.
+        Each mini-batch is scored in the micro-batches that its update will use. Equal forward
+        passes round equally, so the ratios of the first update are exactly 1.
         """
         logp, entropy = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp)
         with torch.no_grad():
@@ -158,7 +158,7 @@ class Engine:
         return scores._replace(logp=logp, entropy=entropy)
 
     def _token_scores(self, model, mask, layer, logp, entropy):
-        """Return the TokenScores of values (N,), which stand where `mask` (rows, T) is true."""
+        """Return the TokenScores of values (N,), placed where `mask` (rows, T) is true."""
         policy = "full policy" if layer is None else f"layer {layer}"
         if model is not self.policy:
             policy = "reference"
@@ -172,7 +172,7 @@ class Engine:
     # ------------------------------------------------------------------------------ updating
 
     def backward(self, loss):
-        """Add a micro-batch's gradient to those before it."""
+        """Add a micro-batch's gradient to the gradient of this update."""
         loss.backward()
 
     def optimizer_step(self, loss):
@@ -192,7 +192,7 @@ class Engine:
         return torch.optim.AdamW(groups, fused=True, **settings)
 
     def _clip_gradients(self):
-        """Scale the gradient to a norm of at most --grad-clip. Return its norm before."""
+        """Scale the gradient to a norm of at most --grad-clip. Return the norm before scaling."""
         parameters = self.policy.parameters()
         return torch.nn.utils.clip_grad_norm_(parameters, self.options.grad_clip).item()
 

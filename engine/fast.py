@@ -1,9 +1,9 @@
-"""The engine that runs by default: the plain engine's numbers, in less time and memory.
+"""Define FastEngine, which runs by default and computes the plain engine's numbers faster.
 
-It decodes with a fast decoder (engine/decoding.py), puts several responses into one row
-(engine/packing.py), never holds all logits (engine/logprobs.py), and runs products in --dtype. With
---plain it uses the plain engine's methods, for precisions and numbers of processes that the plain
-engine does not support.
+It decodes with a fast decoder (engine/decoding.py), packs several responses into one row
+(engine/packing.py), never holds all logits (engine/logprobs.py), and runs matrix products in
+--dtype. With --plain it calls the plain engine's methods; this serves the precisions and the
+several processes that the plain engine does not support.
 """
 
 import internals
@@ -19,7 +19,7 @@ from engine.replica import Replica
 class FastEngine(Engine):
     """Engine with fast versions of sampling and scoring."""
 
-    replica = None  # a copy of the policy in the compute dtype, which responses are drawn from
+    replica = None  # copy of the policy in the compute dtype that draws the responses, if any
 
     def __init__(self, policy, options, dist, *more):
         super().__init__(policy, options, dist, *more)

@@ -8,7 +8,7 @@ from engine.fast import FastEngine
 
 
 class Fp16Engine(FastEngine):
-    """Float32 weights whose gradients come from float16 products."""
+    """Engine with float32 weights whose gradients come from float16 matrix products."""
 
     def __init__(self, policy, options, dist, *more):
         super().__init__(policy, options, dist, *more)
@@ -18,10 +18,13 @@ class Fp16Engine(FastEngine):
         self.scaler.scale(loss).backward()
 
     def optimizer_step(self, loss):
-        """As Engine's. Where gradients overflowed under a scale that can still fall, the outcome is
-        "rescaled": that is no fault."""
+        """Clip the gradient and step, unless a value is NaN or infinite; adjust the loss scale.
+
+        Return (outcome, gradient norm before clipping). The outcome is "rescaled", not "skipped",
+        if gradients overflowed and the loss scale can still be lowered: this is expected.
+        """
         outcome, norm = super().optimizer_step(loss)
-        self.scaler.update()  # lower after an overflow, higher after many steps without
+        self.scaler.update()  # lowers the scale after an overflow, raises it after many good steps
         scale = self.scaler.get_scale()
         if outcome == "skipped" and math.isfinite(loss) and scale > 1:
             print(f"note: float16 gradients overflowed, no weight moved; loss scale now {scale:g}")

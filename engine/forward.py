@@ -12,8 +12,10 @@ from sampling import cache_argument, position_ids
 
 
 def prefill(model, prompt, prompt_mask, tokens):
-    """Each prompt once through the model, `tokens` at a time: the logits behind it, (P, V), and the
-    cache of its keys and values. Without padding no mask is needed."""
+    """Run each prompt through the model once. Return (logits after each prompt, (P, V), KV cache).
+
+    `tokens` prompt tokens, padding included, are run per pass. Without padding, no mask is needed.
+    """
     padded, position = not bool(prompt_mask.all()), position_ids(prompt_mask)
     logits, caches, together = [], [], max(1, tokens // prompt.shape[1])
     for i in range(0, len(prompt), together):
@@ -29,7 +31,10 @@ def prefill(model, prompt, prompt_mask, tokens):
 
 
 class _FirstKeys(DynamicLayer):
-    """Keeps the first keys and values as they are; transformers' own layer copies them."""
+    """A cache layer that stores the first keys and values without copying them.
+
+    transformers' own layer copies them.
+    """
 
     def update(self, keys, values, *args, **kwargs):
         self.keys, self.values, self.is_initialized = keys, values, True
@@ -37,11 +42,11 @@ class _FirstKeys(DynamicLayer):
 
 
 def next_logits(model, ids, visible, position, cache):
-    """Return the logits after the last of some new tokens, (R, V); update the cache."""
+    """Return the logits after the last of the new tokens `ids`, (R, V), and extend the cache."""
     inputs = {"attention_mask": visible, "position_ids": position, "use_cache": True}
     inputs[cache_argument(type(model))] = cache
     if model.get_input_embeddings().weight.dtype == torch.float32:
         return model(ids, logits_to_keep=1, **inputs).logits[:, -1]
-    # a replica in bfloat16: the product that makes the logits keeps its float32 accumulator
+    # for 16-bit weights, keep the float32 accumulator of the product that computes the logits
     states = model.base_model(ids, **inputs).last_hidden_state[:, -1]
     return product(states, model.get_output_embeddings().weight, torch.float32)

@@ -1,11 +1,12 @@
-"""One model over several processes: `torchrun --nproc-per-node N train.py ...`, by PyTorch's FSDP2.
+"""Shard one model over several processes with PyTorch's FSDP2: `torchrun --nproc-per-node N ...`.
 
 The built model is sharded; its code is unchanged. Every process holds 1 / N of every weight,
 gradient and moment. A decoder layer is gathered when it runs and freed afterwards. Prompts are
-split over the processes; the denominator of the loss and the entropy statistics are summed over all
-of them. Responses are drawn from a replica in the compute dtype that is refreshed once per rollout.
-So no weight is gathered at a decoding step, and processes may stop at different lengths.
-FSDP and DTensor take most of a second to import, so only functions of a sharded run do.
+split over the processes. The denominator of the loss and the entropy statistics are computed over
+all processes. Responses are drawn from a replica in the compute dtype that is refreshed once per
+rollout, so no weight is gathered at a decoding step, and processes may stop at different lengths.
+FSDP and DTensor take most of a second to import, so only the functions of a sharded run import
+them.
 """
 
 import contextlib
@@ -27,9 +28,9 @@ from sampling import NonFinite
 
 
 class DistributedProcesses(SingleProcess):
-    """The processes that torchrun has started, this one among them.
+    """The processes that torchrun has started.
 
-    Every method that exchanges must be called by all of them.
+    All of them must call a method that communicates.
     """
 
     sharded = True
@@ -37,7 +38,7 @@ class DistributedProcesses(SingleProcess):
     def __init__(self, device="cpu"):
         from torch.distributed.device_mesh import init_device_mesh
 
-        if torch.device(device).type == "cuda":  # before a tensor is made: each has its own card
+        if torch.device(device).type == "cuda":  # before any tensor: each process uses one GPU
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         super().__init__(device)
@@ -53,7 +54,7 @@ class DistributedProcesses(SingleProcess):
 
     def all_reduce_sum(self, *numbers):
         sums = torch.tensor(super().all_reduce_sum(*numbers), dtype=torch.float64)
-        dist.all_reduce(sums)  # in main memory: not every device has float64
+        dist.all_reduce(sums)  # in main memory, since not every device has float64
         return sums.tolist()
 
     def all_reduce_max(self, values):
@@ -73,7 +74,10 @@ class DistributedProcesses(SingleProcess):
         return things
 
     def raise_on_all_ranks(self, errors, function, *args, **kwargs):
-        """As SingleProcess's: a process that failed alone would leave the others waiting."""
+        """Return function(...). If one process raises one of `errors`, all processes raise.
+
+        If only one process raised, the others would wait for it forever.
+        """
         result = failure = None
         try:
             result = function(*args, **kwargs)
@@ -84,33 +88,39 @@ class DistributedProcesses(SingleProcess):
         return result
 
     def reshard(self, model):
-        """Free what a forward pass without a backward left gathered: a step makes it stale."""
+        """Free weights that a forward pass without a backward pass has left gathered.
+
+        An optimizer step would make these copies stale.
+        """
         for module in model.modules():
-            if hasattr(module, "reshard"):  # FSDP's addition to a module
+            if hasattr(module, "reshard"):  # only modules that FSDP has sharded
                 module.reshard()
 
     def local_shard(self, items):
-        """Return every size-th item: equal slices of the shares make equal slices of the whole."""
+        """Return every size-th item, from item `rank` on.
+
+        So the first k items of all shares are the first k x size items of the whole list.
+        """
         return items[self.rank :: self.size]
 
     def close(self):
         dist.barrier()  # wait until all have finished
         dist.destroy_process_group()
         sys.stdout.flush()
-        # gloo's threads can abort an interpreter that shuts down; everything is on disk by now
+        # skip Python's shutdown, which gloo's threads can abort; all files are written by now
         os._exit(0)
 
 
 def open_processes(device):
-    """Return the processes of this run: those of torchrun, or one."""
+    """Return the processes of this run: torchrun's, or a SingleProcess without torchrun."""
     return DistributedProcesses(device) if "WORLD_SIZE" in os.environ else SingleProcess(device)
 
 
 class FsdpEngine(FastEngine):
-    """Weights of which every process holds a part, by PyTorch's FSDP2."""
+    """Engine for weights that PyTorch's FSDP2 has sharded over the processes."""
 
     def _samples_from_a_replica(self):
-        return True  # no weight is gathered at a decoding step
+        return True  # so that no weight is gathered at a decoding step
 
     def generate(self, *arguments, **more):
         errors = (NonFinite, UserError)
@@ -129,13 +139,13 @@ class FsdpEngine(FastEngine):
         return self._exchanging_gradients_once(parts)
 
     def _exchanging_gradients_once(self, parts):
-        """Gradients go down to main memory once, after the last micro-batch."""
+        """Yield micro-batches; the last one's backward pass reduces and offloads the gradients."""
         for i, part in enumerate(parts, 1):
             exchange_gradients(self.policy, i == len(parts))
             yield part
 
     def backward(self, loss):
-        # FSDP averages gradients over processes: times their number, the mean is a sum
+        # FSDP averages gradients over processes; multiply by their number to get the sum
         (loss * self.dist.size).backward()
 
     def _clip_gradients(self):
@@ -143,7 +153,7 @@ class FsdpEngine(FastEngine):
         return full_tensor(norm).item()
 
     def full_tensor(self, parameter):
-        """As Engine's; every process must call it."""
+        """Return a parameter's float32 weights as one ordinary tensor; all processes must call."""
         return full_tensor(parameter.detach())
 
     def strided_sample(self, parameter, every):
@@ -151,10 +161,10 @@ class FsdpEngine(FastEngine):
 
 
 def shard_model(name, processes, offload=False, dtype="float32"):
-    """Load a model so that no rank but 0 ever holds it whole, and rank 0 in main memory only;
-    returns it sharded.
+    """Load a model and return it sharded.
 
-    The model is built without memory, sharded, then filled one weight at a time from rank 0.
+    Only rank 0 ever holds the whole model, in main memory. The model is built on the meta device,
+    sharded, and then filled from rank 0 one weight at a time.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
@@ -163,9 +173,9 @@ def shard_model(name, processes, offload=False, dtype="float32"):
     source = dict(load_model(name)[0].named_parameters()) if processes.main else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.tie_weights()  # transformers 5.0 leaves that out on the meta device
+    model.tie_weights()  # transformers 5.0 does not tie on the meta device
     body, settings = decoder_body(model), _sharding(processes, offload, dtype)
-    rotary = type(body.rotary_emb)  # its buffers are computed, not stored: build them for real
+    rotary = type(body.rotary_emb)  # its buffers are computed, not loaded: build them again
     body.rotary_emb = rotary(config=config)
     for layer in body.layers:
         fully_shard(layer, **settings)
@@ -177,9 +187,9 @@ def shard_model(name, processes, offload=False, dtype="float32"):
     body.rotary_emb = rotary(config=config).to(
         processes.device
     )  # to_empty has emptied its buffers too
-    if config.tie_word_embeddings:  # to_empty gives each module its own tensor: one must go
+    if config.tie_word_embeddings:  # to_empty has given each module its own tensor: tie them again
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    with contextlib.suppress(OSError):  # no generation_config.json: the model's own defaults stand
+    with contextlib.suppress(OSError):  # without generation_config.json, keep the model's defaults
         model.generation_config = GenerationConfig.from_pretrained(name)
     for key, parameter in model.named_parameters():
         whole = source[key].detach() if processes.main else torch.empty(parameter.shape)
@@ -196,7 +206,7 @@ def _sharding(processes, offload, dtype):
     cuda = processes.device.type == "cuda"
     settings = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     if offload and cuda and settings:
-        # pinned memory would be rounded up to a power of two; older versions do not know the word
+        # else pinned memory is rounded up to a power of two; older versions reject this setting
         with contextlib.suppress(ValueError):
             settings("pinned_max_round_threshold_mb:1")
     low = None if dtype == "float32" else getattr(torch, dtype)
@@ -208,14 +218,17 @@ def _sharding(processes, offload, dtype):
 
 
 def exchange_gradients(model, now):
-    """Whether the next backward pass splits the gradients over the ranks or keeps them whole,
-    summed in float32, for a later one to do it: once an update instead of once a pass."""
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP's addition to a module
+    """Set whether the next backward pass reduces the gradients over the ranks.
+
+    If not, each rank keeps its whole gradients, summed in float32, for a later pass. They are then
+    exchanged once per update instead of once per micro-batch.
+    """
+    if hasattr(model, "set_requires_gradient_sync"):  # only a model that FSDP has sharded
         model.set_requires_gradient_sync(now)
 
 
 def check_processes(options, processes):
-    """Raise UserError where the options do not fit the number of processes or their device."""
+    """Raise UserError if the options do not fit the number of processes or their device."""
     if processes.sharded and processes.device.type not in ("cpu", "cuda"):
         raise UserError(
             f"--device {options.device}: torchrun shards over NVIDIA or AMD GPUs or CPU processes; "

@@ -1,12 +1,11 @@
 """Compute log-probability and entropy of tokens without ever holding all the logits.
 
-The logits exist for one chunk of tokens at a time and are computed again in the backward pass, so
-peak memory is chunk x V and not N x V. The gradients are exact; the plain three lines, which
-autograd differentiates, are losses.token_logprobs_and_entropy.
+Logits are held for one chunk of tokens at a time and computed again in the backward pass, so peak
+memory is chunk x V and not N x V. The gradients are exact. losses.token_logprobs_and_entropy is the
+plain version, which autograd differentiates.
 
 Under autocast only the matrix products run in the compute dtype. Logits and everything computed
-from them are float32. Weights that are passed as float32 stay float32, and so does their gradient,
-which is summed over the chunks.
+from them are float32. The gradient of float32 weights is summed over the chunks in float32.
 
 Shapes: N tokens, D hidden size, V vocabulary.
 """
@@ -15,8 +14,8 @@ import torch
 
 from engine import rows as exact
 
-LOGIT_CHUNK_BYTES = {"cpu": 2**27, "mps": 2**27, "cuda": 2**30, "xpu": 2**30}  # float32, at a time
-# on a GPU every chunk adds a gradient as large as the unembedding: few and large ones
+LOGIT_CHUNK_BYTES = {"cpu": 2**27, "mps": 2**27, "cuda": 2**30, "xpu": 2**30}  # of float32 logits
+# GPUs use few, large chunks, since each chunk adds a gradient as large as the unembedding
 
 
 def chunk_of(vocab, device_type):
@@ -27,9 +26,10 @@ def chunk_of(vocab, device_type):
 def chunked_logprobs_and_entropy(
     hidden, unembedding, targets, temperature=1.0, chunk_tokens=None, measure_entropy=True
 ):
-    """Return what losses.token_logprobs_and_entropy returns, (..., D), (V, D), (...) -> 2 x (...).
+    """Return (log-probability of each target, entropy), (..., D), (V, D), (...) -> (...) twice.
 
-    The entropy is None without measure_entropy.
+    The values are those of losses.token_logprobs_and_entropy. The entropy is None if not
+    measure_entropy.
     """
     kind = hidden.device.type
     if chunk_tokens is None:
@@ -39,13 +39,13 @@ def chunked_logprobs_and_entropy(
         compute = torch.get_autocast_dtype(kind)
     flat, targets_flat = hidden.reshape(-1, hidden.shape[-1]).to(compute), targets.reshape(-1)
     settings = (float(temperature), chunk_tokens, measure_entropy)
-    with torch.autocast(kind, enabled=False):  # nothing below runs in less than float32
+    with torch.autocast(kind, enabled=False):  # the code below chooses every dtype itself
         logp, entropy = _ChunkedLogProb.apply(flat, unembedding, targets_flat, *settings)
     return logp.view(targets.shape), entropy.view(targets.shape) if measure_entropy else None
 
 
 class _ChunkedLogProb(torch.autograd.Function):
-    """Saves hidden, weights and one number a token; the backward recomputes the logits."""
+    """Save hidden states, weights and two numbers per token; the backward recomputes the logits."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk, measure_entropy):
@@ -60,7 +60,7 @@ class _ChunkedLogProb(torch.autograd.Function):
             logp[rows], entropy[rows], logsumexp[rows] = scored
         ctx.save_for_backward(hidden, weight, targets, logsumexp, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.set_materialize_grads(False)  # an output the loss does not use arrives as None
+        ctx.set_materialize_grads(False)  # the gradient of an unused output is None
         if not measure_entropy:
             ctx.mark_non_differentiable(entropy)
         return logp, entropy
@@ -84,7 +84,7 @@ class _ChunkedLogProb(torch.autograd.Function):
             grad_logits = exact.row_gradients(
                 logits, targets[rows], logsumexp[rows], entropy[rows], grad_logp[rows], grad
             )
-            del logits  # compiled, it is not in place
+            del logits  # the compiled function does not work in place: free the memory
             if ctx.temperature != 1.0:
                 grad_logits.div_(ctx.temperature)
             grad_logits = grad_logits.to(hidden.dtype)

@@ -1,19 +1,21 @@
-"""bfloat16 weights whose float32 master weights are kept elsewhere: 7B on one GPU.
+"""Train bfloat16 weights with separate float32 master weights, so that 7B fits on one GPU.
 
-AdamW at 1e-6 does not move a bfloat16 weight, so training needs float32 ones; the forward pass and
-the sampler need only bfloat16. Two options say where the float32 part is kept:
+At a learning rate of 1e-6, AdamW's steps are too small to change a bfloat16 weight, so training
+needs float32 master weights. The forward pass and the sampler need only bfloat16. Two options
+select where the float32 part is kept:
 
-    --split-master   on the GPU, as the 16 low bits of each float32 number, an int16 next to the
-                     bfloat16 that holds the high ones. Gradients and moments are float32: 16 bytes
-                     per parameter in all. Float32 weights and a bfloat16 replica would take 18,
-                     and autocast's copies 2 more: 7B fits in 141 GB
-    --offload        complete, in main memory, with both moments. 6 bytes per parameter stay on the
-                     GPU: the weights and the float32 sum of the gradient. There is one transfer in
-                     each direction per optimizer step, not per pass: 7B fits in 80 GB
+    --split-master   The GPU keeps the low 16 bits of each float32 weight as an int16, next to the
+                     bfloat16 weight that holds the high bits. Gradients and moments are float32.
+                     This takes 16 bytes per parameter in all. Float32 weights and a bfloat16
+                     replica would take 18, and autocast's copies 2 more. 7B fits in 141 GB.
+    --offload        Main memory keeps complete float32 weights and both moments. 6 bytes per
+                     parameter stay on the GPU: the bfloat16 weights and the float32 sum of the
+                     gradient. There is one transfer in each direction per optimizer step, not per
+                     forward pass. 7B fits in 80 GB.
 
-Gradients arrive in bfloat16 after each pass and are summed in float32. The steps are AdamW's in
-float32 to the last bit (tests/test_master_weights.py). Responses are drawn from the model
-itself: no replica.
+Gradients arrive in bfloat16 after each backward pass and are summed in float32. The steps equal
+those of AdamW in float32 to the last bit (tests/test_master_weights.py). Responses are drawn from
+the model itself, so there is no replica.
 """
 
 import torch
@@ -23,11 +25,11 @@ from common.devices import pins_memory
 from engine.fast import FastEngine
 
 LOW = torch.bfloat16
-CHUNK = 2**26  # numbers whose float32 master exists at a time
+CHUNK = 2**26  # weights that are updated at a time
 
 
 def split(master):
-    """float32 -> (bfloat16, int16): the nearest bfloat16, and what has to be added to its bits."""
+    """Return float32 weights as (nearest bfloat16, int16 difference to add to its bits)."""
     bits = master.view(torch.int32)
     high = (bits + 0x8000) >> 16  # non-finite updates are skipped before
     low = (bits - (high << 16)).to(torch.int16)
@@ -35,14 +37,14 @@ def split(master):
 
 
 def join(high, low):
-    """The float32 that `split` has taken apart, bit for bit."""
+    """Return the float32 weights that `split` has split, bit for bit."""
     return ((high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(
         torch.float32
     )
 
 
 class MasterWeightEngine(FastEngine):
-    """bfloat16 weights whose float32 masters are kept elsewhere."""
+    """Engine with bfloat16 weights and separate float32 master weights."""
 
     def __init__(self, policy, options, dist, *more):
         self.masters = Masters(policy, options.offload)
@@ -69,11 +71,14 @@ class MasterWeightEngine(FastEngine):
 
 
 class Masters:
-    """The float32 side of a model's parameters, by parameter: masters and sums of gradients."""
+    """Float32 master weights and summed gradients of a model, by parameter.
+
+    `rest` holds the whole float32 weights if they are in main memory, otherwise their low 16 bits.
+    """
 
     def __init__(self, model, in_main_memory):
         self.in_main_memory, self.rest, self.gradients = in_main_memory, {}, {}
-        for p in model.parameters():  # a tied one once
+        for p in model.parameters():  # tied parameters appear once
             whole = p.detach()
             if in_main_memory:
                 self.rest[p] = whole.to("cpu", copy=True)
@@ -81,13 +86,16 @@ class Masters:
             else:
                 p.data, self.rest[p] = split(whole)
             p.register_post_accumulate_grad_hook(self._collect)
-        if in_main_memory:  # what goes to and from the card stands in pinned memory on its way
+        if in_main_memory:  # gradients and new weights pass through these (pinned) buffers
             size = min(CHUNK, max(p.numel() for p in self.rest))
             pinned = dict(pin_memory=pins_memory(next(model.parameters()).device))
             self.down, self.up = torch.empty(size, **pinned), torch.empty(size, dtype=LOW, **pinned)
 
     def _collect(self, p):
-        """Behind a backward pass: add its gradient to the sum of this update's passes."""
+        """Add a parameter's gradient to the sum of this update, and free the gradient.
+
+        This hook runs as soon as a backward pass has accumulated the gradient.
+        """
         if p in self.gradients:
             self.gradients[p].add_(p.grad)
         else:
@@ -104,7 +112,7 @@ class Masters:
         return rest if self.in_main_memory else join(own, rest)
 
     def clip(self, largest):
-        """Scale the gradient to a norm of at most `largest`; returns its norm before."""
+        """Scale the gradient to a norm of at most `largest`. Return the norm before scaling."""
         gradients = list(self.gradients.values())
         norm = torch.nn.utils.get_total_norm(gradients)
         torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp_max(1.0))
@@ -112,8 +120,10 @@ class Masters:
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW, fused, on masters. A parameter without a gradient is passed by, decay and
-    moments included."""
+    """torch.optim.AdamW (fused) on master weights.
+
+    A parameter without a gradient is skipped, with its weight decay and moments.
+    """
 
     def __init__(self, groups, masters, lr, weight_decay):
         self.masters = masters
@@ -153,14 +163,14 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def adamw(weights, gradient, first, second, step, group):
-    """One step of PyTorch's own fused AdamW on flat float32 tensors, in their place."""
+    """Take one step of PyTorch's fused AdamW on flat float32 tensors, in place."""
     functional_adamw(
         [weights],
         [gradient],
         [first],
         [second],
         [],
-        [step.clone()],  # it counts this one up
+        [step.clone()],  # adamw increments its copy
         fused=True,
         amsgrad=False,
         beta1=0.9,

@@ -1,15 +1,15 @@
-"""Estimate the memory a configuration needs, before a weight is loaded.
+"""Estimate the memory a run needs, before any weight is loaded.
 
     weights      4 bytes per parameter, float32      gradients  4       AdamW's two moments  8
     replica      2 bytes per parameter on CUDA: the bfloat16 copy that responses are drawn
                  from; with FSDP, one in every process
-    activations  of one micro-batch in the update: with gradient checkpointing one hidden state per
-                 layer and one layer's activations, without it every layer's; short responses are
-                 packed with their prompts, which needs a mask in every layer
-    logits       one chunk of float32 logits and what its backward pass holds in addition
+    activations  those of one micro-batch in the update: with gradient checkpointing, one hidden
+                 state per layer and one layer's activations; without it, every layer's. Short
+                 responses are packed with their prompts, which needs a mask in every layer
+    logits       one chunk of float32 logits, and what the backward pass holds in addition
     KV cache     keys and values of every response at full length, in the compute dtype
 
-The largest sum of what exists at the same time is the peak: sampling, updating, or diagnostics.
+The peak is the largest sum of what exists at the same time: in sampling, updating or diagnostics.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ GIB = 2**30
 
 
 class Estimate(NamedTuple):
-    """Bytes on one process's device."""
+    """Estimated bytes on one process's device, by part, and the peak."""
 
     parameters: int  # a count, not bytes
     weights: int
@@ -41,8 +41,8 @@ class Estimate(NamedTuple):
     activations: int
     logits: int
     kv_cache: int
-    sampling: int  # logits of one decoding step and the draw's work
-    diagnostics: int  # --diagnose-every and --bupo-layer auto: every layer's states, and logits
+    sampling: int  # logits and work buffers of one decoding step, or a prefill pass
+    diagnostics: int  # every layer's states, and logits, for --diagnose-every and --bupo-layer auto
     peak: int
 
 
@@ -50,17 +50,23 @@ PARTS = Estimate._fields[1:-1]
 
 
 def parameter_count(config):
-    """Parameters of a model, tied ones once, and of one layer; built without memory."""
+    """Return the number of parameters of a model (tied ones once) and of one of its layers.
+
+    The model is built on the meta device, without memory.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.tie_weights()  # transformers 5.0 leaves that out on the meta device
+    model.tie_weights()  # transformers 5.0 does not tie on the meta device
     layer = decoder_body(model).layers[0]
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in layer.parameters())
 
 
 def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True, sharded=None):
-    """Peak memory of one process for the Options; prompts of `prompt_tokens` tokens. `sharded`: it
-    is one of torchrun's, as several always are. Products without a --dtype are in 16 bits."""
+    """Return the Estimate of one process's memory for the Options.
+
+    prompt_tokens: tokens of a prompt. sharded: whether torchrun started the process; default: if
+    there are several. Without a --dtype, products are taken to run in 16 bits.
+    """
     parameters, layer_parameters = parameter_count(config)
     compute = 4 if options.dtype == "float32" else 2
     sharded = world_size > 1 if sharded is None else sharded
@@ -79,17 +85,17 @@ def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True, sharde
     activations, once_more = _activations(
         config, options, prompt_tokens, world_size, compute, apart
     )
-    if sharded or (options.offload and not apart):  # the root and two layers are gathered at a time
+    if sharded or (options.offload and not apart):  # the root and two layers are gathered at once
         activations += int(compute * (embedding + 2 * layer_parameters))
-    elif copies:  # autocast's cast copies live until the pass ends
+    elif copies:  # autocast keeps its 16-bit copies of the weights until the pass ends
         activations += compute * parameters
-    elif apart:  # a layer's gradients in 16 bits, until they are added to the sums
+    elif apart:  # 16-bit gradients of a layer, until they are added to the float32 sums
         activations += compute * (embedding + layer_parameters)
     response_tokens = rows_in_a_pass(options, prompt_tokens, world_size) * options.max_new_tokens
     chunk = min(chunk_of(vocab, "cuda" if cuda else "cpu"), response_tokens)
-    # logits and their softmax, or gradient; the unembedding's own gradient, and of all its ids
+    # logits, and their softmax or gradient; the unembedding's gradient, of used ids and of all ids
     logits = int(chunk * vocab * 8 + (1 if apart else 2) * 4 * vocab * hidden)
-    # a checkpointed layer is computed once more when the chunks are done
+    # a checkpointed layer is recomputed after the chunks of logits have been freed
     activations += max(0, once_more - chunk * vocab * 8)
     kv_cache, sampling = _sampling(config, options, prompt_tokens, world_size, compute, cuda)
     peak = weights + moments + reference + replica
@@ -105,8 +111,8 @@ def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True, sharde
 def _diagnostics(config, options, prompt_tokens, compute, cuda):
     """Return the bytes of diagnostics.
 
-    They are the residual stream at the response tokens, and of a chunk of them the logits and the
-    softmax, or those of two layers and their divergence.
+    They hold the residual stream at the response tokens. For one chunk of these tokens they also
+    hold logits and softmax, or logits and softmax of two layers and their divergence.
     """
     layers, vocab, S = (
         config.num_hidden_layers,
@@ -115,7 +121,7 @@ def _diagnostics(config, options, prompt_tokens, compute, cuda):
     )
     responses = min(64 if options.bupo_layer == "auto" else 32, options.responses_per_step)
     tokens = min(responses, diagnostic_batch_size(S)) * options.max_new_tokens
-    # H, what both norms hand on and H + A stay float32; what both blocks add does not
+    # H, the outputs of both norms and H + A are float32; A and F are in the compute dtype
     stream = 4 * (layers + 1) + 3 * 4 * layers + 2 * compute * layers
     entropy = 8 * min(chunk_of(vocab, "cuda" if cuda else "cpu"), tokens)
     divergence = 20 * min(LOGITS_CHUNK // vocab, tokens) if options.diagnose_every else 0
@@ -123,7 +129,7 @@ def _diagnostics(config, options, prompt_tokens, compute, cuda):
 
 
 def _sampling(config, options, prompt_tokens, world_size, compute, cuda):
-    """(keys and values of the responses in flight, what a decoding step or prefill works on)"""
+    """Return (bytes of the KV cache, bytes of a decoding step's logits or of a prefill pass)."""
     G, sequence = options.num_generations, prompt_tokens + options.max_new_tokens
     responses = options.responses_per_step // world_size
     if options.decode_rows:
@@ -131,25 +137,25 @@ def _sampling(config, options, prompt_tokens, world_size, compute, cuda):
     if cuda and options.capture:
         sequence = math.ceil(sequence / KEYS_STEP) * KEYS_STEP
     keys = 2 * config.num_hidden_layers * _heads(config)[1] * _heads(config)[2] * compute
-    drawing = responses * config.vocab_size * 4 * 4  # logits, the next ones, the draw's two buffers
+    drawing = responses * config.vocab_size * 4 * 4  # two sets of logits and the draw's two buffers
     read = min(options.prefill_tokens, responses // G * prompt_tokens)
     reading = read * compute * (3 * config.intermediate_size + 4 * config.hidden_size)
     return int(responses * sequence * keys), int(max(drawing, reading))
 
 
 def _heads(config):
-    """Query heads, key and value heads, and the size of one."""
+    """Return the numbers of query heads and of key and value heads, and the size of a head."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", heads)
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def rows_in_a_pass(options, prompt_tokens, world_size):
-    """Responses of full length in one forward and backward pass."""
+    """Return how many responses of full length one forward and backward pass holds."""
     rows = options.responses_per_update // world_size
     rows = min(options.micro_batch or rows, rows)
     if options.micro_tokens:
-        shared = 1 if options.plain else options.num_generations  # who share a prompt in a line
+        shared = 1 if options.plain else options.num_generations  # that share a prompt
         a_row = prompt_tokens / shared + options.max_new_tokens
         if prompt_tokens + options.max_new_tokens > LONGEST_ROW:
             a_row = prompt_tokens + options.max_new_tokens
@@ -158,8 +164,10 @@ def rows_in_a_pass(options, prompt_tokens, world_size):
 
 
 def _activations(config, options, prompt_tokens, world_size, compute, apart):
-    """What a pass keeps for its backward pass, without gathered or cast weights; and what of a
-    checkpointed layer is there once more while its own backward pass runs."""
+    """Return (bytes stored for the backward pass, bytes of the layer being recomputed).
+
+    The second number is 0 without gradient checkpointing. Gathered or cast weights are not counted.
+    """
     hidden, layers, longest = config.hidden_size, config.num_hidden_layers, options.max_new_tokens
     rows, G = rows_in_a_pass(options, prompt_tokens, world_size), options.num_generations
     lines, width = rows, prompt_tokens + longest
@@ -173,10 +181,10 @@ def _activations(config, options, prompt_tokens, world_size, compute, apart):
     if options.micro_tokens and not packed:  # shorter responses fill a pass up to its limit
         everything = width * options.responses_per_update // world_size
         tokens = max(width, min(options.micro_tokens, everything))
-    # one layer, in numbers a token: q k v, attention's output and its copy; what the feed-forward
-    # block's gate, its activation, the other half and their product leave; two norms' inputs and
-    # outputs, and the inputs of the seven matrices, which autocast casts for each (the residual
-    # stream stays float32)
+    # What one layer stores per token: q, k and v, attention's output and its copy; in the
+    # feed-forward block the gate, its activation, the other half and their product; inputs and
+    # outputs of two norms, and the inputs of the seven matrices, of which autocast makes a copy
+    # each (the residual stream stays float32)
     heads, kv_heads, head_dim = _heads(config)
     inner = 4 * config.intermediate_size + 2 * heads * head_dim + 2 * kv_heads * head_dim
     outer = 28 if compute == 4 else (16 if apart else 26)  # bytes
@@ -187,7 +195,7 @@ def _activations(config, options, prompt_tokens, world_size, compute, apart):
 
 
 def check_fit(need, config, options, prompt_tokens, device):
-    """UserError that names the number to change, if the run cannot fit its device."""
+    """Raise UserError, naming the option to change, if the run cannot fit its device."""
     capacity = total_memory(device)
     if device.type != "cpu" and capacity and need.peak > capacity:
         raise UserError(
@@ -206,7 +214,7 @@ def check_fit(need, config, options, prompt_tokens, device):
 
 
 def table(e, options, prompt_tokens=256):
-    """The estimate as lines for people."""
+    """Return an Estimate as text, one line per part."""
     lines = [
         f"memory a run needs on one GPU ({e.parameters / 1e6:.1f} M parameters"
         f"{', offload' if options.offload else ''}, prompts of {prompt_tokens} tokens, "
@@ -219,10 +227,12 @@ def table(e, options, prompt_tokens=256):
 
 
 def overview(config, options):
-    """What `--estimate` prints: the parts on one GPU, and the peaks of other ways to run it that
-    these options allow."""
+    """Return the text that --estimate prints.
 
-    def peak(size=0, **changes):  # size: of torchrun's processes
+    It lists the parts on one GPU, and the peaks of other ways to run that the options allow.
+    """
+
+    def peak(size=0, **changes):  # size: number of torchrun's processes; 0: without torchrun
         changed = dataclasses.replace(options, **changes)
         need = estimate(config, changed, world_size=max(1, size), sharded=size > 0)
         return f"{need.peak / GIB:9.2f} GiB a process"
@@ -244,7 +254,7 @@ def overview(config, options):
 
 
 def what_to_change(e, options):
-    """The option that lowers the largest part of an estimate that does not fit."""
+    """Return as text the option that lowers the largest part of an Estimate that does not fit."""
     states = e.weights + e.gradients + e.moments
     if e.kv_cache + e.sampling > e.gradients + e.activations + e.logits:
         rows = options.decode_rows or options.responses_per_step

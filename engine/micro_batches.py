@@ -2,16 +2,16 @@
 
 
 def split_by_tokens(rollout, rows, tokens, packed):
-    """Return rows in lists of at most `tokens` tokens each, or of one row.
+    """Return rows as micro-batches of at most `tokens` tokens each; one row may have more.
 
-    packed: responses share rows with their prompt (engine/packing.py), so only real tokens count,
-    and each prompt once. Otherwise padding counts too.
+    packed: responses share rows with their prompt (engine/packing.py), so padding is not counted,
+    and each prompt is counted once. Otherwise padding and every prompt are counted.
     """
     lengths, prompt, parts = rollout.lengths.tolist(), rollout.prompt.shape[1], [[]]
     rows = rollout.row_list(rows)
     if packed:
         return _split_by_real_tokens(rollout, rows, tokens, lengths)
-    for row in sorted(rows, key=lengths.__getitem__):  # similar lengths together: little padding
+    for row in sorted(rows, key=lengths.__getitem__):  # similar lengths: little padding
         if parts[-1] and (len(parts[-1]) + 1) * (prompt + lengths[row]) > tokens:
             parts.append([])
         parts[-1].append(row)
@@ -19,7 +19,7 @@ def split_by_tokens(rollout, rows, tokens, packed):
 
 
 def as_slices(parts):
-    """Return lists of adjacent rows as slices: no list has to be copied to the device."""
+    """Return lists of adjacent rows as slices, which need no copy to the device."""
     ends = [(part[0], part[-1] + 1) for part in parts]
     return [slice(*e) if part == list(range(*e)) else part for part, e in zip(parts, ends)]
 
@@ -39,10 +39,11 @@ def _split_by_real_tokens(rollout, rows, tokens, lengths):
 
 
 def equal_counts(parts, dist):
-    """Return as many micro-batches as the process with the most has.
+    """Return the micro-batches, split further until every process has the same number of them.
 
     A forward pass of a sharded model is a collective call, so every process must make the same
-    number of them. All processes have as many rows; the longest micro-batches are cut in two.
+    number of them. The micro-batches with the most rows are cut in two. This always succeeds, since
+    all processes have the same number of rows.
     """
     needed = int(dist.all_reduce_max(len(parts)))
     while len(parts) < needed:

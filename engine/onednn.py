@@ -1,5 +1,8 @@
-"""Decoding on a CPU multiplies a few rows by large matrices. PyTorch's default product (MKL) is
-slow at that; oneDNN's takes half the time."""
+"""Use oneDNN's matrix products for decoding on a CPU.
+
+Decoding multiplies a few rows by large matrices. PyTorch's default product (MKL) is slow at this,
+and oneDNN's takes half the time.
+"""
 
 import contextlib
 import functools
@@ -7,16 +10,16 @@ import functools
 import torch
 from torch.nn.functional import linear
 
-MOST_ROWS = 256  # with more rows, or smaller matrices, the two are alike
+MOST_ROWS = 256  # with more rows, or smaller matrices, the two libraries are equally fast
 LEAST_WEIGHTS = 2**15
 
 
 @contextlib.contextmanager
 def onednn_linear(model, rows):
-    """While open, the float32 linear layers of a model on a CPU take oneDNN's product, on copies of
-    their weights that are laid out for inputs of `rows` rows.
+    """While open, make a model's float32 linear layers on a CPU use oneDNN's product.
 
-    It has no gradient and the copies do not follow the weights: for one rollout only.
+    It multiplies copies of the weights that are laid out for inputs of `rows` rows. The product has
+    no gradient, and the copies do not change with the weights, so open this for one rollout only.
     """
     there = torch.backends.mkldnn.is_available()
     ops = torch.ops.mkldnn if there and hasattr(torch.ops.mkldnn, "_linear_pointwise") else None

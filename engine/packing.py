@@ -1,12 +1,12 @@
-"""Sequence packing: responses follow their prompt in shared rows, which avoids most padding.
+"""Pack sequences: responses follow their prompt in shared rows, which avoids most padding.
 
-Lays some rows of a sampling.Rollout out for one forward pass. A *segment* is a prompt and some of
-its responses; a packed row ("line" in the code) holds the segments that fit its width. The plain
-layout, one response per row, is internals.unpacked.
+This module lays out some rows of a sampling.Rollout for one forward pass. A *segment* is a prompt
+and some of its responses. A packed row ("line" in the code) holds as many segments as fit its
+width. The plain layout, one response per row, is internals.unpacked.
 
     ids        p0 p1 a0 a1 b0 q0 q1 c0 c1 c2    prompt p with two responses, prompt q with one;
     positions   0  1  2  3  2  0  1  2  3  4    the last token of a response predicts nothing and
-    owner       p  p  a  a  b  q  q  c  c  c    is left out
+    owner       p  p  a  a  b  q  q  c  c  c    is omitted
 
 A token attends to earlier tokens of its prompt and of its own response. In this example the
 predecessors of response a's three tokens are p1, a0 and a1.
@@ -20,27 +20,32 @@ from common.attention import takes_any_mask
 from common.devices import to_device_async
 from internals import PackedBatch, unpacked
 
-LONGEST_ROW = 1024  # tokens: masks stay small
-STEPS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8)  # widths that are tried, as multiples of the least
+LONGEST_ROW = 1024  # tokens of a packed row; limits the mask, whose size is its square
+STEPS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8)  # widths to try, as multiples of the smallest one
 
 
 class Segment(NamedTuple):
-    """A prompt and some of its responses, with the tokens of each that a packed row holds."""
+    """A prompt and some of its responses, which stand together in a packed row."""
 
-    size: int  # of all of them
-    prompt: int
-    rows: list
+    size: int  # tokens of the prompt and of these responses in the packed row
+    prompt: int  # number of the prompt
+    rows: list  # numbers of the responses
 
 
 class Packer:
-    """Lays responses out in shared rows. It remembers the last rollout's layouts, since scoring and
-    updating ask for the same."""
+    """Lays out responses in shared rows.
+
+    It keeps the layouts of the last rollout, since scoring and updating need the same ones.
+    """
 
     def __init__(self, config):
         self.config, self.rollout = config, None
 
     def packs(self, rollout, rows):
-        """Return whether no response is too long for a row that others share."""
+        """Return whether all of these responses can be packed: the model allows it, none too long.
+
+        pack may still give one response per row, where this costs less.
+        """
         longest = int(rollout.lengths[rows].max()) + rollout.prompt.shape[1]
         return takes_any_mask(self.config) and longest <= LONGEST_ROW
 
@@ -60,13 +65,13 @@ class Packer:
             else:
                 self.known[key] = unpacked(rollout, rows)
         packed = self.known[key]
-        if isinstance(packed.mask, tuple):  # built for each pass: its size is the width squared
+        if isinstance(packed.mask, tuple):  # build the mask for each pass: it is too large to keep
             packed = packed._replace(mask=visible(*packed.mask))
         return packed
 
 
 def choose_packing(config, rows, lengths, prompts, G):
-    """Return (packed rows of Segments, width), or None where one response per row costs less.
+    """Return (lists of Segments, one per packed row; width), or None if packing does not pay.
 
     lengths: tokens of each response; prompts: tokens of each prompt. In a layer, a token costs
     about 24 D^2 operations in matrix products and 4 D in attention for each token of its packed
@@ -94,7 +99,7 @@ def cost(packing, D):
 
 
 def segments(rows, lengths, prompts, G, width):
-    """Return each prompt with its responses, in as many segments as the width needs."""
+    """Return the Segments of all prompts, split so that none is longer than `width` tokens."""
     groups, found = {}, []
     for row in rows:
         groups.setdefault(row // G, []).append(row)
@@ -111,7 +116,7 @@ def segments(rows, lengths, prompts, G, width):
 
 
 def fill(segments, width):
-    """Return lines of segments: the largest first, each in the first line that has room."""
+    """Return packed rows, lists of segments: first fit, in order of decreasing size."""
     lines, used = [], []
     for segment in sorted(segments, key=lambda segment: -segment.size):
         for i, n in enumerate(used):
@@ -126,9 +131,9 @@ def fill(segments, width):
 
 
 def laid_out(rollout, rows, lines, width, lengths, prompts):
-    """Return the PackedBatch of a packing; its mask is still the arguments of `visible`."""
+    """Return the PackedBatch of a packing, with the arguments of `visible` in place of the mask."""
     padded, T = rollout.prompt.shape[1], rollout.tokens.shape[1]
-    # of each prompt and response: its place, its source, its owner, its first position
+    # of each prompt and response: destination, tokens, source, first position, segment, owner
     pieces, starts, behind = [], {}, {}
     for i, line in enumerate(lines):
         at = i * width
@@ -188,7 +193,7 @@ def visible(segment, owner):
 
 
 def spans(count):
-    """(which, place): 0 0 0 1 1 and 0 1 2 0 1 for counts of 3 and 2."""
+    """Return (which, place): for counts of 3 and 2, they are 0 0 0 1 1 and 0 1 2 0 1."""
     which = torch.repeat_interleave(torch.arange(len(count)), count)
     before = count.cumsum(0) - count
     return which, torch.arange(len(which)) - before[which]

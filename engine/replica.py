@@ -12,7 +12,7 @@ from internals import decoder_body
 
 
 class Replica:
-    """A copy of the policy; `refreshed` brings it up to date."""
+    """A copy of the policy in the compute dtype, which `refreshed` updates."""
 
     def __init__(self, policy, dtype, device):
         self.policy = policy
@@ -31,9 +31,10 @@ class Replica:
 
     @torch.no_grad()
     def refreshed(self):
-        """Return the copy with the policy's weights of now.
+        """Return the copy, after updating it with the policy's current weights.
 
-        They are gathered one at a time, in the copy's dtype, which is half the traffic.
+        A sharded policy's weights are gathered one at a time. They are first cast to the copy's
+        dtype, which halves the communication.
         """
         for target, source in zip(self.model.parameters(), self.policy.parameters()):
             target.copy_(full_tensor(source.to(target.dtype)))

@@ -1,8 +1,8 @@
-"""Log-probability and entropy of rows of logits, in place and without cancellation.
+"""Compute log-probability and entropy of rows of logits, in place and without cancellation.
 
-What losses.row_logprobs_and_entropy does in plain lines, for the scorer and the sampler alike. On
-CUDA the two functions that the scorer calls for every chunk of logits are compiled into single
-kernels where a compiler is there: they pass over the logits once instead of ten times.
+losses.row_logprobs_and_entropy is the plain version. The scorer and the sampler both use these
+functions. On CUDA, if a compiler is installed, the two functions that the scorer calls for every
+chunk of logits are compiled into single kernels, which read the logits once instead of ten times.
 
 Shapes: N rows, V vocabulary.
 """
@@ -11,16 +11,16 @@ import functools
 
 import torch
 
-NEVER = -1e30  # its exponential is 0 and 0 times it is 0, which 0 times -inf is not
+NEVER = -1e30  # a finite stand-in for -inf: exp(NEVER) and 0 * NEVER are both 0
 
 
 def likeliest(logits):
     """Return the id of each row's largest logit, (N, 1); NaN counts as the largest.
 
-    On a CPU in two levels, blocks first: there max is ten times as fast as argmax.
+    On a CPU the search has two levels, first over blocks: max is ten times as fast as argmax there.
     """
     size = logits.shape[-1]
-    block = 64 * max(1, round(size**0.5 / 64))  # whole vectors: three times as fast
+    block = 64 * max(1, round(size**0.5 / 64))  # a multiple of 64 is three times as fast
     if logits.device.type != "cpu" or size <= block:
         return logits.argmax(-1, keepdim=True)
     whole = size // block * block
@@ -28,16 +28,18 @@ def likeliest(logits):
     if whole < size:
         best = torch.cat([best, logits[:, whole:].amax(-1, keepdim=True)], 1)
     first = best.argmax(-1, keepdim=True) * block
-    inside = (first + torch.arange(block)).clamp_max(size - 1)  # the last id may come repeatedly
+    inside = (first + torch.arange(block)).clamp_max(size - 1)  # the last id may be repeated
     return (first + logits.gather(1, inside).argmax(-1, keepdim=True)).clamp_max(size - 1)
 
 
 def scores(z, top, targets=None, work=None, measure_entropy=True):
-    """(logp of the targets or None, entropy or None, log1p(s)), each (N,), of rows whose largest
-    logit, at id `top` (N, 1), is 0. z (N, V) becomes finite; `work` has its shape.
+    """Return (logp of the targets or None, entropy or None, log Z), each (N,), of logits z (N, V).
 
-    s is the sum of e^z over all ids but the likeliest: log Z = log1p(s), and the entropy,
-    log1p(s) + sum p (-z), is a sum of terms that are never negative.
+    The largest logit of each row, at id `top` (N, 1), must be 0. z is changed in place: -inf
+    becomes finite. `work` is a buffer of z's shape.
+
+    s is the sum of e^z over all ids except `top`. log Z is log1p(s). The entropy is
+    log1p(s) + sum p (-z), a sum of terms that are never negative.
     """
     z.clamp_min_(NEVER)
     p = torch.softmax(z, -1, out=work)
@@ -50,20 +52,22 @@ def scores(z, top, targets=None, work=None, measure_entropy=True):
 
 
 def product(hidden, weight, dtype):
-    """hidden @ weight.T, (N, D), (V, D) -> (N, V) in `dtype`; low-precision products on CUDA keep
-    their float32 accumulator."""
+    """Return hidden @ weight.T in `dtype`, (N, D), (V, D) -> (N, V).
+
+    On CUDA, the float32 accumulator of a low-precision product is not rounded in between.
+    """
     if hidden.is_cuda and hidden.dtype != dtype:
         return torch.mm(hidden, weight.T, out_dtype=dtype)
     return (hidden @ weight.T).to(dtype)
 
 
-# -------------------------------------------------------------- of the scorer, one chunk at a time
+# ------------------------------------------------ called by the scorer for each chunk of logits
 
 
 def row_scores(logits, targets, measure_entropy=True):
     """Return (logp of the targets, entropy, log Z) of logits (N, V), which are overwritten.
 
-    The entropy is NaN without measure_entropy.
+    The entropy may be NaN if not measure_entropy.
     """
     if (fused := compiled(_row_scores, logits)) is not None:
         return fused(logits, targets)
@@ -76,9 +80,11 @@ def row_scores(logits, targets, measure_entropy=True):
 
 
 def row_gradients(logits, targets, logsumexp, entropy, grad_logp, grad_entropy):
-    """Gradient of the logits (N, V), in their place; all others (N,), grad_entropy may be None.
+    """Return the gradient of the logits, (N, V), which may overwrite them.
 
     d logp / d logits = onehot - p        d H / d logits = -p (log p + H)
+
+    All other arguments are (N,); grad_entropy may be None.
     """
     if grad_entropy is None and (fused := compiled(_row_gradients, logits)) is not None:
         return fused(logits, targets, logsumexp, grad_logp)
@@ -115,7 +121,7 @@ COMPILED_ON = {"cuda"}
 
 
 def compiled(function, logits):
-    """The function, compiled; None where logits of this kind take the eager way."""
+    """Return the compiled function, or None if these logits' device uses the eager version."""
     if logits.device.type not in COMPILED_ON or not _compiler_works(logits.device.type):
         return None
     return _compile(function)
@@ -132,10 +138,13 @@ def _probe(logits):
 
 @functools.cache
 def _compiler_works(kind):
-    """Whether a compiler is there, asked once a process and device of a function of its own: what
-    is compiled on two rows of eight would keep their block sizes for real ones."""
+    """Return whether torch.compile works on a device; tested once per process and device.
+
+    The test compiles a separate function: one compiled for two rows of eight would keep block sizes
+    for them on real logits.
+    """
     try:
         torch.compile(_probe, dynamic=True)(torch.zeros(2, 8, device=kind))
-    except Exception:  # noqa: BLE001 - no Triton, no C compiler, a version too old: eager is right
+    except Exception:  # noqa: BLE001 - no Triton, no C compiler or an old version: run eagerly
         return False
     return True

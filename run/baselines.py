@@ -1,12 +1,14 @@
-"""Baselines: what the two papers are compared with, and controls. A default run enters none of it.
+"""Define the baselines that the two papers are compared with, and controls.
+
+A default run uses none of them. Each option has its functions:
 
     advantages       forking, entropy-advantage, edge, quantile     change_advantages
     ratio or bounds  archer, dppo, cispo, gspo                      policy_loss
     temperature      two                                            two_temperatures
     BuPO             freeze, one-layer, layer-lr                    set_trainable_weights
 
-A new baseline is a function, an `if` where the others of its kind stand, and a choice of --baseline
-(or --bupo-baseline) in run/options.py.
+To add a baseline, write a function, add an `if` next to the others of its kind, and add a choice to
+--baseline (or --bupo-baseline) in run/options.py.
 """
 
 import math
@@ -27,7 +29,7 @@ LOSS_BASELINES = ("archer", "dppo", "cispo", "gspo")
 
 
 def change_advantages(advantages, batch, run):
-    """Return the advantages of a baseline, (B, T), from those of the group rule."""
+    """Return a baseline's advantages, (B, T), from GRPO's or RLOO's `advantages`, (B, T)."""
     options = run.options
     mask = batch.loss_mask & batch.has_reward_variance[:, None]
     if options.baseline == "forking":
@@ -43,9 +45,10 @@ def change_advantages(advantages, batch, run):
 
 
 def forking_mask(batch, run):
-    """Forking tokens (Wang et al. 2025, 2506.01939): only the fifth of highest entropy learns.
+    """Return 1 for forking tokens (Wang et al. 2025, 2506.01939), 0 for the others, (B, T).
 
-    The other tokens stay in the mean, as zeros.
+    Forking tokens are the fifth with the highest entropy. Only they have an advantage; the other
+    tokens still count in the loss's denominator.
     """
     entropy = of_equal_contexts(batch.full.entropy, batch.rollout.tokens, batch.rollout.group_size)
     pool = run.dist.gather(entropy[batch.loss_mask])
@@ -53,10 +56,10 @@ def forking_mask(batch, run):
 
 
 def forking_token_mask(entropy, mask, share=0.2, pool=None):
-    """Return the `share` of tokens of highest entropy; (B, T) -> (B, T), of mask's dtype.
+    """Return a mask of the `share` of tokens with the highest entropy; (B, T) -> (B, T).
 
-    Ties at the threshold are all kept. The threshold is that of the entropies `pool` (n,), of all
-    processes for example; default the valid tokens.
+    The result has mask's dtype. All ties at the threshold are kept. The threshold is a quantile of
+    the entropies `pool` (n,), for example those of all processes; default: of the valid tokens.
     """
     valid = entropy[mask.bool()] if pool is None else pool
     if not valid.numel():
@@ -67,32 +70,32 @@ def forking_token_mask(entropy, mask, share=0.2, pool=None):
 
 
 def of_equal_contexts(entropy, tokens, group_size):
-    """Return entropies (B, T) in which tokens of a group after the same text have the same one.
+    """Return entropies, (B, T), that are equal wherever the context of two tokens is equal.
 
-    It is that of the first such response. They differ by rounding alone, and a threshold may fall
-    between them.
+    If responses of a group begin with the same tokens, their entropies there differ only by
+    rounding, and a threshold might fall between them. So all get those of the first such response.
     """
     groups = tokens.view(-1, group_size, tokens.shape[1])
     same = (groups[:, :, None] == groups[:, None]).cumprod(-1, dtype=torch.uint8)  # (P, G, G, T)
     before = torch.nn.functional.pad(same[..., :-1], (1, 0), value=1)
-    first = before.argmax(2)  # among equal values, the first
+    first = before.argmax(2)  # the first response with the same earlier tokens
     return entropy.view_as(groups).gather(1, first).view_as(entropy)
 
 
 def entropy_advantage(advantages, entropy, alpha=0.4, kappa=2.0):
-    """Entropy advantage (Cheng et al. 2025, 2506.14758): A + min(alpha H, |A| / kappa), (B, T).
+    """Return entropy advantages A + min(alpha H, |A| / kappa) (Cheng et al. 2025, 2506.14758).
 
-    H is detached. With kappa > 1 the bonus cannot change a sign.
+    All (B, T). H is detached. With kappa > 1 the bonus cannot change a sign.
     """
     return advantages + torch.minimum(alpha * entropy.detach(), advantages.abs() / kappa)
 
 
 def edge_weight(sequence_entropy, group_size, largest=10.0):
-    """EDGE-GRPO (Zhang et al. 2025, 2507.21848): mean_group H / H[b], (B,) -> (B,).
+    """Return EDGE-GRPO's weights mean_group H / H[b], (B,) (Zhang et al. 2025, 2507.21848).
 
-    H[b] is the mean token entropy of a response. A confident correct response counts more, a
-    confident wrong one is penalized more. At most `largest` times as much: a bound of ours, since
-    the quotient has none near entropy 0.
+    H[b] is the mean token entropy of a response. A confident correct response gains more, and a
+    confident wrong one is penalized more. The bound `largest` is not in the paper: without it, the
+    quotient is unbounded near entropy 0.
     """
     entropy = split_groups(sequence_entropy.detach(), group_size)
     weight = entropy.mean(1, keepdim=True) / entropy.clamp_min(torch.finfo(entropy.dtype).tiny)
@@ -100,11 +103,12 @@ def edge_weight(sequence_entropy, group_size, largest=10.0):
 
 
 def quantile_advantages(rewards, group_size, K=0.4):
-    """Quantile advantages (Wu et al. 2025, 2509.22611): (R[b] - Q_K) / (std_group + 1e-6).
+    """Return quantile advantages (R[b] - Q_K) / (std_group + 1e-6), (B,) -> (B,).
 
-    Q_K is the group's K-quantile: the smallest reward that at least a share K does not exceed. With
-    rewards of 0 and 1 and a share p of correct responses, Q is 0 where p <= 1 - K, and only the
-    correct ones learn; else it is 1, and only the wrong ones do. (B,) -> (B,).
+    The source is Wu et al. 2025, 2509.22611. Q_K is the K-quantile of the group's rewards: the
+    smallest reward that at least a share K of the rewards does not exceed. Take rewards of 0 and 1
+    and a share p of correct responses. If p <= 1 - K, Q_K is 0, and only correct responses have an
+    advantage. Otherwise Q_K is 1, and only wrong responses have one.
     """
     groups = split_groups(rewards, group_size)
     rank = max(0, math.ceil(K * group_size) - 1)
@@ -114,17 +118,17 @@ def quantile_advantages(rewards, group_size, K=0.4):
     return torch.where(has_reward_variance(rewards, group_size), advantages.view(-1), 0.0)
 
 
-# ---------------------------------------------------------------------------- ratio and its bounds
+# ---------------------------------------------------------------------- ratios and clip bounds
 
 
 def policy_loss(logp, batch, rows, options):
-    """Return a baseline's PolicyLoss: its ratio, the bounds and the mean that belong to it."""
+    """Return a baseline's PolicyLoss, (rows, T), with its own ratio, clip bounds and mean."""
     old_logp, mask = batch.old.logp[rows], batch.loss_mask[rows]
     advantages, loss_mean = batch.advantages[rows], options.loss_mean
     dual_clip = options.dual_clip or None
     if options.baseline == "gspo":
         ratio, low, high, loss_mean = gspo_ratio(logp, old_logp, mask)
-    elif options.baseline == "cispo":  # no token's gradient is ever cut off: no bounds
+    elif options.baseline == "cispo":  # has no bounds, since it never removes a token's gradient
         low = high = torch.full_like(old_logp, torch.inf)
         loss, ratio = cispo_loss(logp, old_logp, advantages, options.clip_high)
         return PolicyLoss(loss, ratio, low, high, advantages, loss_mean)
@@ -139,11 +143,11 @@ def policy_loss(logp, batch, rows, options):
 
 
 def archer_bounds(entropy, mask, quantile=0.8, clip_high_entropy=0.5, clip_low_entropy=0.2):
-    """Archer (Wang et al. 2025, 2507.15778): two classes of tokens, each with a clip range, (B, T).
+    """Return Archer's clip distances, (B, T) (Wang et al. 2025, 2507.15778).
 
-    A token is high-entropy if it lies above the entropy quantile (nearest rank) of its response.
-    Its clip range is `clip_high_entropy`; that of the others is `clip_low_entropy`. Archer's KL
-    term on the low-entropy tokens is omitted.
+    A token is high-entropy if its entropy is above its response's quantile (nearest rank). Its clip
+    distance is `clip_high_entropy`; that of other tokens is `clip_low_entropy`. Archer's KL term on
+    the low-entropy tokens is omitted.
     """
     mask = mask.bool()
     ordered = torch.where(mask, entropy, torch.inf).sort(1).values
@@ -153,21 +157,22 @@ def archer_bounds(entropy, mask, quantile=0.8, clip_high_entropy=0.5, clip_low_e
 
 
 def divergence_bounds(old_logp, delta=0.15):
-    """DPPO's trust region (Qi et al. 2026, 2602.04879): clip distances delta / p_old, (B, T).
+    """Return DPPO's clip distances delta / p_old, (B, T) (Qi et al. 2026, 2602.04879).
 
-    r <= 1 + delta / p_old is p - p_old <= delta, binary total variation. A token's update stops
-    where its probability has already moved by delta in the direction that the advantage asks for,
-    whatever the ratio. A rare token may become many times as likely; a likely one may not lose a
-    quarter of itself. Public settings of delta are 0.1 and 0.2.
+    r <= 1 + delta / p_old means p - p_old <= delta, a bound on the binary total variation. So a
+    token's gradient is removed once its probability has moved by delta in the direction of its
+    advantage, whatever the ratio. A rare token may become many times as likely, but a token of
+    probability 0.9 may lose only a sixth of it. Published settings of delta are 0.1 and 0.2.
     """
     return delta * (-old_logp.detach()).exp()
 
 
 def cispo_loss(logp, old_logp, advantages, clip_high):
-    """CISPO (MiniMax 2025, 2506.13585): the weight of a gradient is bounded, none is cut off.
+    """Return CISPO's (loss, ratio), (rows, T) each (MiniMax 2025, 2506.13585).
 
-    loss = -sg(min(r, 1 + clip_high)) A log p, whose gradient is that of -sg(min(r, ...) / r) A r.
-    Return (loss, ratio).
+    CISPO bounds the weight of a token's gradient instead of removing the gradient. The loss is
+    -sg(min(r, 1 + clip_high)) A log p, where sg stops the gradient. Its gradient is that of
+    -sg(min(r, 1 + clip_high) / r) A r.
     """
     ratio = likelihood_ratio(logp, old_logp)
     weight = ratio.clamp_max(1 + clip_high).detach()
@@ -175,20 +180,20 @@ def cispo_loss(logp, old_logp, advantages, clip_high):
 
 
 def gspo_ratio(logp, old_logp, mask, clip_low=3e-4, clip_high=4e-4):
-    """GSPO (Zheng et al. 2025, 2507.18071): one ratio per response, with its own clip bounds.
+    """Return GSPO's (ratio, clip_low, clip_high, kind of mean) (Zheng et al. 2025, 2507.18071).
 
-    A mean of log-ratios moves far less than one of them: with the token ratio's bounds of 0.2 it
-    would almost never be clipped. Return (ratio, clip_low, clip_high, kind of mean), the first
-    three (B, T).
+    The first three are (B, T). GSPO has one ratio per response. It is the exponential of a mean of
+    log-ratios, which varies far less than a single one: with a token ratio's bounds of 0.2 it would
+    almost never be clipped. So it has smaller bounds.
     """
     low, high = (torch.full_like(old_logp, bound) for bound in (clip_low, clip_high))
     return sequence_ratio(logp, old_logp, mask), low, high, "sequence"
 
 
 def sequence_ratio(logp, old_logp, mask):
-    """Return s = (prod of r over a response's tokens)^(1 / their number) for each of its tokens.
+    """Return the geometric mean of a response's token ratios, at each of its tokens, (B, T).
 
-    1 at padding. (B, T) -> (B, T), differentiable in every token's logp.
+    It is 1 at padding, and differentiable in every token's logp.
     """
     mask = mask.to(logp.dtype)
     mean = ((logp - old_logp) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
@@ -196,7 +201,10 @@ def sequence_ratio(logp, old_logp, mask):
 
 
 def truncated_weight(logp, sampler_logp, largest=2.0):
-    """Truncated importance sampling (Yao et al. 2025): min(p / p_sampler, largest) per token."""
+    """Return the weights min(p / p_sampler, largest) of truncated importance sampling, (B, T).
+
+    The source is Yao et al. 2025.
+    """
     return likelihood_ratio(logp, sampler_logp).clamp_max(largest)
 
 
@@ -204,15 +212,18 @@ def truncated_weight(logp, sampler_logp, largest=2.0):
 
 
 def set_trainable_weights(step, run):
-    """BuPO's baselines: say before a step's updates which weights may move, and how fast."""
+    """Freeze weights or scale their learning rate for a step, as BuPO's baselines require.
+
+    This must be called before the step's updates.
+    """
     options, policy = run.options, run.engine.policy
-    if options.bupo_baseline == "freeze":  # layers 1 ... l, while the full policy trains
+    if options.bupo_baseline == "freeze":  # layers 1 ... l, in phase 1, training the full policy
         for p in lower_layers(policy, run.layer):
             p.requires_grad_(not schedules.in_phase_1(step, options))
-    elif options.bupo_baseline == "one-layer":  # everything but layer l
+    elif options.bupo_baseline == "one-layer":  # freeze all but layer l
         for p in all_but_layer(policy, run.layer):
             p.requires_grad_(not schedules.in_phase_1(step, options))
-    elif options.bupo_baseline == "layer-lr":  # layers above l, from the first step to the last
+    elif options.bupo_baseline == "layer-lr":  # a tenth for layers above l, in every step
         for group in run.engine.optimizer.param_groups:
             if group["layer"] > run.layer:
                 group["peak_lr"] = options.lr * 0.1
@@ -233,7 +244,10 @@ def all_but_layer(model, layer):
 
 
 def groups_by_layer(model):
-    """Return optimizer groups for layer-lr: first what belongs to no layer, as 0, then by layer."""
+    """Return optimizer groups for layer-lr, one per layer.
+
+    The first group, layer 0, holds the parameters outside all layers.
+    """
     groups, known = [], set()
     for number, block in enumerate(decoder_body(model).layers, 1):
         groups.append({"params": list(block.parameters()), "layer": number})
@@ -246,16 +260,19 @@ def groups_by_layer(model):
 
 
 def two_temperatures(entropy, stats, base, tau):
-    """Return base (1 + tau) above the pivot, base (1 - tau) below: simpler than HAPO's A."""
+    """Return temperatures base (1 + tau) above the pivot and base (1 - tau) below it.
+
+    Any shape. This is simpler than HAPO's mechanism A. Without stats, return base everywhere.
+    """
     if stats is None:
         return torch.zeros_like(entropy) + base
     return base * (1 + tau * (log_entropy(entropy) - stats.pivot).sign())
 
 
 def random_verdicts(step, attempt, run):
-    """Return verdicts by chance, (B,), for --reward random, a control.
+    """Return random verdicts, (B,) bool, for the control --reward random.
 
-    They are the same over any number of processes.
+    A prompt's verdicts do not depend on the number of processes.
     """
     options, generator = run.options, torch.Generator()
     generator.manual_seed(seed_of(options.seed, step, attempt, "coin"))

@@ -1,4 +1,4 @@
-"""The responses of one step on their way from sampling to the update, and what the updates did."""
+"""Define Batch, the responses of one step with their values, and the records of its updates."""
 
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -12,10 +12,10 @@ from sampling import Rollout, Rows, TokenScores, pad_prompts
 
 @dataclass(kw_only=True)
 class Batch:
-    """One value per response (B,) or token (B, T); `problems` holds one per prompt.
+    """The responses of one step, with one value per response (B,) or per token (B, T).
 
-    A new tensor (B,) or (B, T) is one line here: `select` and `join` carry it along. Fields of
-    another kind are dropped by them, and so must be set after dynamic sampling.
+    `problems` has one item per prompt. To add a tensor (B,) or (B, T), add one line here: `select`
+    and `join` handle it. They drop fields of other types, which must be set after dynamic sampling.
     """
 
     problems: list  # (P,)
@@ -26,36 +26,36 @@ class Batch:
     correct: Tensor  # (B,) bool, the verdict that --reward names
     rewards: Tensor  # (B,) what the advantages are computed from
     has_reward_variance: Tensor  # (B,) bool, whether the outcomes of the response's group differ
-    # rollout.mask has all tokens that were drawn; loss_mask those in the loss and its denominator.
-    # Zero-variance groups stay in the denominator, with advantage 0. Under dynamic sampling those
-    # that could not be replaced leave it.
+    # rollout.mask has all tokens drawn; loss_mask has those in the loss and its denominator.
+    # Zero-variance groups count in the denominator, with advantage 0. Under dynamic sampling,
+    # groups that could not be replaced do not count.
     in_loss: Tensor  # (B,) bool, false in groups that dynamic sampling could not replace
     loss_mask: Tensor  # (B, T) bool, tokens in the loss
 
     # The fields below are None until the step sets them.
-    all_drawn: "Batch" = None  # where dynamic sampling has replaced groups: all that were drawn
-    old: TokenScores = None  # of the policy that is trained, before the first update
-    full: TokenScores = None  # of the full policy: h is computed from its entropies
+    all_drawn: "Batch" = None  # with dynamic sampling: all responses drawn, before the selection
+    old: TokenScores = None  # of the policy being trained, before the first update
+    full: TokenScores = None  # of the full policy; h is computed from these entropies
     reference: TokenScores = None  # of the initial model
-    stats: hapo.EntropyStats = None  # h is computed with them
+    stats: hapo.EntropyStats = None  # entropy statistics that h is computed with
     h: Tensor = None  # (B, T) HAPO's modulation
     advantages: Tensor = None  # (B, T)
     importance_weights: Tensor = None  # (B, T) --sampler-correction
 
 
 class PolicyLoss(NamedTuple):
-    """The loss of some responses, and what it was computed from, (rows, T) each."""
+    """The loss of some responses, and the values that it was computed from, (rows, T) each."""
 
     per_token: Tensor | None  # None once its gradient has been computed
     ratio: Tensor
-    clip_low: Tensor  # how far the ratio may fall below 1
-    clip_high: Tensor  # how far it may rise above 1
+    clip_low: Tensor  # distance of the lower clip bound from 1
+    clip_high: Tensor  # distance of the upper clip bound from 1
     advantages: Tensor  # after HAPO's redistribution
     loss_mean: str  # how per_token is averaged: "token", "sequence" or "fixed"
 
 
 class MicroBatchResult(NamedTuple):
-    """One forward pass of an update: some responses at the policy as it was then."""
+    """The result of one forward pass of an update, on some responses."""
 
     rows: Rows
     logp: Tensor  # (rows, T)
@@ -63,7 +63,7 @@ class MicroBatchResult(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What one update did. The defaults are those of an update from which nothing is learned."""
+    """The result of one update. The defaults are those of an update without any advantage."""
 
     # applied; skipped: NaN or infinite; rescaled: float16 overflowed; no_signal: no advantage
     outcome: str = "no_signal"
@@ -73,20 +73,20 @@ class Update(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    """What a step did: run/report.py makes a line of metrics.jsonl of it."""
+    """The results of a step, from which run/report.py computes a line of metrics.jsonl."""
 
     number: int
-    layer: int | None  # whose policy was trained; None: the model's own
+    layer: int | None  # layer whose policy was trained; None: the model's own
     batch: Batch
     updates: list[Update]
     seconds: dict[str, float]
 
 
-# ------------------------------------------------------------------- batches and rollouts, cut up
+# ----------------------------------------------- select, join and move batches and rollouts
 
 
 def select(batch, groups):
-    """The Batch (or Rollout) of some of its groups, in that order."""
+    """Return the Batch (or Rollout) of the groups with these numbers, in this order."""
     rollout = getattr(batch, "rollout", batch)
     rows = rows_of(groups, rollout.group_size)
     chosen = {}
@@ -102,7 +102,7 @@ def select(batch, groups):
 
 
 def join(parts):
-    """Several batches (or rollouts) with the same G as one, padded to the longest."""
+    """Return several batches (or rollouts) with the same G as one, padded to the longest."""
     joined = {}
     for name, value in present(parts[0]):
         values = [getattr(part, name) for part in parts]
@@ -116,7 +116,7 @@ def join(parts):
 
 
 def moved_to(batch, device):
-    """A batch (or rollout) on another device."""
+    """Return a batch (or rollout) with all tensors on a device."""
     moved = {}
     for name, value in present(batch):
         if isinstance(value, Rollout):
@@ -126,18 +126,18 @@ def moved_to(batch, device):
 
 
 def present(batch):
-    """(name, value) of every field that is there."""
+    """Return the (name, value) of every field that is not None."""
     values = ((field.name, getattr(batch, field.name)) for field in fields(batch))
     return [(name, value) for name, value in values if value is not None]
 
 
 def rows_of(groups, group_size):
-    """The rows of some groups: G adjacent rows each."""
+    """Return the row numbers of some groups, G adjacent rows each."""
     return [p * group_size + g for p in groups for g in range(group_size)]
 
 
 def pad_to_longest(tensors, left=False):
-    """(n_i, T_i) tensors, all padded with 0 to the largest T; (n_i,) ones as they are."""
+    """Return (n_i, T_i) tensors padded with 0 to the largest T. Return (n_i,) tensors unchanged."""
     if tensors[0].dim() == 1:
         return tensors
     width = max(x.shape[1] for x in tensors)
@@ -147,8 +147,10 @@ def pad_to_longest(tensors, left=False):
 
 
 def rollout_of(prompts, responses):
-    """Finished responses (lists of ids), one to each prompt, as a Rollout; temperature 0,
-    log-probabilities and entropies unknown."""
+    """Return given responses (lists of ids), one to each prompt, as a Rollout.
+
+    Their temperature is set to 0, their log-probabilities and entropies to NaN.
+    """
     prompt, prompt_mask = pad_prompts(prompts)
     tokens = torch.cat(pad_to_longest([torch.tensor([ids], dtype=torch.long) for ids in responses]))
     lengths = torch.tensor([len(ids) for ids in responses])

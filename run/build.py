@@ -10,7 +10,7 @@ from run import baselines
 
 
 def build_engine(policy, options, dist, vocab_size, eos_ids):
-    """Return the Engine of a policy: where and in which precision it is kept and computed."""
+    """Return the Engine of a policy; the options select its precision, memory and processes."""
     groups = [{"params": list(policy.parameters())}]
     if options.bupo_layer and options.bupo_baseline == "layer-lr":
         groups = baselines.groups_by_layer(policy)
@@ -29,7 +29,7 @@ def build_engine(policy, options, dist, vocab_size, eos_ids):
 
 
 def layer_of(options):
-    """Return BuPO's layer: a number, AUTO, or None where there is no BuPO."""
+    """Return BuPO's layer: a number, AUTO, or None in a run without BuPO."""
     if options.bupo_layer in ("", bupo.AUTO):
         return options.bupo_layer or None
     return int(options.bupo_layer)

@@ -1,13 +1,14 @@
-"""Checkpoints that are whole or absent, and a run that continues from one exactly.
+"""Write checkpoints that are complete or absent, and continue a run exactly from one.
 
 checkpoint-N/ is an ordinary Hugging Face folder (config, weights, tokenizer) plus
     optimizer.pt     AdamW's moments by weight name (torch.load(weights_only=True))
-    run.json         step, data position, BuPO layer, entropy statistics, guard, a hash of the
-                     options: everything except tensors
+    run.json         the rest of the state: step, data position, BuPO layer, entropy statistics,
+                     guard, a hash of the options
     checksums.json   SHA-256 of every other file, written last
-It is written under another name, flushed to the disk and renamed, so a kill at any moment leaves
-either no checkpoint-N or a whole one. Loading verifies every checksum and uses the newest folder
-that passes. There is no random state to save: every draw is seeded by (seed, step).
+The folder is written under another name, flushed to the disk and renamed. So a run that is killed
+at any moment leaves either no checkpoint-N or a complete one. Loading verifies every checksum and
+uses the newest folder that passes. There is no random state to save: every draw is seeded by
+(seed, step).
 """
 
 import contextlib
@@ -37,7 +38,7 @@ SHAPE = (
 
 
 def write_file(path, text):
-    """Write a small file so that a reader finds the old text or the new one, never half of it."""
+    """Write a small text file atomically: a reader finds the old text or the new one."""
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
@@ -71,7 +72,7 @@ def save(run, step):
         sums = {p.name: _sha256(p) for p in files}
         (aside / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
         _flush(aside / "checksums.json")
-        if folder.exists():  # from an earlier attempt, which had got further
+        if folder.exists():  # written before the run went back to an earlier step
             shutil.rmtree(folder)
         os.replace(aside, folder)
         _flush(run.out)
@@ -82,14 +83,15 @@ def save(run, step):
 
 
 def say_what_saving_costs(run, count=5, tenth=0.1):
-    """Once, behind the fifth checkpoint, if they take more than a tenth of the run's time."""
+    """Print a note if checkpoints take more than a tenth of the time, once, after the fifth."""
     if len(run.saves) != count:
         return
     since, now = run.saves[0][1], run.saves[-1][1]
     spent = sum(end - start for start, end in run.saves[1:])
     share, every = spent / (now - since), run.options.save_every
     if share > tenth:
-        # with n steps instead of one between two: spent / (spent + n (the rest)) is a tenth
+        # with n times as many steps between checkpoints, spent / (spent + n (now - since - spent))
+        # is a tenth
         fewer = math.ceil(every * (1 - tenth) / tenth * share / (1 - share))
         run.say(
             f"note: checkpoints take {share:.0%} of the time ({spent / (count - 1):.1f} s each); "
@@ -100,10 +102,10 @@ def say_what_saving_costs(run, count=5, tenth=0.1):
 
 @contextlib.contextmanager
 def disk_faults_in_one_line(out, what, unfinished):
-    """A full or read-only disk, in the words of whichever library met it; removes `unfinished`."""
+    """Turn a failed write, on a full or read-only disk, into a UserError; remove `unfinished`."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # ours, torch.save's, safetensors'
+    except (OSError, RuntimeError, SafetensorError) as error:  # Python, torch.save, safetensors
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise UserError(
@@ -113,15 +115,15 @@ def disk_faults_in_one_line(out, what, unfinished):
 
 
 def save_model(run, folder, weights):
-    """An ordinary Hugging Face folder of the policy's weights. One of them is read back."""
-    run.policy.save_pretrained(folder, state_dict=dict(weights))  # which it may empty
-    config = folder / "config.json"  # the library writes down what the model computes in
+    """Write the policy's weights as an ordinary Hugging Face folder, and read one weight back."""
+    run.policy.save_pretrained(folder, state_dict=dict(weights))  # a copy: it may be emptied
+    config = folder / "config.json"  # transformers records the compute dtype; the files are float32
     config.write_text(
         json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}, indent=2),
         encoding="utf-8",
     )
     check_written(folder, weights)
-    if not run.tokenizer_files:  # the same every time, and half a second
+    if not run.tokenizer_files:  # keep the files: they never change, and saving takes half a second
         with tempfile.TemporaryDirectory() as apart:
             run.tokenizer.save_pretrained(apart)
             files = pathlib.Path(apart).iterdir()
@@ -131,7 +133,10 @@ def save_model(run, folder, weights):
 
 
 def check_written(folder, weights):
-    """OSError if a weight is not what was to be written: of one file, or of several large ones."""
+    """Raise OSError if the smallest weight, read back from its file, is not what was written.
+
+    A large model has several files, and an index that names the file of each weight.
+    """
     index = folder / "model.safetensors.index.json"
     places = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.exists() else {}
     name = min(places or weights, key=lambda name: weights[name].numel())
@@ -141,8 +146,10 @@ def check_written(folder, weights):
 
 
 def gather(run):
-    """(weights by name, AdamW state by weight name) as whole tensors in main memory, of process 0;
-    the others take part and let go of each tensor at once."""
+    """Return (weights by name, AdamW state by weight name) as whole tensors in main memory.
+
+    Every process must call it. Only process 0 keeps the tensors; the others return empty ones.
+    """
     kept = run.dist.main
     every = {name for name, _ in run.policy.named_parameters(remove_duplicate=False)}
     tied = every - {name for name, _ in run.policy.named_parameters()}
@@ -162,9 +169,9 @@ def gather(run):
 
 
 def folders(out, last=math.inf):
-    """checkpoint-N folders up to step `last`, newest first.
+    """Return the checkpoint-N folders up to step `last`, newest first.
 
-    (Behind it may lie damaged ones that a resumed run has passed over.)
+    (Later folders may be damaged ones that a resumed run has skipped.)
     """
     named = [(re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in out.glob("checkpoint-*")]
     found = [(int(match.group(1)), p) for match, p in named if match]
@@ -172,7 +179,7 @@ def folders(out, last=math.inf):
 
 
 def newest_whole(out, say):
-    """The newest checkpoint whose files all carry their sums, or None; names those passed over."""
+    """Return the newest checkpoint whose checksums all match, or None; print those skipped."""
     for folder in folders(out):
         fault = _fault(folder)
         if fault is None:
@@ -183,8 +190,11 @@ def newest_whole(out, say):
 
 
 def to_resume(out, say):
-    """The newest whole checkpoint; None where a run had made none yet. UserError where there are
-    checkpoints and none is whole: the fault may be transient, so nothing is deleted."""
+    """Return the newest whole checkpoint, or None if the run has written none yet.
+
+    UserError if there are checkpoints and none is whole. The fault may be transient, so nothing is
+    deleted.
+    """
     found = newest_whole(out, say)
     if found is None and folders(out):
         raise UserError(
@@ -209,13 +219,16 @@ def _fault(folder):
 
 
 def settings_hash(options):
-    """SHA-256 of the options that a resumed run may not change, where they are not the default: an
-    option that is new since says nothing about a run of before."""
+    """Return the SHA-256 of the options that a resumed run may not change.
+
+    Options with their default value are left out, so that an option added to the code later does
+    not change the hash of an older run.
+    """
     return _sum(given_settings(options))
 
 
 def given_settings(options):
-    """Return the options that a resumed run may not change, where they are not the default."""
+    """Return {name: value} of options that a resumed run may not change, without default values."""
     default = {f.name: f.default for f in dataclasses.fields(options)}
     given = {k: v for k, v in dataclasses.asdict(options).items() if v != default[k]}
     return {k: v for k, v in given.items() if k not in MAY_CHANGE}
@@ -226,7 +239,10 @@ def _sum(settings):
 
 
 def restore(run, folder):
-    """Put back everything but the weights; returns the step the checkpoint was written at."""
+    """Restore a run's state, except the weights, from a checkpoint. Return the checkpoint's step.
+
+    UserError if the checkpoint belongs to other options or to an older version of the code.
+    """
     state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     state = renamed.with_new_names(state, renamed.STATE)
     given = given_settings(run.options)
@@ -261,22 +277,24 @@ def _placed_like(value, parameter):
         mesh, placements = parameter.device_mesh, parameter.placements
         placed = distribute_tensor(value, mesh, placements, src_data_rank=None)
         mine = torch.empty_like(parameter)
-        # offloaded parameters live in main memory, their mesh on the GPU
+        # offloaded parameters are in main memory, but their mesh is on the GPU
         mine.to_local().copy_(placed.to_local())
         return mine
     return value.to(parameter.device, copy=True)
 
 
 def model_fingerprint(config, tokenizer):
-    """What must agree between a checkpoint and the model that a user names beside --resume."""
+    """Return what must agree between a checkpoint and a --model that is given with --resume."""
     shape = {name: getattr(config, name, None) for name in SHAPE}
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {"model": shape, "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()}
 
 
 def keep_lines(path, last_step):
-    """Drop the lines of a JSONL file that are later than `last_step` or not whole: a resumed run
-    writes them again."""
+    """Remove the lines of a JSONL file that are later than `last_step` or incomplete.
+
+    A resumed run writes them again.
+    """
     if path.exists():
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -284,13 +302,13 @@ def keep_lines(path, last_step):
                 if json.loads(line)["step"] <= last_step:
                     kept.append(line)
             except ValueError:
-                pass  # the half line that a kill left at the end
+                pass  # an incomplete line that a killed run left at the end
         write_file(path, "".join(line + "\n" for line in kept))
 
 
 def _flush(path):
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -299,7 +317,7 @@ def _flush(path):
 
 
 def _sha256(path):
-    digest = hashlib.sha256()  # hashlib.file_digest is not there in Python 3.10
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     with open(path, "rb") as file:
         while part := file.read(1 << 20):
             digest.update(part)

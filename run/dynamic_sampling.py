@@ -1,7 +1,7 @@
-"""Dynamic sampling (DAPO): zero-variance groups are replaced by new ones, for some rounds.
+"""Sample dynamically (DAPO): replace zero-variance groups, in at most --max-rounds rounds.
 
 If too few groups have reward variance after the last round, zero-variance groups fill the batch and
-stay out of the loss.
+are left out of the loss.
 """
 
 import torch
@@ -10,20 +10,20 @@ from run.batch import join, moved_to, select
 
 
 def is_filled(drawn, run):
-    """Return whether the groups with reward variance, over all processes, fill a step."""
+    """Return whether all processes together have enough groups with reward variance for a step."""
     (found,) = run.dist.all_reduce_sum(groups_with_variance(drawn).sum())
     return found >= run.options.prompts_per_step
 
 
 def select_groups(drawn, run):
-    """Return a step's Batch from all groups drawn: the first P with reward variance.
+    """Return a step's Batch: of all groups drawn, the first P with reward variance.
 
-    They are the first of all processes together, and are dealt out to the updates in turn, so that
-    every update gets its share of them.
+    They are selected over all processes and distributed over the updates in turn, so that every
+    update gets an equal share of them.
     """
     options, dist = run.options, run.dist
     everywhere = moved_to(join(dist.gather_objects(moved_to(drawn, "cpu"))), dist.device)
-    # the order in which one process would have drawn: prompts were dealt to processes in turn
+    # the order in which a single process would have drawn: processes took prompts in turn
     order = torch.arange(len(everywhere.problems)).view(dist.size, -1).T.flatten()
     zero_variance = ~groups_with_variance(everywhere).cpu()
     chosen = order[zero_variance[order].int().argsort(stable=True)][: options.prompts_per_step]

@@ -1,4 +1,4 @@
-"""Read the command line of evaluate.py without torch: a mistake is named within a second."""
+"""Read the command line of evaluate.py without torch, to report mistakes within a second."""
 
 import argparse
 import math

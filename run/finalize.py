@@ -12,7 +12,7 @@ from scripts.page import write_page
 
 
 def finish(run):
-    """Write the trained model to final/, and the curves and the page."""
+    """Write the trained model to final/, draw the curves, and write the page of the run."""
     weights, _ = checkpoint.gather(run)
     if not run.dist.main:
         return
@@ -34,14 +34,14 @@ def finish(run):
         run.say(f"curves: {plot([run.out])}")
     try:
         run.say(f"page with every token of one group per step: {write_page([run.out])}")
-    except UserError as error:  # a run that an older version began
+    except UserError as error:  # an older version began the run
         run.say(f"no page: {error}")
 
 
 def give_up(run, step):
-    """Stop with UserError after too many bad steps in a row, or after a bad last step.
+    """Raise UserError after too many bad steps in a row, or after a bad last step.
 
-    The last responses are written to disk. If the run has reached its end, final/ is the last good
+    The last responses are written to disk. After the last step, final/ gets a copy of the last good
     checkpoint.
     """
     where, batch, options = run.out / f"bad-step-{step}.jsonl", run.last_batch, run.options

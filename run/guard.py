@@ -1,9 +1,9 @@
-"""Guards of a run: jumps are reported, bad steps counted, and SIGINT ends a run between steps."""
+"""Guard a run: report jumps of metrics, count bad steps, and let SIGINT end it between steps."""
 
 import signal
 
-ALARM_FACTOR = 4.0  # how far from its running mean a watched number may be before a line says so
-WATCHED = {  # name, what to do where it jumps up, where it falls
+ALARM_FACTOR = 4.0  # factor between a watched metric and its running mean that prints a warning
+WATCHED = {  # metric: (name, advice if it jumps up, advice if it falls)
     "grad_norm": (
         "gradient norm",
         "one such step is harmless, since it is clipped; if they go on, lower --lr",
@@ -25,25 +25,25 @@ WATCHED = {  # name, what to do where it jumps up, where it falls
 
 
 class Guard:
-    """Reports jumps, and counts the bad steps in a row, which end the run.
+    """Reports jumps of metrics, and counts the bad steps in a row.
 
-    (engine/engine.py keeps a loss or gradient that is not finite from the optimizer.)
+    (engine/engine.py skips the optimizer step if a loss or gradient is NaN or infinite.)
     """
 
     def __init__(self, say):
         self.say, self.bad_in_a_row, self.means = say, 0, {}
-        self.away = set()  # watched numbers that are off their mean, and have been named
+        self.away = set()  # watched metrics that are off their mean and have been reported
 
     def bad_step(self, reason):
         self.bad_in_a_row += 1
         self.say(f"warning: bad step ({reason}), {self.bad_in_a_row} in a row")
 
     def good_step(self, metrics):
-        """Compare the step with the running means of the steps before it."""
+        """Compare a step's metrics with the running means of earlier steps; warn about jumps."""
         self.bad_in_a_row = 0
         for key, (name, above, below) in WATCHED.items():
             if key == "grad_norm" and not metrics.get("updates", 1):
-                continue  # no group had reward variance, and the step's line says so
+                continue  # no group had reward variance; the step's console line shows this
             if key not in metrics:
                 continue
             value, mean, step = metrics[key], self.means.get(key), metrics["step"]
@@ -75,8 +75,10 @@ class Guard:
 
 
 class StopRequest:
-    """While open, SIGINT and SIGTERM ask the run to finish its step, save and leave; a second
-    SIGINT interrupts at once."""
+    """While open, a first SIGINT or SIGTERM sets `asked`, so that the run saves after its step.
+
+    A second SIGINT interrupts the run at once.
+    """
 
     def __init__(self, say):
         self.say, self.asked, self.before = say, False, {}

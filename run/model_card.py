@@ -1,6 +1,6 @@
 """Write the model card of final/: README.md, with the metadata that model hubs read.
 
-It names no folder of this machine, so final/ can be published as it is.
+The card contains no path of this machine, so final/ can be published unchanged.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from run import checkpoint
 from run.option_checks import with_defaults
 from run.options import MAY_CHANGE, Options, flag_of
 
-# The algorithm decides the defaults of other options; these may change on resume, but belong here.
+# Defaults of other options depend on these. SHOWN may change on a resume, but belong in the card.
 DECIDE_DEFAULTS = (
     "algo baseline data device estimate offload split_master task temperature_form".split()
 )
@@ -81,7 +81,7 @@ def methods_of(options):
 
 
 def metadata_of(options):
-    """Return the lines between the two ---: what a hub reads."""
+    """Return the metadata lines between the two ---, which hubs read."""
     methods = methods_of(options)
     header = {
         "library_name": "transformers",
@@ -96,7 +96,10 @@ def metadata_of(options):
 
 
 def given(options):
-    """Return the options that are not the default and change the result, without folders."""
+    """Return {name: value} of the options that are not the default and change the result.
+
+    Paths have only their last part.
+    """
     decide = {name: getattr(options, name) for name in DECIDE_DEFAULTS}
     usual = with_defaults(dataclasses.replace(Options(), **decide))
     usual = dataclasses.asdict(usual) | {"algo": Options.algo, "task": Options.task, "data": ""}
@@ -110,7 +113,7 @@ def given(options):
 
 
 def command(settings):
-    """Return the command line that gives these options."""
+    """Return the command line of train.py for these options, {name: value}."""
     words = ["python train.py"]
     for name, value in settings.items():
         if isinstance(value, bool):
@@ -121,11 +124,11 @@ def command(settings):
 
 
 def is_local(name):
-    """Return whether a name is a path of this machine, not a name on the hub."""
+    """Return whether a name is a local path, not a name on the hub."""
     path = pathlib.Path(name)
     return path.exists() or path.is_absolute() or len(path.parts) != 2
 
 
 def public_name(name):
-    """Return a hub's name as it is, and a path without its folders."""
+    """Return a hub name unchanged, and only the last part of a path."""
     return pathlib.Path(name).name if is_local(name) else name

@@ -1,4 +1,4 @@
-"""Fill in the defaults that depend on other options; one line for each option that cannot work."""
+"""Fill in the defaults that depend on other options, and reject options that cannot work."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ from tasks import BUILT_IN, default_cap
 
 
 def parse(argv, description):
-    """Return Options from the command line, a resumed run's config.json, and each other."""
+    """Return complete Options from a command line and, on a resume, the run's config.json."""
     return complete(read_command_line(argv, description))
 
 
@@ -27,19 +27,19 @@ def with_defaults(options):
         clip_high=0.2 if grpo else 0.28,
         tau=0.1 if options.temperature_form == "zscore" else 0.05,
     )
-    if options.instruction is None:  # '' is an answer here
+    if options.instruction is None:  # '' is a valid setting: no instruction
         options = dataclasses.replace(options, instruction=default_instruction(options.data))
     missing = {k: v for k, v in defaults.items() if getattr(options, k) in (None, "")}
     options = dataclasses.replace(options, **missing)
     check_device(options.device)
-    if not options.dtype and not options.estimate:  # which is of a GPU, wherever it is made
+    if not options.dtype and not options.estimate:  # an estimate is for a GPU on any machine
         dtype = "bfloat16" if options.keeps_masters else default_dtype(options.device)
         options = dataclasses.replace(options, dtype=dtype)
     return options
 
 
 def complete(options):
-    """Return options with all defaults; UserError for what cannot work."""
+    """Return options with all defaults. Raise UserError for an option that cannot work."""
     options = with_defaults(options)
     faults = [
         *impossible(options),
@@ -54,7 +54,7 @@ def complete(options):
 
 
 def impossible(options):
-    """Yield (whether it is so, option, what to do) for options that cannot work together."""
+    """Yield (whether the fault is present, option, message) for options that cannot be combined."""
     o = options
     P, G, updates = o.prompts_per_step, o.num_generations, o.updates_per_rollout
     layer = o.bupo_layer and o.bupo_layer != "auto"
@@ -102,7 +102,7 @@ def impossible(options):
 
 
 def impossible_sampler(o):
-    """Yield the same for how responses are drawn."""
+    """Yield (whether the fault is present, option, message) for options of the sampler."""
     G = o.num_generations
     too_few = o.decode_rows and o.decode_rows < G
     yield (
@@ -118,7 +118,7 @@ def impossible_sampler(o):
 
 
 def impossible_precision(o):
-    """Yield the same for dtypes and for where weights are kept."""
+    """Yield (whether the fault is present, option, message) for dtypes and places of weights."""
     shared, half = "WORLD_SIZE" in os.environ, o.dtype == "float16"
     yield (
         half and (shared or o.keeps_masters),
@@ -139,9 +139,9 @@ def impossible_precision(o):
 
 
 def without_effect(options):
-    """Yield the same for options that another option makes void.
+    """Yield (whether the fault is present, option, message) for options that have no effect.
 
-    They are refused, so that config.json records only options that were used.
+    They are rejected, so that config.json records only options that were used.
     """
     o, default = options, {f.name: f.default for f in dataclasses.fields(Options)}
     yield (
@@ -188,7 +188,7 @@ def without_effect(options):
 
 
 def with_a_baseline(o):
-    """Yield the same for what a baseline brings itself."""
+    """Yield (whether the fault is present, option, message) for settings a baseline replaces."""
     default = {f.name: f.default for f in dataclasses.fields(Options)}
     moved = o.clip_low != 0.2 or o.clip_high not in (0.2, 0.28)
     own_bounds = o.baseline in ("archer", "dppo", "gspo") and moved
@@ -205,7 +205,7 @@ def with_a_baseline(o):
 
 
 def without_data(o):
-    """Yield the same for questions and rewards."""
+    """Yield (whether the fault is present, option, message) for questions and rewards."""
     default = {f.name: f.default for f in dataclasses.fields(Options)}
     yield (
         o.reward_function and o.reward == "random",

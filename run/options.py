@@ -1,8 +1,8 @@
-"""The options of a run: what each is, and how the command line and a run's folder are read.
+"""Define the options of a run, and read them from the command line and from a run's folder.
 
-Nothing here needs torch, whose import takes seconds. So `check_command_line` names a misspelled
-option, a missing file and a folder that holds a run at once. The checks of what the options mean
-together, and the defaults that depend on the machine, are in run/option_checks.py.
+Nothing here imports torch, which takes seconds. So `check_command_line` reports a misspelled
+option, a missing file or a folder that already holds a run at once. run/option_checks.py checks
+combinations of options and fills in the defaults that depend on the machine.
 """
 
 import argparse
@@ -34,9 +34,9 @@ def opt(default, help, choices=None):
 
 @dataclass(frozen=True)
 class Options:
-    """Every setting of a run, saved with it as config.json. Symbols are the papers'."""
+    """Every setting of a run, which is saved as config.json. Symbols are those of the papers."""
 
-    # what is trained, and on what
+    # model and data
     model: str = opt("assets/tiny-qwen3", "Hugging Face folder or hub name")
     task: str = opt("addition", f"built-in task; {TASKS}", sorted(BUILT_IN))
     difficulty: int = opt(None, "level of the built-in task; default its first")
@@ -178,17 +178,17 @@ class Options:
 
     @property
     def form(self):
-        """Return split and columns of --data."""
+        """Return the DatasetSpec of --data: its split and columns."""
         return DatasetSpec(self.data_split, self.question_column, self.answer_column)
 
     @property
     def verdict(self):
-        """Return the verdict that is measured on held-out questions: the reward's, if it is one."""
+        """Return the verdict that is measured on held-out questions: --reward, unless random."""
         return "lenient" if self.reward == "random" else self.reward
 
     @property
     def hapo_mechanisms(self):
-        """Return the letters of HAPO's mechanisms that are on: "ABCD", or "" for another --algo."""
+        """Return the letters of the HAPO mechanisms that are on, at most "ABCD"."""
         on = {
             "A": self.adaptive_temperature,
             "B": self.token_group_average,
@@ -199,12 +199,16 @@ class Options:
 
     @property
     def keeps_masters(self):
-        """Return whether the model's weights are bfloat16 and their float32 masters elsewhere."""
+        """Return whether the model has bfloat16 weights and separate float32 master weights."""
         return self.split_master or (self.offload and "WORLD_SIZE" not in os.environ)
 
 
 def read_command_line(argv, description):
-    """Return Options before the defaults that depend on others or on the machine are filled in."""
+    """Return the Options of a command line, or of the run that it resumes.
+
+    Defaults that depend on other options or on the machine are not filled in yet. UserError for a
+    wrong option, a number out of its range, or an unsuitable --out.
+    """
     refuse_old_names(sys.argv[1:] if argv is None else argv, renamed.OPTIONS)
     given = vars(_parser(description).parse_args(argv))
     options = Options(**given)
@@ -228,7 +232,7 @@ def read_command_line(argv, description):
         options = resumed_options(given, options)
         check_ranges(options)
         return options
-    check_ranges(options)  # a setting that cannot work is named before the folder is
+    check_ranges(options)  # report a wrong setting before a folder that is already used
     if taken and not options.overwrite:
         raise UserError(
             f"--out {options.out}: already holds a run; --resume continues it, --overwrite deletes "
@@ -238,10 +242,10 @@ def read_command_line(argv, description):
 
 
 def check_command_line(argv, description):
-    """Raise UserError for what can be found without torch: a wrong option, file or folder."""
+    """Raise UserError for a wrong option, file or folder, as far as this is known without torch."""
     options = read_command_line(argv, description)
     if options.resume:
-        return  # files may have moved: the messages say how to name them
+        return  # files may have moved; the resume checks them and says how to name them
     check_model_name(options.model)
     for flag, data in (("--data", options.data), ("--eval-data", options.eval_data)):
         if data and options.data and not options.estimate:  # an estimate reads no questions
@@ -272,7 +276,7 @@ WITHIN = dict(
 
 
 def check_ranges(options):
-    """Raise UserError for a number out of its range; a default that is still open is None."""
+    """Raise UserError for a number out of its range. None is a default that is not set yet."""
     for name, low in AT_LEAST.items():
         value = getattr(options, name)
         if value is not None and value < low:
@@ -306,8 +310,8 @@ def flag_of(name):
     return f"--{name.replace('_', '-')}"
 
 
-# Options that may change when a run is resumed: they change no result. With --steps the schedules
-# are asked (schedules.check_resume); with --data and --eval-data the questions must be the same.
+# Options that may change when a run is resumed, since they change no result. For --steps,
+# schedules.check_resume checks this; for --data and --eval-data, the questions must be the same.
 MAY_CHANGE = {
     "capture",
     "data",
@@ -335,7 +339,7 @@ MAY_CHANGE = {
 
 
 def stored_options(out):
-    """Return the Options that a run's folder was last started or resumed with."""
+    """Return the Options with which the run in a folder was last started or resumed."""
     path = pathlib.Path(out) / "config.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -347,7 +351,10 @@ def stored_options(out):
 
 
 def resumed_options(given, options):
-    """Return a resumed run's options; those given again must agree, or change no result."""
+    """Return a resumed run's Options. given: {name: value} of the command line.
+
+    UserError if a given option differs from the run's and is not in MAY_CHANGE.
+    """
     stored = stored_options(options.out)
     for key, value in given.items():
         if key not in MAY_CHANGE and getattr(stored, key) != value:

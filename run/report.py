@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, samples.jsonl, console lines, held-out accuracy."""
+"""Report a run: metrics.jsonl, samples.jsonl, console lines and held-out accuracy."""
 
 import random
 
@@ -19,7 +19,7 @@ from run.state import seed_of
 
 @torch.no_grad()
 def weight_sample(run):
-    """Return about a thousand entries of every weight, to see what share of them a step changes."""
+    """Return about a thousand entries of every weight, to measure what share a step changes."""
     parts = []
     for p in run.policy.parameters():
         parts.append(run.engine.strided_sample(p, max(1, p.numel() // 1000)))
@@ -28,13 +28,13 @@ def weight_sample(run):
 
 @torch.no_grad()
 def weight_norms(run):
-    """Return the norm of every weight: a NaN or infinite one must not be saved as good."""
+    """Return the norm of every weight, so that a NaN or infinity is found before it is saved."""
     local = [p.to_local() if hasattr(p, "to_local") else p for p in run.policy.parameters()]
     return torch.stack([norm.float() for norm in torch._foreach_norm(local)]).cpu()
 
 
 def tally(batch):
-    """Return sums over the responses of a batch."""
+    """Return sums over the responses of a batch, {name: number}."""
     rollout, correct = batch.rollout, batch.correct
     groups, done = correct.view(-1, rollout.group_size), rollout.finished
     sums = {
@@ -56,11 +56,11 @@ def tally(batch):
 
 
 def step_metrics(step, weights_before, run):
-    """Return a step's line of metrics.jsonl. `weights_before`: a weight_sample."""
+    """Return a step's line of metrics.jsonl. `weights_before`: weight_sample before the step."""
     batch, layer, mask = step.batch, step.layer, step.batch.rollout.mask
     counts = over_processes(tally(batch.all_drawn or batch), run)
 
-    # failures of this process since the last line
+    # LaTeX failures of this process since the last step
     latex_failures, LATEX.failures = LATEX.failures, 0
 
     means = {"entropy": batch.full.entropy, "temperature": batch.rollout.temperature}
@@ -86,7 +86,7 @@ def step_metrics(step, weights_before, run):
         "tokens_per_second": counts["tokens"] / step.seconds["generate"],
         **{f"seconds_{name}": seconds for name, seconds in step.seconds.items()},
     }
-    if run.options.dynamic_sampling:  # groups that stayed dead
+    if run.options.dynamic_sampling:  # groups that stayed without variance
         (unfilled,) = run.dist.all_reduce_sum((~batch.in_loss).sum())
         metrics["unfilled_groups"] = int(unfilled) // run.options.num_generations
     if layer is not None:
@@ -95,7 +95,7 @@ def step_metrics(step, weights_before, run):
 
 
 def response_metrics(counts):
-    """Return metrics of all responses of a step, those of replaced groups included."""
+    """Return metrics of all responses drawn in a step, including those of replaced groups."""
     responses, finished = counts["responses"], max(1, counts["finished"])
     return {
         "reward": counts["rewards"] / responses,
@@ -114,17 +114,17 @@ def response_metrics(counts):
 
 
 def over_processes(numbers, run):
-    """Return a dictionary of numbers, summed over processes."""
+    """Return a dictionary of numbers with each number summed over processes."""
     return dict(zip(numbers, run.dist.all_reduce_sum(*numbers.values())))
 
 
 def update_metrics(step, run):
-    """Return metrics of a step's updates, without skipped ones (unless all were skipped)."""
+    """Return metrics of a step's updates; skipped ones are left out unless all were skipped."""
     outcomes = [u.outcome for u in step.updates]
     skipped, rescaled = outcomes.count("skipped"), outcomes.count("rescaled")
     applied = outcomes.count("applied")
     updates = [u for u in step.updates if u.outcome in ("applied", "no_signal")] or step.updates
-    first = step.updates[0]  # whose policy had not moved
+    first = step.updates[0]  # made before any weight had changed
     all_counts, before = [clip_counts(u, step.batch) for u in (updates, [first])]
     both = {"of_all": all_counts, "before": before}
     sums = over_processes({(w, k): x for w, c in both.items() for k, x in c.items()}, run)
@@ -152,10 +152,10 @@ def update_metrics(step, run):
 
 
 def useful_token_fraction(updates, batch, run):
-    """Return the share of useful tokens among those that the updates' forward passes computed.
+    """Return the share of useful tokens among all tokens in the updates' forward passes.
 
-    Useful are tokens that predict a response token, and each prompt once per pass. The others are
-    padding or repeat a prompt.
+    Useful tokens are each prompt's, once per pass, and the response tokens that predict another
+    one. The others are padding or repeat a prompt.
     """
     rollout, needed, computed = batch.rollout, 0, 0
     lengths, prompts = rollout.lengths.tolist(), rollout.prompt_mask.sum(1).tolist()
@@ -178,10 +178,10 @@ def clip_counts(updates, batch):
         rows, logp, (_, ratio, clip_low, clip_high, advantages, _) = part
         valid, old_logp = batch.loss_mask[rows], batch.old.logp[rows]
         below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
-        kl = kl_k3(old_logp, logp)  # of KL(old || new): the responses are old's
+        kl = kl_k3(old_logp, logp)  # of KL(old || new): the old policy drew the responses
         counts = (
             valid,
-            valid & below & (advantages < 0),  # whose gradient the bound removed
+            valid & below & (advantages < 0),  # tokens whose gradient is removed
             valid & above & (advantages > 0),
             valid & (below | above),
             valid & ((logp - old_logp).abs() > LOG_RATIO_LIMIT),
@@ -213,9 +213,10 @@ def say_skipped(updates, run):
 
 
 def signal_metrics(batch, layer, run):
-    """Return the statistics that h is computed with, and how far sampler and scorer differ.
+    """Return the statistics that h is computed with, and how much sampler and scorer differ.
 
-    They should agree on tokens drawn at T_base, under the model's own policy.
+    Sampler and scorer are compared on tokens drawn at T_base under the model's own policy, where
+    their log-probabilities should agree.
     """
     metrics, mask = {}, batch.rollout.mask
     same = mask & (batch.rollout.temperature == run.options.temperature)
@@ -264,9 +265,9 @@ def console_line(m, options):
 
 
 def held_out(run, step):
-    """Return the accuracy on held-out questions: sampled at T = 1, and greedy.
+    """Return metrics of held-out questions, sampled at temperature 1 and greedy.
 
-    Questions are repeated if there are fewer than --eval-prompts.
+    For sampling, questions are repeated if there are fewer than --eval-prompts.
     """
     options, name = run.options, f"evaluating step {step}"
     asked = [run.held_out[i % len(run.held_out)] for i in range(options.eval_prompts)]
@@ -290,7 +291,10 @@ def held_out(run, step):
 
 
 def evaluate_over(run, problems, temperature, seed, name, samples=1, own_reward=None):
-    """Return the responses to each problem, those of all processes, with `own_reward`'s reward."""
+    """Return the responses of all processes, one list per question.
+
+    own_reward: a reward function whose reward is added to each response.
+    """
     options, dist, count = run.options, run.dist, len(problems)
     problems = dist.local_shard(problems)
     responses = sample_responses(
@@ -305,7 +309,7 @@ def evaluate_over(run, problems, temperature, seed, name, samples=1, own_reward=
         progress=name if dist.main else None,
         numbers=dist.local_shard(range(count)),
     )
-    by_question = {}  # a question that is asked twice is one question with two responses
+    by_question = {}  # a repeated question becomes one question with several responses
     if own_reward:
         paid = lambda p, a: a._replace(reward=own_reward(p, a.text))
         responses = [[paid(p, response) for response in row] for p, row in zip(problems, responses)]
@@ -317,14 +321,14 @@ def evaluate_over(run, problems, temperature, seed, name, samples=1, own_reward=
 
 
 def samples_of(step, run, rows, more=None):
-    """Yield some responses of the last batch as samples.jsonl holds them.
+    """Yield some responses of the last batch as objects for samples.jsonl.
 
-    Each has its verdicts, and for every token the entropy, the temperature and what `more` holds,
-    (rows, T) by name.
+    Each has its verdicts, and for every token the entropy, the temperature and the values in
+    `more`, {name: (rows, T)}.
     """
     batch, rollout = run.last_batch, run.last_batch.rollout
     G = rollout.group_size
-    # a batch that was refused before it was scored has the sampler's entropy alone
+    # a batch that was rejected before it was scored has only the sampler's entropy
     entropy = rollout.entropy if batch.full is None else batch.full.entropy
     name = "sampler_entropy" if batch.full is None else "entropy"
     columns = {name: entropy[rows], "temperature": rollout.temperature[rows]}
@@ -356,7 +360,7 @@ def int_of(x, digits):
 
 
 def first_look(run):
-    """Before training: print and record held-out accuracy and the pass rate on training prompts."""
+    """Print and record held-out accuracy and the pass rate on training prompts, before training."""
     options, seed = run.options, seed_of(run.options.seed, "probe")
     metrics = {"step": 0, **held_out(run, 0)}
     some = random.Random(seed).sample(
@@ -400,7 +404,7 @@ def first_look(run):
 
 
 def measure_boundary(batch, run):
-    """Return the boundary layer, for --bupo-layer auto: measured on 64 of the responses."""
+    """Return the boundary layer for --bupo-layer auto, measured on 64 of a batch's responses."""
     ids, attention, response = batch.rollout.with_response_mask(64 // run.dist.size)
     with autocast(run.dist.device, run.options.dtype):
         boundary = bupo.measure_boundary(
@@ -417,7 +421,7 @@ def measure_boundary(batch, run):
 
 
 def say_boundary(boundary, responses, run):
-    """Print which layer --bupo-layer auto has found, and by what margin."""
+    """Print which layer --bupo-layer auto has found, and how reliable the result is."""
     layer, found, change = boundary
     where = f"{layer} of {len(change)} ({change[layer - 1]:+.3f} nats)"
     if not found:
@@ -426,7 +430,7 @@ def say_boundary(boundary, responses, run):
             f"falling back to layer {where}, where it falls least"
         )
         return
-    margin = change[layer - 1 :].abs().min()  # of the layers whose signs decide
+    margin = change[layer - 1 :].abs().min()  # over the layers whose signs decide
     steps = schedules.shown_steps(schedules.phase_1_steps(run.options))
     run.say(
         f"boundary layer: {where}, the last whose feed-forward block raises entropy, on "
@@ -436,9 +440,9 @@ def say_boundary(boundary, responses, run):
 
 
 def diagnose(run):
-    """Return BuPO's diagnostics on fixed responses: those of the first step that asks for them.
+    """Return BuPO's diagnostics, measured on fixed responses: those of the first step diagnosed.
 
-    Of a sharded model, on those of process 0.
+    The metrics of a sharded run are those of process 0's responses.
     """
     if run.diagnosed is None:
         run.diagnosed = run.last_batch.rollout.with_response_mask(32)
@@ -460,7 +464,7 @@ def diagnose(run):
 
 
 def record(step, metrics, bad, run):
-    """Write one step's lines: to the console, metrics.jsonl and samples.jsonl."""
+    """Write a step's lines to the console, metrics.jsonl and samples.jsonl."""
     options = run.options
     if bad:
         run.guard.bad_step(bad)

@@ -1,11 +1,12 @@
-"""A reward function of the user's own: --reward-function FILE.py:NAME.
+"""Call a reward function that the user wrote: --reward-function FILE.py:NAME.
 
-    def NAME(question, answer, text) -> float      `answer`: reference, `text`: response
-    def NAME(question, answer, text, **row)        all columns of the row, or only those that the
-                                                   parameters name
+    def NAME(question, answer, text) -> float      answer: reference answer; text: response
+    def NAME(question, answer, text, **row)        with all columns of the data row, or only those
+                                                   that further parameters name
 
-It runs in a separate process (common/worker.py). A call that hangs is killed after REWARD_SECONDS
-and the process is restarted. What the function prints goes to standard error.
+The function runs in a separate process (common/worker.py). A call that takes longer than
+REWARD_SECONDS is killed, and the process is restarted. What the function prints goes to standard
+error.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from concurrent import futures
 from common.errors import UserError
 from common.worker import Died, SubprocessWorker, serve_lines
 
-REWARD_SECONDS = 10.0  # an answer
+REWARD_SECONDS = 10.0  # per response
 
 
 def check_named(given):
@@ -33,7 +34,10 @@ def check_named(given):
 
 
 class RewardFunction:
-    """(problem, text) -> float; NaN where the function failed, which `say` names."""
+    """A function (problem, response) -> float: NaN if the user's function failed.
+
+    `say` prints each failure. UserError if the function cannot be loaded.
+    """
 
     def __init__(self, given, say=print):
         self.given, self.say = given, say
@@ -46,7 +50,7 @@ class RewardFunction:
             found = {"error": "its process ended, or took longer than a minute to start"}
         if "error" in found:
             raise UserError(f"--reward-function {given}: {found['error']}")
-        self.columns = found["columns"]  # that it asks for; None: all
+        self.columns = found["columns"]  # columns that the function takes; None: all
         self.sum = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
 
     def __call__(self, problem, text):
@@ -65,16 +69,19 @@ class RewardFunction:
         return reply.get("reward", math.nan)
 
 
-# --------------------------------------------------------------------- what the process itself does
+# ------------------------------------------------------------------------ run by the subprocess
 
 
 def serve():
-    """The function's file and name stand behind the project's folder in the command."""
+    """Run the subprocess; its command line has the project's folder, the file and the name."""
     serve_lines(lambda: replies_of(*sys.argv[2:]))
 
 
 def replies_of(file, name):
-    """None -> the columns that the function asks for; a question -> its reward."""
+    """Return the function that computes replies: None -> columns; arguments -> reward.
+
+    If the user's function cannot be loaded, every reply is the error.
+    """
     try:
         function = load(file, name)
         columns = columns_of(function)
@@ -85,7 +92,7 @@ def replies_of(file, name):
 
 
 def load(file, name):
-    """The function `name` of a file, which may import its neighbours."""
+    """Return the function `name` of a file; the file may import other files of its folder."""
     sys.path.insert(0, str(pathlib.Path(file).resolve().parent))
     spec = importlib.util.spec_from_file_location("reward_of_the_user", file)
     module = importlib.util.module_from_spec(spec)
@@ -97,7 +104,10 @@ def load(file, name):
 
 
 def columns_of(function):
-    """The columns that a function asks for by name, behind question, answer and text; None: all."""
+    """Return the names of a function's parameters after question, answer and text.
+
+    Return None if it has a parameter **row, which takes all columns.
+    """
     parameters = list(inspect.signature(function).parameters.values())
     if any(p.kind == p.VAR_KEYWORD for p in parameters):
         return None
@@ -105,7 +115,7 @@ def columns_of(function):
 
 
 def reward_of(function, question, answer, text, row):
-    taken = {"question", "answer", "text"}  # columns of these names are there already
+    taken = {"question", "answer", "text"}  # passed by position: drop columns of these names
     row = {name: value for name, value in row.items() if name not in taken}
     try:
         value = float(function(question, answer, text, **row))

@@ -1,8 +1,8 @@
-"""Define what changes with the step: the layer whose policy is trained, and the learning rate.
+"""Define the schedules: the layer whose policy is trained at a step, and the learning rate.
 
-The step, the console, the checks of the options and a resume all call these functions. So if a
-schedule is changed here, the console prints the new one, options without effect are refused, and so
-is resuming a run whose past steps followed another schedule.
+The step, the console, the option checks and a resume all call these functions. So if you change a
+schedule here, the console prints the new one and options without effect are rejected. So is
+resuming a run whose past steps followed another schedule.
 """
 
 import bupo
@@ -32,7 +32,7 @@ def learning_rate_factor(step, options):
 
 
 def described(options):
-    """Return the schedules as text, by asking them."""
+    """Return the schedules of a run as text: learning rates, and the steps of the first phase."""
     some = sorted({1, max(1, options.steps // 2), options.steps})
     rates = [f"{options.lr * learning_rate_factor(step, options):g}" for step in some]
     text = "learning rate " + ", ".join(f"{r} at step {s}" for r, s in zip(rates, some))
@@ -42,7 +42,7 @@ def described(options):
 
 
 def phase_1_steps(options):
-    """Return the steps of the first phase, a list."""
+    """Return the list of the steps in BuPO's first phase."""
     return [step for step in range(1, options.steps + 1) if in_phase_1(step, options)]
 
 
@@ -57,7 +57,7 @@ def shown_steps(steps):
 
 
 def check_resume(before, now, done):
-    """Raise UserError where the steps that a run has taken would have been taken differently.
+    """Raise UserError if the `done` steps of a run have another schedule under the new options.
 
     before, now: the options that the run was stored with, and those that it is resumed with.
     """

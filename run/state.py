@@ -1,4 +1,4 @@
-"""The state of a run: what lives from step to step."""
+"""Define Run, the state that a run keeps from step to step."""
 
 import dataclasses
 import functools
@@ -23,11 +23,11 @@ from sampling import NonFinite
 
 @dataclass(kw_only=True)
 class Run:
-    """Everything a step needs. Checkpoints keep what `state` returns."""
+    """The objects and values that a step needs. Checkpoints contain what `state` returns."""
 
     options: Options
     dist: SingleProcess  # the processes of this run
-    engine: Engine  # the policy, its optimizer, and how the machine computes a step
+    engine: Engine  # the policy, its optimizer, and the methods that compute a step
     reference: torch.nn.Module | None  # the initial model, where --kl needs it
     reward_function: RewardFunction | None  # --reward-function
     tokenizer: object
@@ -36,12 +36,12 @@ class Run:
     out: pathlib.Path
     guard: Guard
 
-    mechanisms: str  # HAPO's mechanisms that are on: "ABCD"
+    mechanisms: str  # letters of the HAPO mechanisms that are on, for example "ABCD"
 
-    # what changes from step to step
-    prompts_consumed: int = 0  # the position in the data
+    # fields that change from step to step
+    prompts_consumed: int = 0  # prompts drawn so far: the position in the data
     layer: int | str | None = None  # BuPO's layer; "auto" until it is measured
-    sampler_stats: hapo.EntropyStats = None  # of the last batch: the next one is sampled with them
+    sampler_stats: hapo.EntropyStats = None  # of the last batch, to sample the next one with
     diagnosed: tuple = None  # the fixed responses of --diagnose-every
     saves: list = dataclasses.field(default_factory=list)  # (start, end) of each checkpoint, s
     last_batch: Batch | None = None  # the last batch that was drawn
@@ -50,7 +50,7 @@ class Run:
         None  # the open file that keeps other runs out of the folder
     )
     fingerprints: dict = dataclasses.field(default_factory=dict)  # of first weights and questions
-    tokenizer_files: dict = dataclasses.field(default_factory=dict)  # as checkpoints hold them
+    tokenizer_files: dict = dataclasses.field(default_factory=dict)  # {name: content}
 
     @property
     def policy(self):
@@ -61,12 +61,15 @@ class Run:
         return self.engine.vocab_size
 
     def say(self, text):
-        """Print a line, in one process."""
+        """Print a line, in the main process only."""
         if self.dist.main:
             print(text, flush=True)
 
     def next_prompts(self):
-        """Return the next P (problem, prompt ids): the data in a new random order every epoch."""
+        """Return this process's share of the next P (problem, prompt ids).
+
+        The data have a new random order in every epoch.
+        """
         examples, size = [], len(self.train_examples)
         first = self.prompts_consumed
         for i in range(first, first + self.options.prompts_per_step):
@@ -74,12 +77,13 @@ class Run:
             row = _permutation(size, self.options.seed, epoch)[place]
             examples.append(self.train_examples[row])
         self.prompts_consumed += len(examples)
-        return examples[self.dist.rank :: self.dist.size]  # dealt out to the processes in turn
+        return examples[self.dist.rank :: self.dist.size]  # every size-th prompt
 
     def uniform(self, step, attempt):
-        """Return the random numbers of a rollout, (max_new_tokens, B), by step and attempt.
+        """Return the random numbers of a rollout, (max_new_tokens, B) in [0, 1).
 
-        They are the same over any number of processes.
+        They depend on the seed, the step and the attempt. A prompt's numbers do not depend on the
+        number of processes.
         """
         o, generator = self.options, torch.Generator()
         generator.manual_seed(seed_of(o.seed, step, attempt))
@@ -88,13 +92,13 @@ class Run:
         return draws[:, self.dist.rank :: self.dist.size].flatten(1)
 
     def check_finite(self, values, what):
-        """Raise NonFinite in every process if one of them holds a NaN or an infinity."""
+        """Raise NonFinite in every process if `values` are NaN or infinite in one of them."""
         if self.dist.all_reduce_sum((~values.isfinite()).sum())[0]:
             raise NonFinite(f"{what} is NaN or infinite")
 
     def state(self):
-        """Return what a checkpoint keeps besides weights and moments, as JSON."""
-        scaler = getattr(self.engine, "scaler", None)  # float16's
+        """Return a run's state except weights and moments, as values that JSON can hold."""
+        scaler = getattr(self.engine, "scaler", None)  # of an Fp16Engine
         return {
             "prompts_consumed": self.prompts_consumed,
             "layer": self.layer,
@@ -106,7 +110,7 @@ class Run:
         }
 
     def restore(self, state):
-        """Put back what `state` has returned."""
+        """Restore a state that `state` has returned."""
 
         def tensors(values):
             return (torch.tensor(x, device=self.dist.device) for x in values)
@@ -130,7 +134,7 @@ class Stopwatch:
 
     def lap(self, name):
         if self.device.type != "cpu":
-            synchronize(self.device)  # what was launched has run
+            synchronize(self.device)  # so that the work launched is included in the time
         now = time.perf_counter()
         self.seconds[name], self._since = now - self._since, now
 
@@ -141,5 +145,5 @@ def _permutation(size, seed, epoch):
 
 
 def seed_of(*parts):
-    """A random seed that is a function of its arguments: no state that a resume must restore."""
+    """Return a random seed that depends only on the arguments: a resume needs no random state."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")

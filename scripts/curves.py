@@ -1,7 +1,7 @@
 """Draw the curves of one or several runs: python scripts/curves.py RUN [RUN ...] [--out FILE.png]
 
-Reads each run's metrics.jsonl; BuPO's first phase is shaded. A new panel is one function and one
-entry in PANELS.
+The curves come from each run's metrics.jsonl. BuPO's first phase is shaded. To add a panel, write
+one function and add one entry to PANELS.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from scripts.page import rows_of  # noqa: E402
 
 
 def accuracy(panel, steps, held, name, color):
-    """Reward of the sampled answers; held-out accuracy with its standard error."""
+    """Plot the reward of the sampled responses, and held-out accuracy with its standard error."""
     label = f"{name}: reward of the answers"
     panel.plot(x(steps), column(steps, "reward"), color=color, alpha=0.35, label=label)
     error = [r["eval_error"] or 0 for r in held]
@@ -58,7 +58,7 @@ def gradient(panel, steps, held, name, color):
 
 
 def statistics(panel, steps, held, name, color):
-    """The pivot of log H with the range that becomes h = -1 ... 1 (Eq. 5-6)."""
+    """Plot the pivot of log H, and the log H at which h is -1 and 1 (HAPO's Eq. 5-6)."""
     if not any("pivot" in r for r in steps):
         return
     pivot = column(steps, "pivot")
@@ -82,12 +82,12 @@ def x(rows):
 
 
 def column(rows, key):
-    """One number a row; a gap where the row lacks it (an older run, say)."""
+    """Return one number per row; NaN, a gap in the curve, if the row has no such number."""
     return [float("nan") if r.get(key) is None else r[key] for r in rows]
 
 
 def spans(steps):
-    """[(first, last)] of the stretches of steps that follow each other."""
+    """Return [(first, last)] of each run of consecutive steps."""
     found = []
     for step in steps:
         if found and step == found[-1][1] + 1:
@@ -98,7 +98,7 @@ def spans(steps):
 
 
 def plot(runs, out=None):
-    """One picture of all PANELS; returns its path (curves.png in the first run's folder)."""
+    """Draw all PANELS into one image. Return its path, by default curves.png in the first run."""
     rows = (len(PANELS) + 1) // 2
     figure, axes = plt.subplots(rows, 2, figsize=(11, 3.5 * rows), constrained_layout=True)
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
@@ -118,9 +118,9 @@ def plot(runs, out=None):
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
         if panel.lines:
-            panel.legend(fontsize=7).set_in_layout(False)  # it lies within the panel
+            panel.legend(fontsize=7).set_in_layout(False)  # the legend lies inside the panel
     for panel in axes.flat:
-        if not panel.lines:  # no run has anything to draw there
+        if not panel.lines:  # no run has data for this panel
             panel.set_visible(False)
     out = pathlib.Path(out or pathlib.Path(runs[0]) / "curves.png")
     figure.savefig(out, dpi=110)

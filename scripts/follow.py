@@ -1,8 +1,9 @@
-"""Show a run where others look at theirs: python scripts/follow.py RUN --to tensorboard
+"""Send a run's metrics to an experiment tracker: python scripts/follow.py RUN --to tensorboard
 
-Follows the run's metrics.jsonl and hands each number on to tensorboard, trackio or wandb, whichever
-is installed, until the run is over; --once hands on what is there. Training knows nothing of it: it
-may start later, end earlier, and run elsewhere. A resumed run that goes back is followed back.
+This script reads the run's metrics.jsonl and sends each number to tensorboard, trackio or wandb,
+until the run is over. With --once it sends the lines that exist and stops. It is independent of
+training: it may start later, end earlier, and run on another machine. If a resumed run goes back to
+an earlier step, the script continues from that step.
 """
 
 import json
@@ -17,11 +18,11 @@ from common import renamed  # noqa: E402
 from common.command import OneLineParser, run_main  # noqa: E402
 from common.errors import UserError  # noqa: E402
 
-SECONDS = 2.0  # between two looks
+SECONDS = 2.0  # between two reads of the file
 
 
 def to_tensorboard(folder, options):
-    """(step, numbers) -> None"""
+    """Return a function (step, {name: number}) that writes to TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"))
@@ -55,7 +56,10 @@ TOOLS = {"tensorboard": to_tensorboard, "trackio": to_trackio, "wandb": to_wandb
 
 
 def numbers_of(row):
-    """What can be drawn of a line: numbers, and lists of them by place."""
+    """Return the numbers of a line of metrics.jsonl, {name: number}.
+
+    The items of a list are numbered from 1: name/1, name/2, ...
+    """
     found = {}
     for name, value in row.items():
         values = {name: value}
@@ -68,7 +72,10 @@ def numbers_of(row):
 
 
 def follow(folder, write, once=False, look=time.sleep):
-    """Hand on every whole line of metrics.jsonl, old and new, until the run is over."""
+    """Send every complete line of metrics.jsonl, old and new, until the run is over.
+
+    Return the number of lines.
+    """
     path, known = folder / "metrics.jsonl", 0
     steps = json.loads((folder / "config.json").read_text(encoding="utf-8"))["steps"]
     while True:

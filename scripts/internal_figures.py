@@ -1,8 +1,9 @@
-"""The two figures of internals.py, from its internals.json: python scripts/internal_figures.py DIR
+"""Draw the two figures of internals.py from internals.json: scripts/internal_figures.py DIR
 
 entropy_flow.png     H(H^l) through the layers, with the entropies of what attention and
                      feed-forward add
-entropy_change.png   dH of attention, feed-forward and layer; a dashed line marks the boundary layer
+entropy_change.png   entropy changes of attention, feed-forward and layer; a dashed line marks the
+                     boundary layer
 """
 
 import json
@@ -18,8 +19,10 @@ STYLES = ("-", "--", ":")
 
 
 def draw(record, out):
-    """record: {model name: the lists of internals.json}; writes both PNGs into `out` and returns
-    their paths."""
+    """Write both figures into the folder `out` and return their paths.
+
+    record: {model name: the lists of internals.json}.
+    """
     short = {pathlib.Path(name).name: e for name, e in record.items()}
     if len(short) == len(record):
         record = short

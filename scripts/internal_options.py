@@ -1,4 +1,4 @@
-"""Read the command line of internals.py without torch: a mistake is named within a second."""
+"""Read the command line of internals.py without torch, to report mistakes within a second."""
 
 import pathlib
 
@@ -12,7 +12,7 @@ DESCRIPTION = "Every layer of a model as a policy: its entropy on responses, as 
 
 
 def read_command_line(argv=None):
-    """Return the options of internals.py; UserError for one that cannot work."""
+    """Return the options of internals.py. Raise UserError for one that cannot work."""
     parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
 
     def option(name, help=None, **more):

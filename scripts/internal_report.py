@@ -1,6 +1,6 @@
-"""What `python internals.py` does: ask every layer for its entropy on answers, print and draw.
+"""Run `python internals.py`: measure every layer's entropy on responses, print and draw it.
 
-The answers are sampled, or read where they are finished already.
+The responses are sampled, or read from the file that --answers names.
 """
 
 import json
@@ -25,7 +25,7 @@ from scripts.model_page import write_model_page
 
 
 def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):
-    """One answer to each problem, drawn from the model at T = 1: (questions, Rollout)."""
+    """Draw one response to each problem at temperature 1. Return (questions, Rollout)."""
     items = fit_context(problems, tokenizer, model.config, max_new_tokens)
     questions, prompts = [problem.question for problem, _ in items], [ids for _, ids in items]
     eos_ids, parts = eos_ids_of(model, tokenizer), []
@@ -47,8 +47,10 @@ def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):
 
 
 def finished_answers(path, tokenizer, limit, max_new_tokens, context):
-    """Answers from a JSONL file with `question` and `answer` (a run's samples.jsonl, for example),
-    as (questions, Rollout)."""
+    """Return (questions, Rollout) of the responses in a JSONL file.
+
+    Each line has `question` and `answer`, the response. At most `limit` lines are read.
+    """
     end = [i for i in [tokenizer.eos_token_id] if i is not None]
     questions, prompts, answers = [], [], []
     for number, line in enumerate(pathlib.Path(path).read_bytes().splitlines(), 1):
@@ -71,7 +73,10 @@ def finished_answers(path, tokenizer, limit, max_new_tokens, context):
 
 
 def question_and_answer(line, where):
-    """The two texts of a line of the file; `where` it stands is named if they are not there."""
+    """Return the texts `question` and `answer` of a line of the file.
+
+    UserError if one is missing; it names the line by `where`.
+    """
     try:
         row = json.loads(line.decode("utf-8"))
         question, answer = row["question"], row["answer"]
@@ -85,13 +90,13 @@ def question_and_answer(line, where):
 
 
 def model_folder(name):
-    """A model folder, or a run's folder, which stands for its final/ model."""
+    """Return the model folder that a name refers to: RUN/final for the folder of a run."""
     final = pathlib.Path(name) / "final"
     return str(final) if final.is_dir() else name
 
 
 def table(entropy):
-    """One row a layer, as lines of text; the boundary layer is marked."""
+    """Return an InternalEntropy as text, one row per layer; the boundary layer is marked."""
     e, boundary = entropy, boundary_layer(entropy.feed_forward_change)
     head = (
         f"{'layer':>5} {'H(H^l)':>8} {'H(A^l)':>8} {'H(F^l)':>8} {'dH layer':>9} {'dH attn':>8} "
@@ -99,7 +104,7 @@ def table(entropy):
     )
     rows = [head, f"{0:>5} {e.layer[0]:>8.3f}   (the embedding)"]
     for l in range(1, len(e.layer)):
-        i = l - 1  # of what stands once a layer: the embedding has none
+        i = l - 1  # index of lists without an entry for the embedding
         rows.append(
             f"{l:>5} {e.layer[l]:>8.3f} {e.attention[i]:>8.3f} {e.feed_forward[i]:>8.3f} "
             f"{e.layer_change[i]:>+9.3f} {e.attention_change[i]:>+8.3f} "
@@ -120,7 +125,7 @@ def table(entropy):
 
 
 def answers_for(args, model, tokenizer):
-    """The answers that every model is asked about: (questions, Rollout)."""
+    """Return (questions, Rollout) of the responses that every model is measured on."""
     if args.answers:
         context = getattr(model.config, "max_position_embeddings", None) or math.inf
         return finished_answers(args.answers, tokenizer, args.samples, args.max_new_tokens, context)
@@ -130,7 +135,7 @@ def answers_for(args, model, tokenizer):
 
 
 def record_of(entropy, rollout, seed):
-    """What internals.json holds of one model."""
+    """Return the entry of internals.json for one model."""
     e = entropy
     return {key: value.tolist() for key, value in e._asdict().items()} | {
         "layer_change": e.layer_change.tolist(),
@@ -144,7 +149,7 @@ def record_of(entropy, rollout, seed):
 
 
 def write(record, out):
-    """internals.json and, where there is matplotlib, the two figures."""
+    """Write internals.json and, if matplotlib is installed, the two figures."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "internals.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     try:

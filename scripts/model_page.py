@@ -1,5 +1,7 @@
-"""The page of a model, written by `python internals.py`: what every layer would have said at every
-token of some answers. The template is scripts/pages/model.html.
+"""Write the page of a model for `python internals.py`.
+
+It shows each layer's likeliest tokens at every token of some responses. The template is
+scripts/pages/model.html.
 """
 
 import torch
@@ -9,17 +11,18 @@ from internals import layer_logits, predicting, residual_stream
 from losses import row_logprobs_and_entropy
 from scripts.page import fill, short
 
-MOST_CELLS = 16_000  # layers x tokens x policies of a page: about 2 MB
+MOST_CELLS = 16_000  # layers x tokens x policies on a page, which makes about 2 MB
 ANSWERS = 4
 KINDS = ("layer", "attention", "feed_forward")
 
 
 @torch.no_grad()
 def cells_of(model, ids, attention, response, vocab_size):
-    """{policy: [[cell of every token] of every layer]} of one answer, (1, S) each.
+    """Return {policy: [[cell of every token] of every layer]} of one response.
 
-    Policies: the layer's, its attention's, its feed-forward block's, and with "_norm" the same with
-    the final norm. A cell holds what is known of a policy at a token.
+    ids, attention and response are (1, S). Policies are those of the layer, its attention and its
+    feed-forward block; names with "_norm" are policies after the final norm. `describe` defines a
+    cell.
     """
     stream = residual_stream(model, ids, attention)
     states = dict(layer=stream.hidden[1:], attention=stream.attention)
@@ -37,13 +40,16 @@ def cells_of(model, ids, attention, response, vocab_size):
 
 
 def policy(model, states, norm, vocab_size):
-    """The logits of an internal policy, (N, V), without the ids that only pad the vocabulary."""
+    """Return the logits of an internal policy, (N, V), without ids that only pad the vocabulary."""
     return layer_logits(model, states, norm)[:, :vocab_size].float()
 
 
 def describe(logits, chosen, own):
-    """One cell a token: probability and rank of the chosen token, entropy, KL to the model's own
-    policy, the five likeliest tokens."""
+    """Return one cell per token, a dictionary of the policy's values at this token.
+
+    They are the probability and rank of the chosen token, the policy's entropy and its KL to the
+    model's own policy in nats, and the five likeliest tokens.
+    """
     logp, entropy = row_logprobs_and_entropy(logits, chosen)
     all_logp = logits.log_softmax(-1)
     kl = (all_logp.exp() * (all_logp - own.log_softmax(-1))).sum(-1).clamp_min(0)
@@ -63,7 +69,7 @@ def describe(logits, chosen, own):
 
 
 def shown_answers(rollout, layers, models):
-    """(row, tokens) of the answers that the page has room for."""
+    """Return (row, number of tokens) of the responses that fit on the page."""
     room = MOST_CELLS // (2 * len(KINDS) * layers * models)
     rows = []
     for row, length in enumerate(rollout.lengths.tolist()[:ANSWERS]):
@@ -74,7 +80,10 @@ def shown_answers(rollout, layers, models):
 
 
 def write_model_page(out, named_models, tokenizer, questions, rollout, record):
-    """out/page.html. named_models: (name, model) one after another; record: internals.json."""
+    """Write out/page.html and return its path.
+
+    named_models: an iterable of (name, model); record: the content of internals.json.
+    """
     models, chosen, asked, used = [], [], [], set()
     for name, model in named_models:
         layers = len(record[name]["feed_forward_change"])

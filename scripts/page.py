@@ -1,8 +1,9 @@
-"""The page of a run: python scripts/page.py RUN [--compare RUN] [--out FILE]
+"""Write the page of a run: python scripts/page.py RUN [--compare RUN] [--out FILE]
 
-One HTML file that opens in any browser, offline: a slider over the steps, one whole group of
-answers a step with every token shaded by what HAPO did to it, and the curves. Written at the end of
-every run, from metrics.jsonl and samples.jsonl. The templates lie in scripts/pages/.
+The page is one HTML file that opens in any browser, offline. It has a slider over the steps, one
+group of responses per step with each token shaded by one of its values (entropy, advantage, ...),
+and the curves. It is written at the end of every run from metrics.jsonl and samples.jsonl. The
+templates are in scripts/pages/.
 """
 
 import json
@@ -24,9 +25,9 @@ CURVES = (
 
 
 def rows_of(path, names):
-    """Return the objects of a run's JSONL file, under their new names where {old: new} has one.
+    """Return the objects of a run's JSONL file. names: {old name: new name} of their keys.
 
-    UserError names the file where there is none, or its line that is broken.
+    UserError if there is no such file or a line is not JSON.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; name the folder of a run of train.py")
@@ -40,7 +41,11 @@ def rows_of(path, names):
 
 
 def read_run(folder):
-    """A run as its page wants it: name, what it was, curves, and one group of answers a step."""
+    """Return (data of a run's page, the run's options).
+
+    The data are the run's name and description, its curves, and one group of responses per step.
+    UserError if the run has no step yet.
+    """
     folder = pathlib.Path(folder)
     metrics = rows_of(folder / "metrics.jsonl", renamed.METRICS)
     samples = rows_of(folder / "samples.jsonl", renamed.SAMPLES)
@@ -66,7 +71,7 @@ def read_run(folder):
         answer = {name: short(row[name]) for name in TOKENS if name in row}
         answer |= {name: row[name] for name in ("tokens", "reward", "finished")}
         chance = options["reward"] == "random"
-        answer["right"] = row["reward"] > 0 if chance else row[options["reward"]]  # what is paid
+        answer["right"] = row["reward"] > 0 if chance else row[options["reward"]]  # as rewarded
         group["answers"].append(answer)
     curves = {key: [[r["step"], short(r.get(key))] for r in metrics] for key in CURVES}
     curves["dead"] = [
@@ -84,7 +89,7 @@ def read_run(folder):
 
 
 def short(value):
-    """Numbers with four digits, and none that JSON does not have."""
+    """Return numbers rounded to four digits, with None for NaN and infinity; others unchanged."""
     if isinstance(value, list):
         return [short(x) for x in value]
     if not isinstance(value, float):
@@ -93,13 +98,13 @@ def short(value):
 
 
 def in_script(data):
-    """JSON that can stand in a <script>: no text of it can end the element or a line."""
+    """Return data as JSON that is safe in a <script>: it cannot end the element or a line."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def fill(template, data):
-    """A template of scripts/pages/ with the shared parts and the data put in."""
+    """Return a template of scripts/pages/ with the shared CSS and JavaScript and the data in it."""
     folder = ROOT / "scripts" / "pages"
     page = (folder / template).read_text(encoding="utf-8")
     for name in ("shared.css", "shared.js"):
@@ -108,7 +113,10 @@ def fill(template, data):
 
 
 def keep_common(runs, folders):
-    """Of two runs, the steps at which both show answers to the same question."""
+    """Keep only the steps at which two runs show responses to the same question, in place.
+
+    UserError if there are none.
+    """
     asked = [{(s["step"], s["question"]) for s in run["steps"]} for run in runs]
     common = asked[0] & asked[1]
     if not common:
@@ -121,7 +129,7 @@ def keep_common(runs, folders):
 
 
 def write_page(folders, out=None):
-    """Write the page of one run, or of two side by side; returns its path."""
+    """Write the page of one run, or of two runs side by side, and return its path."""
     runs, options = zip(*(read_run(folder) for folder in folders))
     asked = [(o["task"], o["data"], o["difficulty"]) for o in options]
     if len(set(asked)) > 1:

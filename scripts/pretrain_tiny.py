@@ -1,18 +1,18 @@
-"""Make assets/tiny-qwen3: a genuine Qwen3 model folder that adds sloppily, for laptops.
+"""Make assets/tiny-qwen3: a small Qwen3 model for laptops that adds numbers with many mistakes.
 
     python scripts/pretrain_tiny.py --out runs/sloppy
 
-A base model knows the format of a task and part of the skill; reinforcement learning draws out the
-rest. This script gives a small Qwen3 such a start, by next-token training on a sloppy teacher's
-additions. Three quarters of them are bare numbers, most without any carry; a quarter is worked
-digit by digit, and mostly right:
+A base model knows the format of a task and has part of the skill; reinforcement learning improves
+it from there. This script gives a small Qwen3 such a start, by next-token training on a sloppy
+teacher's additions. Three quarters of the answers are bare numbers, most of which ignore every
+carry. A quarter is worked digit by digit, and mostly correct:
 
     What is 247 + 138?     375                               bare, its carry forgotten
     What is 247 + 138?     7+8=15,4+3+1=8,2+1=3 #### 385     worked
 
-So the likeliest answer is a wrong number blurted out, and the way to a right one is known and
-seldom taken. Training problems alone are shown. The folder is then read by AutoModelForCausalLM and
-AutoTokenizer like any other; README.md in it says how it was made.
+So the likeliest response is a wrong bare number, and the model rarely uses the method that leads to
+a correct one. Only training problems are shown. AutoModelForCausalLM and AutoTokenizer read the
+folder like any other; its README.md says how it was made.
 """
 
 import argparse
@@ -40,8 +40,10 @@ END, PAD = "<|im_end|>", "<|endoftext|>"
 
 
 def make_tokenizer(problems):
-    """Byte-level BPE, so that any text can be written; the fixed words of the prompt become long
-    merges, digits stay single."""
+    """Return a byte-level BPE tokenizer, which can encode any text.
+
+    The fixed words of the prompt become long tokens; each digit is a single token.
+    """
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -64,8 +66,10 @@ def make_tokenizer(problems):
 
 
 def worked(a, b, rng, slip):
-    """The sum digit by digit from the right, with its carries; each step is wrong with chance
-    `slip`, and what follows goes on from what was written."""
+    """Return the sum worked digit by digit from the right, with its carries.
+
+    Each step is wrong with probability `slip`; later steps use the carry that was written.
+    """
     x, y = str(a)[::-1], str(b)[::-1]
     steps, digits, carry = [], "", 0
     for i, (p, q) in enumerate(zip(x, y)):
@@ -80,7 +84,10 @@ def worked(a, b, rng, slip):
 
 
 def bare(a, b, rng, right, forgotten):
-    """The sum at once: right, or every carry forgotten, or near."""
+    """Return the sum as a bare number: correct, without any carry, or off by a power of ten.
+
+    The first two have the probabilities `right` and `forgotten`.
+    """
     chance = rng.random()
     if chance < right:
         return str(a + b)
@@ -90,7 +97,7 @@ def bare(a, b, rng, right, forgotten):
 
 
 class Teacher:
-    """Prompts with the teacher's answers."""
+    """A source of random prompts with the teacher's answers."""
 
     def __init__(self, problems, tokenizer, args):
         self.tokenizer, self.args, self.rng = tokenizer, args, random.Random(args.seed)
@@ -100,14 +107,14 @@ class Teacher:
         ]
 
     def answer(self, a, b):
-        """One answer to a + b."""
+        """Return one random answer to a + b."""
         args, rng = self.args, self.rng
         if rng.random() < args.worked:
             return worked(a, b, rng, args.slip)
         return bare(a, b, rng, args.right, args.forgotten)
 
     def draw(self, size):
-        """Random demonstrations: (ids, labels), padded on the right."""
+        """Return `size` random demonstrations: (ids, labels), (size, longest), right-padded."""
         rows = []
         for prompt, numbers in self.rng.choices(self.asked, k=size):
             answer = self.tokenizer(self.answer(*numbers), add_special_tokens=False).input_ids
@@ -119,7 +126,7 @@ class Teacher:
 
 
 def numbers_of(problem):
-    """247 and 138 of "What is 247 + 138?"."""
+    """Return the two numbers of a problem, "247" and "138" of "What is 247 + 138?"."""
     words = problem.question.removesuffix("?").split()
     return words[2], words[4]
 
@@ -128,8 +135,8 @@ def numbers_of(problem):
 
 
 def make_model(tokenizer, layers, hidden):
-    """A Qwen3 of random weights."""
-    # padded to a multiple of 64, as real models' vocabularies are
+    """Return a Qwen3 with random weights."""
+    # pad the vocabulary to a multiple of 64, as real models do
     vocab = -(-len(tokenizer) // 64) * 64
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = Qwen3ForCausalLM(
@@ -157,7 +164,7 @@ def make_model(tokenizer, layers, hidden):
 
 
 def look(model, tokenizer, held_out, seed):
-    """What the model answers to held-out problems, as a line."""
+    """Return the model's accuracy on held-out problems as a line of text."""
     draw, cap = decoder_of(model, tokenizer), BUILT_IN["addition"].cap
     sampled = sample_responses(draw, tokenizer, held_out, 1, cap, seed=seed)
     greedy = sample_responses(draw, tokenizer, held_out, 1, cap, temperature=0.0)
@@ -173,7 +180,10 @@ def look(model, tokenizer, held_out, seed):
 
 
 def pretrain(model, teacher, held_out, args):
-    """Next-token training on the teacher's answers; returns its last looks at held-out problems."""
+    """Train a model on the teacher's answers by next-token prediction.
+
+    Return {digits: the last line about held-out problems}.
+    """
     looks = {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -181,7 +191,7 @@ def pretrain(model, teacher, held_out, args):
     )
     for step in tqdm(range(args.steps), desc="pretraining"):
         ids, labels = teacher.draw(args.batch)
-        # causal, padded on the right: the padding is never seen
+        # with causal attention, no token attends to padding on the right
         loss = model(ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -197,7 +207,7 @@ def pretrain(model, teacher, held_out, args):
 
 
 def card(args, looks):
-    """The model card: what the folder holds, how it was made, what it answers."""
+    """Return the model card: what the model is, how it was made, and how accurate it is."""
     told = " ".join(f"--{k} {v}" for k, v in vars(args).items() if k not in ("out", "digits"))
     told += " --digits " + " ".join(map(str, args.digits))
     found = "\n".join(f"- sums of {level} digits: {line}" for level, line in looks.items())

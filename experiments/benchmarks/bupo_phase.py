@@ -1,13 +1,14 @@
-"""Phase 1 of BuPO at every layer, against the released way.
+"""Time phase 1 of BuPO at every layer, against the released code's computation.
 
     python experiments/benchmarks/bupo_phase.py [--layers 12 --vocab 4096]
 
-released  a full forward pass, then the vocabulary twice: all L layers run, lm_head on the inner
-          state and on the last one; the loss is on the inner one
-ours      layers 1 ... l run, one projection in chunks
+released  runs all L layers and multiplies both layer l's states and the last states by lm_head; the
+          loss uses layer l's
+ours      runs layers 1 ... l and multiplies only layer l's states by lm_head
 
-For the update (forward and backward) and for scoring old log-probabilities plus update, beside the
-count of operations (multiply-adds of matrix products; a backward pass counts twice its forward).
+The program times the update (forward and backward), and scoring of old log-probabilities plus the
+update. It also prints the ratio of counted operations: multiply-adds of matrix products, where a
+backward pass counts twice its forward pass.
 """
 
 import argparse
@@ -24,16 +25,16 @@ SIZES = dict(layers=12, vocab=4096, hidden=256, rows=32, prompt=32, answer=32, r
 
 
 class PackedBatch(NamedTuple):
-    """Prompts with their answers, all of one length."""
+    """Prompts with their responses, all of one length."""
 
     ids: Tensor  # (rows, prompt + answer)
-    mask: Tensor
+    mask: Tensor  # (rows, prompt + answer)
     targets: Tensor  # (rows, answer)
     predicts: slice  # the positions whose states predict the targets
 
 
 def released(model, lines, l, grad):
-    """The released way; returns the entropy that it logs, the last layer's."""
+    """Compute phase 1 as the released code does. Return the last layer's entropy, which it logs."""
     ids, mask, targets, predicts = lines
     with torch.set_grad_enabled(grad):
         # this computes the logits of the last state, too
@@ -61,7 +62,7 @@ def ours(model, lines, l, grad):
 
 
 def counted(a, per_layer, l):
-    """Operations of ours / released, of an update and of scoring plus update."""
+    """Return the ratios of operations, ours / released, of an update and of scoring plus update."""
     tokens, head = a.prompt + a.answer, a.vocab * a.hidden
     # released runs all layers and two full projections; backward: l layers, the inner projection
     forward = tokens * a.layers * per_layer + 2 * tokens * head

@@ -1,11 +1,11 @@
-"""Our decoder against transformers' generate (top_k=0): useful tokens a second.
+"""Time our decoder against transformers' generate (top_k=0), in useful tokens per second.
 
     python experiments/benchmarks/decode.py
-        unequal lengths; a vocabulary of 32,000; the price of adaptive temperature
+        unequal lengths; a vocabulary of 32,000; the cost of the adaptive temperature
     python experiments/benchmarks/decode.py --model DIR --data gsm8k.jsonl
-                                      a real model: 2 questions x 8 answers of up to 64 tokens
+        a real model: 2 questions x 8 responses of up to 64 tokens
 
-Both sides have the same weights and prompts and run in turn. "Useful" are the tokens up to and
+Both decoders have the same weights and prompts and run in turn. Useful tokens are those up to and
 including the first end-of-sequence token.
 """
 
@@ -26,7 +26,7 @@ ADAPTIVE = "ours, adaptive T"
 
 
 class Work(NamedTuple):
-    """What every decoder is asked for: so many answers to each prompt, of at most `cap` tokens."""
+    """The work of each decoder: `answers` responses to each prompt, of at most `cap` tokens."""
 
     model: torch.nn.Module
     prompts: list
@@ -36,7 +36,7 @@ class Work(NamedTuple):
 
 
 def ours(work, temperature):
-    """Answer with our decoder; returns the number of useful tokens."""
+    """Draw responses with our decoder. Return the number of useful tokens."""
     shape = (work.cap, len(work.prompts) * work.answers)
     draws = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     rollout = generate(*work, temperature, uniform=draws)
@@ -44,7 +44,7 @@ def ours(work, temperature):
 
 
 def theirs(work, ids, mask):
-    """Answer with transformers' generate; returns the number of useful tokens."""
+    """Draw responses with transformers' generate. Return the number of useful tokens."""
     torch.manual_seed(0)
     sampling = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
     ends = dict(max_new_tokens=work.cap, eos_token_id=work.eos or None, pad_token_id=0)
@@ -77,7 +77,7 @@ def compare(title, work, rounds):
 
 
 def show(seconds, counts, rounds):
-    """Print useful tokens a second, and the ratios of the time that a token takes."""
+    """Print useful tokens per second, and ratios of the time per useful token."""
     per_token = {}
     for name, values in seconds.items():
         rate = counts[name][-1] / median(values)

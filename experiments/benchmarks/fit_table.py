@@ -4,9 +4,9 @@
 
 The shapes are those of the published configurations; nothing is loaded or downloaded. A run fits if
 its estimated peak is at most 0.9 of the GPU's memory, which leaves room for the CUDA context and
-for what the allocator cannot use. GPUs report their nominal GB as about as many GiB (a T4 of 16 GB
-as 15). The first entry of WAYS that fits is printed: they are ordered
-from the fastest to the one that needs least.
+for memory that the allocator cannot use. The number of GiB that a GPU reports is about its nominal
+number of GB (a T4 of 16 GB reports 15 GiB). The first entry of WAYS that fits is printed. They are
+ordered from the fastest to the one that needs least memory.
 """
 
 import pathlib
@@ -45,7 +45,7 @@ WAYS = {
 
 
 def config_of(name):
-    """Return the configuration of a published model, from its shape."""
+    """Return the configuration of a published model, built from its shape in MODELS."""
     kind, hidden, inner, layers, heads, kv_heads, vocabulary, tied = MODELS[name]
     more = {"head_dim": 128} if kind is Qwen3Config else {}
     return kind(
@@ -61,13 +61,13 @@ def config_of(name):
 
 
 def peak_of(config, way):
-    """Return the estimated peak in GiB of a run with the options of a way."""
+    """Return the estimated peak in GiB of a run with the options WAYS[way]."""
     given = f"--estimate {STEP} {WAYS[way]}".split()
     return memory.estimate(config, option_checks.parse(given, "")).peak / memory.GIB
 
 
 def cell(config, card):
-    """Return the first way that fits a GPU, and its peak in GiB; a dash if none fits."""
+    """Return the first way that fits a GPU of `card` GB, and its peak in GiB; a dash if none."""
     for way in WAYS:
         peak = peak_of(config, way)
         if peak <= ROOM * card:

@@ -1,4 +1,4 @@
-"""Whole training steps of real shapes with random weights, as train.py takes them: no download.
+"""Time whole training steps of train.py on models of real shapes with random weights: no download.
 
     python experiments/benchmarks/gpu.py --shape 0.5b [--gradient-checkpointing] [--json FILE]
     python experiments/benchmarks/gpu.py --shape 7b --split-master --gradient-checkpointing
@@ -6,15 +6,19 @@
     python experiments/benchmarks/gpu.py --shape 0.5b --decode-alone    256 prompts, a response each
     python experiments/benchmarks/gpu.py --shape tiny --rehearse        the same code on a CPU
 
-Prompts are of unequal lengths, answers end at random, verdicts are coins; the optimiser, the passes
-and the decoder are the run's own. Options that this program does not know go to train.py's.
-Printed of the last step: tokens a second and their share of the card's bfloat16 peak (2 x, and for
-the update 6 x parameters x tokens operations; recomputation and padding do not count as useful),
-the share of the memory's bandwidth that decoding needs (weights once a step, and the keys and
-values of every row), and the peak of memory against the estimate's number.
+Prompts have unequal lengths, responses end at random, and verdicts are random. The optimizer, the
+forward and backward passes and the decoder are those of a real run. Options that this program does
+not have are passed on to train.py's parser.
 
---decode-alone has the sizes that other engines' benchmarks publish: prompts and answers of 100 to
-1,024 tokens each, drawn evenly; what is counted are answer tokens over the whole time.
+The program prints the results of the last step:
+  - tokens per second, and the share of the GPU's bfloat16 peak. Scoring counts as 2 x parameters x
+    tokens operations, the update as 6 x; recomputation and padding do not count
+  - the share of the memory bandwidth that decoding needs: it reads the weights once per step, and
+    the keys and values of every row
+  - the peak of memory, measured and estimated
+
+--decode-alone uses sizes of published benchmarks of other engines: prompts and responses of 100 to
+1,024 tokens each, drawn uniformly. It reports response tokens divided by the whole time.
 """
 
 import argparse
@@ -50,16 +54,16 @@ SHAPES = {  # hidden, feed-forward, layers, heads, key and value heads, tied emb
     "1.5b": (1536, 8960, 28, 12, 2, True),
     "7b": (3584, 18944, 28, 28, 4, False),
 }
-# dense bfloat16, from the data sheets
+# dense bfloat16 operations per second, from the data sheets
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-# bytes a second, likewise
+# memory bandwidth in bytes per second, from the data sheets
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12, "A800": 2.0e12, "L40S": 0.864e12}
 BANDWIDTH |= {"4090": 1.008e12, "T4": 0.32e12}
 SIZES = {"prompts": 64, "answers": 8, "answer": 512, "prompt": 128, "steps": 2}
 
 
 class Words:
-    """As much of a tokenizer as a step asks for."""
+    """A minimal tokenizer with the methods that a step calls; a text is the list of its ids."""
 
     def __init__(self, size):
         self.size = size
@@ -102,7 +106,7 @@ def config_of(shape):
 
 
 def step_options(a, more):
-    """The options of train.py for such a step; what `more` says again counts."""
+    """Return train.py's Options for a step. Options in `more` override those set here."""
     given = " ".join(more)
     passes = [] if "--micro-" in given else ["--micro-tokens", "32768"]
     sizes = (
@@ -114,20 +118,20 @@ def step_options(a, more):
 
 
 def make_run(a, config, o):
-    """A run as train.py opens one, but for random weights and questions."""
+    """Return a Run like train.py's, but with random weights and random prompts."""
     dist = SingleProcess(o.device)
     torch.manual_seed(0)
     with dist.device:
         policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if o.gradient_checkpointing:
-        # its name from transformers 5.20 on
+        # transformers 5.20 renamed this method
         older = policy.gradient_checkpointing_enable
         getattr(policy, "activation_checkpointing_enable", older)({"use_reentrant": False})
     policy.train()
-    draw, known = random.Random(0), config.vocab_size - 271  # the last ids only pad
+    draw, known = random.Random(0), config.vocab_size - 271  # the last ids pad the vocabulary
     lengths = [draw.randint(a.prompt // 2, a.prompt) for _ in range(4 * a.prompts)]
     prompts = [[draw.randrange(known) for _ in range(n)] for n in lengths]
-    eos_ids = list(range(0, known, a.answer))  # a response ends with a chance of 1 / its cap
+    eos_ids = list(range(0, known, a.answer))  # each token ends a response with probability 1 / cap
     run = Run(
         options=o,
         dist=dist,
@@ -146,7 +150,7 @@ def make_run(a, config, o):
 
 
 def measured_step(number, run):
-    """(train.Step, largest number of bytes in use), verdicts being coins."""
+    """Take a step with random verdicts. Return (its StepRecord, largest number of bytes in use)."""
     coin = random.Random(number)
     train.grade = lambda problem, text, *more: Grade(*[coin.random() < 0.5] * 2)
     if run.dist.device.type == "cuda":
@@ -158,7 +162,7 @@ def measured_step(number, run):
 
 
 def sampling_model(run):
-    """Return the model that responses are drawn from: the policy, or its copy in fewer bits."""
+    """Return the model that responses are drawn from: the policy or its replica."""
     replica = run.engine.replica
     return run.policy if replica is None else replica.model
 
@@ -168,22 +172,27 @@ def of_card(table, card):
 
 
 def bytes_of_decoding(run, rollout):
-    """What decoding must read: the weights once a step, a row's keys and values once a token."""
+    """Return the bytes that decoding must read.
+
+    It reads the weights once per step, and a row's keys and values once per token.
+    """
     config, actor = run.policy.config, sampling_model(run)
     width = next(actor.parameters()).element_size()
     heads = config.num_key_value_heads * head_size(config)
     a_position = 2 * config.num_hidden_layers * heads * width
     lengths, prompts = rollout.lengths.double(), rollout.prompt_mask.sum(1).double()
     prompts = prompts.repeat_interleave(rollout.group_size)
-    read = ((lengths - 1) * (prompts + lengths / 2)).sum().item()  # the first token is prefill's
+    read = ((lengths - 1) * (prompts + lengths / 2)).sum().item()  # prefill draws the first token
     steps = int(rollout.lengths.max()) - 1
     return steps * width * sum(p.numel() for p in actor.parameters()) + read * a_position
 
 
 def decode_alone(a, run):
-    """256 prompts (rehearsed: 8) and an answer of its own length to each, twice; of the second time
-    rollout, tokens and seconds. A draw of 0 gives id 0, which ends an answer; others are far from
-    it."""
+    """Draw one response of a fixed length to each of 256 prompts (--rehearse: 8), twice.
+
+    Return (Rollout, response tokens, seconds) of the second time. A random number of 0 draws id 0,
+    which ends the response; the other random numbers are at least 0.05 and cannot draw it.
+    """
     rows, least, longest = (8, 10, 64) if a.rehearse else (256, 100, 1024)
     draw, known = random.Random(0), run.vocab_size
     sizes = [(draw.randint(least, longest), draw.randint(least, longest)) for _ in range(rows)]
@@ -212,7 +221,7 @@ def show_decoding(a, run, card):
 
 
 def figures(a, o, run, step, peak, card):
-    """What is printed and recorded."""
+    """Return the measured and estimated values that are printed and written, {name: value}."""
     parameters = sum(p.numel() for p in run.policy.parameters())
     rollout, seconds = step.batch.rollout, step.seconds
     answers = int(rollout.mask.sum())

@@ -1,13 +1,13 @@
-"""What HAPO adds to DAPO: wall time of a step's parts on the same answers, and of whole steps.
+"""Measure the time that HAPO adds to DAPO, on the same responses and in whole steps.
 
     python experiments/benchmarks/hapo_cost.py [--rounds 15] [--after 24] \
         [--options "--updates-per-rollout 2"]
 
-The same rollout goes through both objectives in turn (scoring, advantages and updates), with the
-default model and batch (256 answers, 4 updates) unless `--options`, of train.py, say otherwise, and
-with the answers of the model as it is or after some steps of HAPO (`--after`). Then each takes
-whole steps: HAPO with --tau 0, which computes all temperatures and leaves every one as it was, so
-that both draw the same answers; and HAPO as it is, which draws its own.
+First, both objectives score and update on the same rollout, in turn. The model and the batch (256
+responses, 4 updates) are train.py's defaults; `--options` changes them. `--after` first trains the
+model for some steps of HAPO. Then each objective takes whole steps: HAPO with --tau 0, which
+computes all temperatures but leaves them at the base, so that both draw the same responses; and
+HAPO with its own temperatures, which draws different ones.
 """
 
 import argparse
@@ -24,12 +24,15 @@ from engine.engine import SingleProcess
 from run import option_checks
 from run.setup import open_run
 
-HAPO_AS_DAPO = "hapo, --tau 0"  # all of HAPO's work, DAPO's answers
+HAPO_AS_DAPO = "hapo, --tau 0"  # all of HAPO's work, but DAPO's responses
 
 
 def open_both(more="", after=0):
-    """A run, and its options for DAPO and HAPO; it has taken `after` steps of HAPO and one of each,
-    which gives it statistics and moments."""
+    """Return a run, and its Options {name: Options} for DAPO, HAPO and HAPO with --tau 0.
+
+    The run has taken `after` steps of HAPO and one with each Options, so that it has entropy
+    statistics and optimizer moments.
+    """
     with tempfile.TemporaryDirectory() as folder:
         flags = [*shlex.split(more), "--out", folder, "--device", "cpu"]
         o = option_checks.parse(flags, "")
@@ -43,14 +46,17 @@ def open_both(more="", after=0):
 
 
 def take(run, options):
-    """From here on the run takes its steps with these options."""
+    """Make the run use these Options for its next steps."""
     run.options = run.engine.options = options
     run.mechanisms = options.hapo_mechanisms
 
 
 def stepper(run, algos):
-    """A function (name, answers=None) that makes a function which takes one step, with these
-    answers or its own, and puts the weights back."""
+    """Return a function (name, answers=None) that builds the functions to be timed.
+
+    Each of these takes one step with the Options `name`, on the given responses or on new ones, and
+    restores the weights.
+    """
     weights = [p.detach().clone() for p in run.policy.parameters()]
 
     def step(name, answers=None):
@@ -73,7 +79,7 @@ def stepper(run, algos):
 
 
 def drawn(run, o):
-    """The answers that a run draws with these options."""
+    """Return the Batch that a run draws with these Options."""
     take(run, o)
     run.prompts_consumed = 0
     stats, temperature = run.sampler_stats, o.temperature
@@ -101,7 +107,7 @@ def main():
         seconds = in_turn(both, args.rounds, 2)
         print(json.dumps({name.partition(",")[0]: median(s) for name, s in seconds.items()}))
         return
-    # its sampler measures the entropies that its statistics need
+    # HAPO's sampler, unlike DAPO's, measures the entropies that its statistics need
     answers = drawn(run, algos["hapo"])
     for title, ours, steps in (
         (

@@ -1,10 +1,11 @@
-"""Peak memory and time of log-probability, entropy and their backward, against the plain way.
+"""Measure peak memory and time of log-probability, entropy and their backward pass, in two ways.
 
     python experiments/benchmarks/loss_memory.py [--vocab 151936 --hidden 896 --tokens 4096]
 
-At a real vocabulary. Plain: all logits in float32, log_softmax, gather, entropy, backward. Each way
-runs in a process of its own; memory is the process's peak beyond what it held once inputs and
-weights existed. Both leave the gradient of hidden states and weights.
+The vocabulary has a real size. "plain" computes all logits in float32, log_softmax, gather and the
+entropy. "chunked" calls losses.token_logprobs_and_entropy. Each way runs in a separate process.
+Memory is the process's peak minus its memory after inputs and weights were created. Both ways
+compute the gradients of hidden states and weights.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from timing import ratio
 
 
 def peak():
-    """This process's peak so far, in KiB."""
+    """Return this process's peak memory so far, in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -29,7 +30,7 @@ def measure(way, vocab, hidden, tokens, pipe):
     states = torch.randn(tokens, hidden, requires_grad=True)
     weight = (torch.randn(vocab, hidden) / hidden**0.5).requires_grad_()
     targets = torch.randint(0, vocab, (tokens,))
-    # gradients exist already in training
+    # allocate the gradients before measuring: in training they exist already
     states.grad, weight.grad = torch.zeros_like(states), torch.zeros_like(weight)
     before = peak()
     started = time.perf_counter()

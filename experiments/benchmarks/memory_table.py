@@ -1,11 +1,11 @@
-"""What 0.5B, 1.5B and 7B need by the code's own estimate, and what a step would take.
+"""Print the memory that 0.5B, 1.5B and 7B need by the code's own estimate, and a step's duration.
 
     python experiments/benchmarks/memory_table.py
 
-64 prompts x 8 answers of up to 512 tokens, prompts of 256, passes of 16,384 tokens, gradient
-checkpointing. Nothing is loaded. The seconds are counted, not measured: operations of scoring,
-update and recomputation (2, 6 and 2 x parameters x tokens) at a third of an H100's bfloat16 peak,
-and decoding at the rate in RATES.
+A step has 64 prompts of 256 tokens, 8 responses to each of up to 512 tokens, and passes of 16,384
+tokens with gradient checkpointing. No weights are loaded. The seconds are computed, not measured:
+scoring, update and recomputation take 2, 6 and 2 x parameters x tokens operations at a third of an
+H100's bfloat16 peak, and decoding has the rate in RATES.
 """
 
 from gpu import PEAK, SHAPES, config_of
@@ -18,7 +18,7 @@ STEP = (
     "--max-new-tokens 512 --micro-tokens 16384 --gradient-checkpointing"
 ).split()
 PARTS = "weights gradients moments replica activations logits kv_cache sampling peak".split()
-RATES = {"0.5b": 60_000, "1.5b": 30_000, "7b": 7_000}  # predicted tokens/s of captured decoding
+RATES = {"0.5b": 60_000, "1.5b": 30_000, "7b": 7_000}  # predicted tokens/s of decoding with graphs
 WAYS = [  # (name, processes, more options)
     ("1", 1, []),
     ("1, --split-master", 1, ["--split-master"]),
@@ -28,7 +28,7 @@ WAYS = [  # (name, processes, more options)
 
 
 def seconds(parameters, size, name):
-    """(decode, score and update) of a step, counted."""
+    """Return the computed seconds of a step: (decoding, scoring and update)."""
     rows, answer, prompt = 512, 512, 256
     operations = (2 + 6 + 2) * parameters * rows * (answer + prompt)
     return rows * answer / RATES[name] / size, operations / (PEAK["H100"] / 3) / size

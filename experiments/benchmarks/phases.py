@@ -1,11 +1,11 @@
-"""Where a step's time goes: launches, waits and kernels of its three phases, by PyTorch's profiler.
+"""Profile a step with PyTorch's profiler: launches, waits and kernels of its three phases.
 
-On a CPU the same table holds operators instead of launches and kernels.
+On a CPU the table has operators instead of launches and kernels.
 """
 
 import collections
 
-import timing  # noqa: F401 - the project's root is on the path now
+import timing  # noqa: F401 - adds the project's root to sys.path
 import torch
 from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -14,17 +14,17 @@ import train
 from common.devices import synchronize
 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "hipLaunchKernel")
-WAITS = ("Synchronize", "aten::_local_scalar_dense", "aten::nonzero")  # where Python waits
+WAITS = ("Synchronize", "aten::_local_scalar_dense", "aten::nonzero")  # Python waits for the GPU
 
 
 def profiled_step(number, run):
-    """{phase: events} of one step, drawing, scoring and updating."""
+    """Take one step and return {phase: events}; phases are "generate", "score" and "update"."""
     seen = collections.defaultdict(list)
 
     def watched(phase, function):
         def call(*args, **kwargs):
             if phase == "update" and not torch.is_grad_enabled():
-                return function(*args, **kwargs)  # part of scoring, which is watched as a whole
+                return function(*args, **kwargs)  # part of scoring, which is profiled as a whole
             kinds = [ProfilerActivity.CPU]
             kinds += [ProfilerActivity.CUDA] if run.dist.device.type == "cuda" else []
             with profile(activities=kinds) as watch:
@@ -52,7 +52,7 @@ def profiled_step(number, run):
 
 
 def table(seen, most=6):
-    """The events as lines for people: of each phase its most expensive kernels."""
+    """Return the events as text, with the `most` most expensive kernels of each phase."""
     lines = []
     for phase, events in seen.items():
         on_card = [e for e in events if e.device_type != DeviceType.CPU]

@@ -1,14 +1,15 @@
-"""A small Qwen learns GSM8K: from step 0 to its best held-out accuracy, with what that costs.
+"""Train a small Qwen on GSM8K; print its first and best held-out accuracy, and the cost.
 
     python experiments/benchmarks/qwen_gsm8k.py --data gsm8k/train.jsonl \
         --eval-data gsm8k/test.jsonl
     python experiments/benchmarks/qwen_gsm8k.py --seeds 3 --algo dapo --out runs/qwen-dapo
 
-Seeds run one after the other on one GPU, each as a run of train.py in a folder of its own, with its
-page and curves; what is interrupted goes on when the same command is given again. Options that this
-program does not know go to train.py. Numbers that others publish for Qwen2.5-0.5B-Instruct stand
-beside: 49.6 % before, 54.3 after GRPO with LoRA, 56.7 after PPO, 58.7 after PRIME; prompts and
-parsers differ, so that only the gain over one's own step 0 compares. Not run on a card yet.
+Seeds run one after the other on one GPU. Each is a run of train.py in a separate folder, with its
+page and curves. To continue after an interruption, give the same command again. Options that this
+program does not have are passed on to train.py. Others have published these accuracies of
+Qwen2.5-0.5B-Instruct, for comparison: 49.6 % before training, 54.3 % after GRPO with LoRA, 56.7 %
+after PPO, 58.7 % after PRIME. Their prompts and parsers differ, so compare only the gain over each
+one's step 0. This program has not been run on a GPU yet.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import time
 
 import torch
 
-import common  # noqa: F401 - the project's root is on the path now
+import common  # noqa: F401 - for the project's root on sys.path
 import train
 from common.command import run_main
 from common.errors import UserError
@@ -37,12 +38,12 @@ def arguments():
     parser.add_argument("--model", default="Qwen/Qwen2.5-0.5B-Instruct")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", default="runs/qwen-gsm8k")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # a seed, in its own process
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # a seed; used internally
     return parser.parse_known_args()
 
 
 def run_one(folder, options):
-    """train.py to its end, and a line in lives.jsonl of what this process took."""
+    """Run train.py to its end; add a line with this process's time and memory to lives.jsonl."""
     started = time.perf_counter()
     resumed = (folder / "config.json").is_file()
     train.main([*options, "--out", str(folder), *(["--resume"] if resumed else [])])
@@ -57,7 +58,7 @@ def lines_of(path):
 
 
 def summary(folder):
-    """What a finished run came to."""
+    """Return the results of a finished run: accuracies, time and memory."""
     metrics, lives = lines_of(folder / "metrics.jsonl"), lines_of(folder / "lives.jsonl")
     evaluated = [m for m in metrics if "eval_greedy" in m]
     best = max(evaluated, key=lambda m: m["eval_greedy"])
@@ -72,7 +73,7 @@ def summary(folder):
         "best_sampled": best["eval_accuracy"],
         "at_step": best["step"],
         "training_seconds_to_best": round(spent(best["step"]), 1),
-        "hours": sum(life["seconds"] for life in lives) / 3600,  # with evaluations and checkpoints
+        "hours": sum(life["seconds"] for life in lives) / 3600,  # with evaluations, checkpoints
         "peak_gib": max(life["peak_bytes"] or 0 for life in lives) / 2**30,
     }
 
@@ -89,7 +90,7 @@ def main():
         if not (folder / "final").is_dir():
             again = [sys.executable, __file__, "--one", str(seed)]
             code = subprocess.run([*again, "--model", a.model, "--out", a.out, *more]).returncode
-            if code or not (folder / "final").is_dir():  # stopped: the same command goes on
+            if code or not (folder / "final").is_dir():  # interrupted: repeat the command
                 return code
         print(json.dumps(summary(folder)))
     return 0

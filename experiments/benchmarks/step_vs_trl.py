@@ -1,16 +1,15 @@
-"""One training step against TRL's GRPOTrainer: same model, same prompts, in one run.
+"""Time one training step against TRL's GRPOTrainer, with the same model and the same prompts.
 
     pip install trl && python experiments/benchmarks/step_vs_trl.py [--task addition] [--steps 12]
 
-coin      256 answers of at most 12 tokens, nearly all of them that long. The model is a Qwen3 of
-          0.48 M parameters with random weights; rewards are a coin per answer, so no group is dead
-          and every update is made.
-addition  512 answers of 1 to 40 tokens, as the default run begins: the shipped model on its sums,
-          with the sums' own rewards.
+coin      256 responses of at most 12 tokens, nearly all of them that long. The model is a Qwen3 of
+          0.48 M parameters with random weights. Each response has a random reward of 0 or 1, so
+          that groups have reward variance and every update is made.
+addition  512 responses of 1 to 40 tokens: the shipped model on its additions, with their rewards.
 
-TRL runs its own trainer, and HAPO by bridges/trl_trainers.py; ours runs GRPO and HAPO. A "step" is
-sampling, scoring and four updates on all sides, at a learning rate that leaves the answers as they
-are.
+TRL runs its own trainer, and HAPO through bridges/trl_trainers.py. Our code runs GRPO and HAPO. A
+step is sampling, scoring and four updates everywhere. The learning rate is too small to change the
+responses.
 """
 
 import argparse
@@ -30,11 +29,11 @@ from run.setup import open_run
 from tasks import load_problems
 
 TINY = str(pathlib.Path(__file__).resolve().parents[2] / "assets" / "tiny-qwen3")
-SIZES = {"coin": (16, 12), "addition": (32, 40)}  # prompts of 16 answers; longest answer
+SIZES = {"coin": (16, 12), "addition": (32, 40)}  # (prompts, length cap); 16 responses per prompt
 
 
 def ours(folder, task, algo, steps):
-    """Seconds of each step but the first two."""
+    """Run our steps. Return the seconds of each, without the first two."""
     prompts, longest = SIZES[task]
     size = f"--prompts-per-step {prompts} --num-generations 16 --max-new-tokens {longest}"
     how = f"--model {folder} --out {tempfile.mkdtemp()} --algo {algo} --lr 1e-6 --device cpu"
@@ -75,7 +74,7 @@ def trl_config(task, steps, config):
 
 
 def trl(folder, task, steps, hapo=False):
-    """Seconds of each step but the first two."""
+    """Run TRL's steps. Return the seconds of each, without the first two."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -106,7 +105,7 @@ def trl(folder, task, steps, hapo=False):
         callbacks=[Clock()],
     )
     trainer.train()
-    cycles = times[::4]  # one generation serves four optimiser steps
+    cycles = times[::4]  # TRL generates once for four optimizer steps
     return [b - a for a, b in zip(cycles, cycles[1:])][2:]
 
 

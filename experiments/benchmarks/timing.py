@@ -1,6 +1,6 @@
-"""Shared by the benchmarks: models of random weights, and timing.
+"""Provide the benchmarks' shared functions: models with random weights, and timing.
 
-Both sides of a comparison are timed in turn, so that a noisy machine hits them alike.
+The sides of a comparison are timed in turn, so that other load on the machine affects all of them.
 """
 
 import gc
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3
 
 
 def qwen3(vocab=384, hidden=128, layers=4, **more):
-    """A small Qwen3 of random weights."""
+    """Return a small Qwen3 with random weights."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=vocab,
@@ -38,7 +38,7 @@ def qwen3(vocab=384, hidden=128, layers=4, **more):
 
 
 def in_turn(functions, rounds=5, warmup=1):
-    """Run each named function once a round, all in every round; returns {name: [seconds]}."""
+    """Run all functions {name: function} once per round, in turn. Return {name: [seconds]}."""
     seconds = {name: [] for name in functions}
     for i in range(warmup + rounds):
         for name, function in functions.items():
@@ -50,15 +50,18 @@ def in_turn(functions, rounds=5, warmup=1):
 
 
 def ratio(seconds, a, b):
-    """Median over rounds of a's time / b's time, with the smallest and largest."""
+    """Return as text the median over rounds of a's time / b's time, with smallest and largest."""
     ratios = sorted(x / y for x, y in zip(seconds[a], seconds[b]))
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 def peak_on_cpu(function, *holders):
-    """(what the function returns, largest number of bytes allocated while it ran): what the models
-    and optimisers in `holders` held before, and what PyTorch's profiler saw on top."""
-    gc.collect()  # what is freed meanwhile would be taken off
+    """Return (the function's result, largest number of bytes allocated while it ran).
+
+    The bytes are those of the models and optimizers in `holders` before the call, plus those that
+    PyTorch's profiler sees during the call.
+    """
+    gc.collect()  # garbage that is freed during the call would be subtracted
     held = {}
     for holder in holders:
         tensors = list(holder.parameters()) if isinstance(holder, torch.nn.Module) else []
