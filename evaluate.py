@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 from common.devices import check_device, default_device, default_dtype
 from common.errors import UserError
-from common.models import load_model, run_config, vocabulary
+from common.models import load_model, run_config, vocab_size_of
 from engine.decoding import generate
+from engine.self_check import check_decoder
 from problems.files import DatasetSpec
 from problems.grading import Grade, grade, response_texts
 from problems.latex import LATEX
@@ -83,7 +84,7 @@ class Response(NamedTuple):
 
 def decoder_of(model: nn.Module, tokenizer: object) -> Callable:
     """Return (prompts, group size, length cap, temperature, random numbers) -> Rollout."""
-    eos_ids, vocab_size = eos_ids_of(model, tokenizer), vocabulary(tokenizer)
+    eos_ids, vocab_size = eos_ids_of(model, tokenizer), vocab_size_of(model, tokenizer)
 
     def generate_with_the_model(prompts, group_size, max_new_tokens, temperature, uniform):
         sizes = (group_size, max_new_tokens)
@@ -287,8 +288,11 @@ def main(argv: list[str] | None = None) -> dict:
         f"{args.samples} responses each, at most {cap} tokens; "
         f"the first prompt ({len(ids)} tokens):\n{text}"
     )
+    decoder = decoder_of(model, tokenizer)
+    if not args.no_self_check:
+        check_decoder(model, decoder, tokenizer, vocab_size_of(model, tokenizer), args.model)
     responses = sample_responses(
-        decoder_of(model, tokenizer),
+        decoder,
         tokenizer,
         problems,
         args.samples,

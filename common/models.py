@@ -102,24 +102,65 @@ def load_model(name, device="cpu", dtype=torch.float32):
             f"first {wrong[0]}; they would start at random"
         )
     _check_vocabulary(name, model, tokenizer)
-    assert_tied(model)
-    return install_mask_hook(model.to(device)), tokenizer
+    if not is_tied(model):
+        raise UserError(
+            f"--model {name}: its configuration ties input and output embeddings, but its files "
+            "hold two different tensors; set tie_word_embeddings to false in its config.json"
+        )
+    model = install_mask_hook(model.to(device))
+    try:
+        check_logits(model, f"--model {name}")
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a model's code may raise anything
+        raise UserError(
+            f"--model {name}: a forward pass fails ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    return model, tokenizer
 
 
 def _check_vocabulary(name, model, tokenizer):
+    """Raise UserError where the tokenizer has words that the model does not know.
+
+    Tokens that were added to the tokenizer and lie beyond the embedding are never drawn, and
+    fit_context refuses a prompt that holds one.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
-    if vocabulary(tokenizer) > rows:
+    beyond = {i for i in tokenizer.get_vocab().values() if i >= rows}
+    if beyond - tokenizer.added_tokens_decoder.keys():
         raise UserError(
             f"--model {name}: the tokenizer has ids up to {vocabulary(tokenizer) - 1}, the model "
             f"knows {rows}; they do not belong together"
         )
-    options = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    scaled = [k for k in options if getattr(model.config, k, None) not in (None, 1.0)]
-    if scaled or getattr(model.get_output_embeddings(), "bias", None) is not None:
+
+
+@torch.no_grad()
+def check_logits(model, name):
+    """Raise UserError unless the logits are hidden states times the output embedding.
+
+    Entropies and internal policies are computed from that product. A model that scales or caps its
+    logits, or adds a bias, would be scored as another one.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    training = model.training
+    model.eval()
+    logits = model(ids, use_cache=False).logits.float()
+    states = model.base_model(ids, use_cache=False).last_hidden_state
+    model.train(training)
+    product = (states @ model.get_output_embeddings().weight.T).float()
+    largest = (logits - product).abs().max().item()
+    allowed = 1e-4 if states.dtype == torch.float32 else 0.05
+    if not largest <= allowed * (1 + product.abs().max().item()):
         raise UserError(
-            f"--model {name}: its logits are more than hidden states times the unembedding "
-            f"({', '.join(scaled) or 'a bias'}); scoring would disagree with sampling"
+            f"{name}: its logits are more than hidden states times the output embedding (they "
+            f"differ by {largest:.2g}: scaled, capped or with a bias); scoring would disagree with "
+            "sampling"
         )
+
+
+def vocab_size_of(model, tokenizer):
+    """Return how many ids can be drawn: those that both tokenizer and embedding have, from 0 on."""
+    return min(vocabulary(tokenizer), model.get_input_embeddings().weight.shape[0])
 
 
 def vocabulary(tokenizer):
@@ -128,11 +169,16 @@ def vocabulary(tokenizer):
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def assert_tied(model):
-    """Where the configuration ties the embeddings, input and output must be one tensor: after load,
-    sharding and resume."""
+def is_tied(model):
+    """Return whether the embeddings are one tensor, where the configuration ties them."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if model.config.tie_word_embeddings and embedding.weight is not head.weight:
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    return not tied or embedding.weight is head.weight
+
+
+def assert_tied(model):
+    """Raise AssertionError unless is_tied: after sharding and resume."""
+    if not is_tied(model):
         raise AssertionError(
             "the configuration ties input and output embeddings, but they are two tensors"
         )

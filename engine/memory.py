@@ -49,6 +49,11 @@ class Estimate(NamedTuple):
 PARTS = Estimate._fields[1:-1]
 
 
+def inner_size(config):
+    """Return the inner size of a feed-forward block; some configurations have no such name."""
+    return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+
+
 def parameter_count(config):
     """Return the number of parameters of a model (tied ones once) and of one of its layers.
 
@@ -72,7 +77,7 @@ def estimate(config, options, prompt_tokens=256, world_size=1, cuda=True, sharde
     sharded = world_size > 1 if sharded is None else sharded
     apart = options.split_master or (options.offload and not sharded)
     vocab, hidden = config.vocab_size, config.hidden_size
-    embedding = vocab * hidden * (1 if config.tie_word_embeddings else 2)
+    embedding = vocab * hidden * (1 if getattr(config, "tie_word_embeddings", False) else 2)
     held = parameters / world_size
     weights, gradients, moments = int(4 * held), int(4 * held), int(8 * held)
     if options.offload:  # masters and moments are in main memory
@@ -139,7 +144,7 @@ def _sampling(config, options, prompt_tokens, world_size, compute, cuda):
     keys = 2 * config.num_hidden_layers * _heads(config)[1] * _heads(config)[2] * compute
     drawing = responses * config.vocab_size * 4 * 4  # two sets of logits and the draw's two buffers
     read = min(options.prefill_tokens, responses // G * prompt_tokens)
-    reading = read * compute * (3 * config.intermediate_size + 4 * config.hidden_size)
+    reading = read * compute * (3 * inner_size(config) + 4 * config.hidden_size)
     return int(responses * sequence * keys), int(max(drawing, reading))
 
 
@@ -186,7 +191,7 @@ def _activations(config, options, prompt_tokens, world_size, compute, apart):
     # outputs of two norms, and the inputs of the seven matrices, of which autocast makes a copy
     # each (the residual stream stays float32)
     heads, kv_heads, head_dim = _heads(config)
-    inner = 4 * config.intermediate_size + 2 * heads * head_dim + 2 * kv_heads * head_dim
+    inner = 4 * inner_size(config) + 2 * heads * head_dim + 2 * kv_heads * head_dim
     outer = 28 if compute == 4 else (16 if apart else 26)  # bytes
     layer_bytes = tokens * (compute * inner + outer * hidden) + mask
     if options.gradient_checkpointing:

@@ -40,6 +40,7 @@ def read_command_line(argv: list[str] | None, description: str) -> argparse.Name
     add("--seed", type=int, default=0)
     add("--rows-at-once", type=int, default=512, help="responses decoded at a time")
     add("--threads", type=int, default=None, metavar="N", help="CPU threads")
+    add("--no-self-check", action="store_true", help="as in train.py")
     add("--device", help="cpu, cuda, mps or xpu; default the accelerator if there is one")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the device's own")
     add("--out", default=None, metavar="FILE.json")

@@ -76,6 +76,9 @@ class Options:
         ["bfloat16", "float16", "float32"],
     )
     plain: bool = opt(False, "readable versions of all that has a fast one (for small models)")
+    self_check: bool = opt(
+        True, "compare sampler and scorer with the model's own forward pass before the first step"
+    )
     capture: bool = opt(True, "record decoding steps as CUDA graphs and replay them")
     threads: int = opt(None, "CPU threads; default PyTorch's. On a busy machine 1 may be fastest")
 
@@ -333,6 +336,7 @@ MAY_CHANGE = {
     "resume",
     "save_every",
     "save_total_limit",
+    "self_check",
     "steps",
     "threads",
 }

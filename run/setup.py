@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 
 import filelock
@@ -15,9 +16,10 @@ import torch
 import internals
 from common.devices import default_dtype
 from common.errors import UserError
-from common.models import load_config, load_model, load_tokenizer, vocabulary
+from common.models import load_config, load_model, load_tokenizer, vocab_size_of
 from engine import cuda_graphs, fsdp, memory
 from engine.engine import full_tensor
+from engine.self_check import check_engine
 from problems.prompts import fit_context, instruct
 from run import checkpoint, schedules
 from run.build import build_engine, layer_of
@@ -51,7 +53,7 @@ def open_run(options, dist):
     if options.reward_function:
         warn = functools.partial(print, flush=True)
         reward_function = RewardFunction(options.reward_function, warn)
-    vocab_size, eos_ids = vocabulary(tokenizer), eos_ids_of(policy, tokenizer)
+    vocab_size, eos_ids = vocab_size_of(policy, tokenizer), eos_ids_of(policy, tokenizer)
     run = Run(
         options=options,
         dist=dist,
@@ -74,6 +76,8 @@ def open_run(options, dist):
     if options.keeps_masters and run.reference is not None:
         for p in run.reference.parameters():  # as the policy's own; rotary buffers stay float32
             p.data = p.data.to(torch.bfloat16)
+    if options.self_check:
+        dist.raise_on_all_ranks((UserError,), check_engine, run.engine, tokenizer)
     describe(run, config, say)
     dist.raise_on_all_ranks(
         (NonFinite, UserError), prepare_folder, run, -1 if step is None else step
@@ -261,12 +265,16 @@ def say_overlap(train_set, held_out, options, say):
 
 
 def no_dropout(policy):
-    """Switch dropout off: with it, every ratio of new to old probability would be random."""
+    """Switch dropout and noise off: with them, every ratio of new to old probability is random.
+
+    A module holds the rate of a functional dropout as a number whose name says so.
+    """
     for module in policy.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and re.search("drop|jitter|noise", name):
+                setattr(module, name, 0.0)
 
 
 def prepare_folder(run, step):

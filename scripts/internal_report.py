@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from common.devices import check_device, default_device
 from common.errors import UserError
-from common.models import load_model, run_config, vocabulary
+from common.models import load_model, run_config, vocab_size_of
 from common.threads import use_threads
 from engine.decoding import generate
 from evaluate import evaluation_set, held_out_questions
@@ -39,7 +39,7 @@ def sampled_answers(model, tokenizer, problems, max_new_tokens, seed):
             1,
             max_new_tokens,
             eos_ids,
-            vocab_size=vocabulary(tokenizer),
+            vocab_size=vocab_size_of(model, tokenizer),
             uniform=draws,
         )
         parts.append(rollout)
@@ -182,7 +182,9 @@ def main(argv=None):
                     "the same answers mean other tokens there"
                 )
         progress = f"layers of {name}"
-        entropy = internal_entropy(model, *inputs, vocabulary(tokenizer), progress=progress)
+        entropy = internal_entropy(
+            model, *inputs, vocab_size_of(model, tokenizer), progress=progress
+        )
         size = f"{len(rollout.tokens)} answers, {int(rollout.mask.sum())} tokens"
         print(f"\n{name}: {size}; entropies in nats\n{table(entropy)}")
         record[name], models[name] = record_of(entropy, rollout, args.seed), model

@@ -6,7 +6,7 @@ scripts/pages/model.html.
 
 import torch
 
-from common.models import vocabulary
+from common.models import vocab_size_of
 from internals import layer_logits, predicting, residual_stream
 from losses import row_logprobs_and_entropy
 from scripts.page import fill, short
@@ -93,7 +93,7 @@ def write_model_page(out, named_models, tokenizer, questions, rollout, record):
             start = int(predicts[0].nonzero()[0]) + 1
             end, device = start + length, next(model.parameters()).device
             inputs = (x[:, :end].to(device) for x in (ids, attention, predicts.roll(1, 1)))
-            cells.append(cells_of(model, *inputs, vocabulary(tokenizer)))
+            cells.append(cells_of(model, *inputs, vocab_size_of(model, tokenizer)))
             if not models:
                 chosen.append(ids[0, start:end].tolist())
                 asked.append(questions[row])
@@ -109,7 +109,7 @@ def write_model_page(out, named_models, tokenizer, questions, rollout, record):
         "chosen": chosen,
         "questions": asked,
         "texts": {i: tokenizer.decode([i]) for i in sorted(used)},
-        "vocab": vocabulary(tokenizer),
+        "vocab": vocab_size_of(model, tokenizer),
         "answers": len(rollout.tokens),
         "tokens": int(rollout.mask.sum()),
     }
