@@ -160,11 +160,9 @@ def load_problems(
 def key_of(problem: Problem) -> tuple:
     """The same for a question however it is spaced and written. In built-in tasks the order of the
     words is no difference: "3 plus 4" held out must not be trained on as "4 plus 3"."""
-    before = [text for _, text in problem.history]
-    question = " ".join([*before, problem.question]).casefold()
     if problem.kind in ("integer", "countdown"):
-        return *sorted(re.findall(r"\w+", question)), problem.answer
-    return tuple(question.split())
+        return *sorted(re.findall(r"\w+", problem.question.casefold())), problem.answer
+    return *problem.history, problem.question
 
 
 def read_problems(

@@ -141,7 +141,7 @@ def check_logits(model, name):
     Entropies and internal policies are computed from that product. A model that scales or caps its
     logits, or adds a bias, would be scored as another one.
     """
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    ids = torch.tensor([[1, 2, 3]], device=model.device)  # 0 may be padding, with states of 0
     training = model.training
     model.eval()
     logits = model(ids, use_cache=False).logits.float()

@@ -88,21 +88,20 @@ def _compare_engine(engine, prompts):
     with torch.no_grad():
         twice = [_attempt("the scorer", scored, all_rows) for _ in range(2)]
         _agree("a second pass in training mode", twice[1], twice[0], dtype, RANDOM)
-        for row in (0, all_rows.stop - 1):  # a row of each prompt
-            alone = _attempt("the scorer", scored, slice(row, row + 1))
-            own = _rows_of(twice[0], rollout, row)
-            _agree("a pass over one row alone", alone, own, dtype, ROWS)
         with autocast(engine.dist.device, dtype):
             arguments, base = (policy, rollout, engine.vocab_size), engine.options.temperature
             own = at_1 = _attempt("a forward pass", forward_logprobs, *arguments, base)
             if base != 1:
                 at_1 = forward_logprobs(*arguments)
-            for layout in ("plain", "packed"):
-                if layout == "packed" and not takes_any_mask(policy.config):
-                    continue
-                found = _attempt(f"the {layout} layout", _laid_out, engine, rollout, layout)
-                cause = PACKED if layout == "packed" else LOGITS
-                _agree(f"the {layout} layout", found, own, dtype, cause)
+            for row in (0, all_rows.stop - 1):  # a row of each prompt
+                found = _attempt("the scorer", _laid_out, engine, rollout, [row], "plain")
+                _agree("the scorer", found, _rows_of(own, rollout, row), dtype, LOGITS)
+            every = list(range(all_rows.stop))
+            found = _attempt("a pass over several rows", _laid_out, engine, rollout, every, "plain")
+            _agree("a pass over several rows", found, own, dtype, ROWS)
+            if takes_any_mask(policy.config) and not engine.options.plain:
+                found = _attempt("packing", _laid_out, engine, rollout, every, "packed")
+                _agree("packing", found, own, dtype, PACKED)
     _agree("the scorer", twice[0], own, dtype, LOGITS)
     _agree("the sampler", rollout.logp[rollout.mask], at_1, dtype, CACHE)
 
@@ -145,14 +144,13 @@ def forward_logprobs(model, rollout, vocab_size, temperature=1.0):
     return torch.cat(found)
 
 
-def _laid_out(engine, rollout, layout):
-    """Return the log-probabilities of a whole rollout in one layout, (N,)."""
-    rows = list(range(len(rollout.tokens)))
+def _laid_out(engine, rollout, rows, layout):
+    """Return the log-probabilities of some rows, (N,), scored in one pass of one layout."""
     if layout == "plain":
         packed = internals.unpacked(rollout, rows)
     else:
         sizes = rollout.lengths.tolist(), rollout.prompt_mask.sum(1).tolist()
-        width = sum(sizes[0]) + sum(sizes[1])  # everything in one row
+        width = sum(sizes[0]) + sum(sizes[1])  # all in one packed row
         lines = packing.fill(packing.segments(rows, *sizes, rollout.group_size, width), width)
         packed = packing.laid_out(rollout, rows, lines, width, *sizes)
         packed = packed._replace(mask=packing.visible(*packed.mask))

@@ -86,13 +86,16 @@ def row_of(place: str, columns: dict, form: DatasetSpec = DEFAULT_SPEC) -> Row:
 
 
 def _first(columns, names, what):
-    """The first of some columns that holds something."""
+    """Return the first of some columns that holds something; if all are empty, an empty one."""
+    found = []
     for name in names:
         value = columns
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
-            return value
+            found.append(value)
+    if found:
+        return next((value for value in found if value not in ("", [])), found[0])
     there = ", ".join(sorted(str(name) for name, value in columns.items() if value is not None))
     raise Unusable(f"it has no {what} (no {' or '.join(names)}; it has {there or 'nothing'})")
 
@@ -116,9 +119,9 @@ def _messages(asked):
 
 def _as_text(answer):
     """A number in digits: 1e-05 is 0.00001."""
-    if isinstance(answer, float) and math.isfinite(answer):
-        return format(Decimal(repr(answer)), "f")
-    if isinstance(answer, (bool, float)) or not isinstance(answer, (str, int)):
+    if isinstance(answer, (float, Decimal)) and math.isfinite(answer):
+        return format(Decimal(str(answer)), "f")
+    if isinstance(answer, (bool, float, Decimal)) or not isinstance(answer, (str, int)):
         raise Unusable(f"its reference answer is {_kind(answer)}, neither a text nor a number")
     return str(answer)
 

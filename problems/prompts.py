@@ -65,6 +65,24 @@ def _rendered(problems, tokenizer):
         ) from error
 
 
+def context_of(config: object) -> float:
+    """Return the most tokens of a text that the model computes alike in every forward pass.
+
+    With rope of type longrope, a pass whose longest row exceeds the original context rotates all
+    rows by other angles. So the log-probabilities of a text would depend on its neighbours, and the
+    original context is the limit.
+    """
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *(x for x in rope.values() if isinstance(x, dict))):  # one per kind of layer
+        if kind.get("rope_type") == "longrope":
+            original = getattr(config, "original_max_position_embeddings", None)
+            context = min(
+                context, kind.get("original_max_position_embeddings") or original or context
+            )
+    return context
+
+
 def fit_context(
     problems: list,
     tokenizer: object,
@@ -76,7 +94,7 @@ def fit_context(
 
     Says how many do not.
     """
-    context = getattr(config, "max_position_embeddings", None) or math.inf
+    context = context_of(config)
     room = context - max_new_tokens
     items, together = [], 500
     bar = tqdm(total=len(problems), desc="rendering prompts", leave=False, delay=1, disable=None)
@@ -86,6 +104,14 @@ def fit_context(
         items += [(problem, ids) for problem, (_, ids) in zip(some, rendered)]
         bar.update(len(some))
     bar.close()
+    known = getattr(config, "vocab_size", None) or math.inf
+    for problem, ids in items:
+        if max(ids, default=0) >= known:
+            raise UserError(
+                f"{problem.place or 'a question'}: its prompt holds a token that the model does "
+                f"not know (id {max(ids)}, the model has {known:g}); remove the row, or use the "
+                "model's own tokenizer"
+            )
     fitting = [item for item in items if 0 < len(item[1]) <= room]
     if not fitting:
         shortest = min(len(ids) for _, ids in items)

@@ -13,6 +13,7 @@ uses the newest folder that passes. There is no random state to save: every draw
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -35,6 +36,16 @@ SHAPE = (
     "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
     "intermediate_size vocab_size tie_word_embeddings"
 ).split()
+
+NOT_THE_DISK = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EINVAL, errno.EBADF}
+
+
+def remove(folder):
+    """Delete a folder; of a link to a folder, delete the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def write_file(path, text):
@@ -66,18 +77,18 @@ def save(run, step):
         settings = settings_hash(run.options)
         state = {"step": step, "fingerprint": made_of, "settings": settings, **run.state()}
         (aside / "run.json").write_text(json.dumps(state), encoding="utf-8")
-        files = sorted(p for p in aside.iterdir() if p.is_file())
+        files = sorted(p for p in aside.rglob("*") if p.is_file())
         for path in files:
             _flush(path)
-        sums = {p.name: _sha256(p) for p in files}
+        sums = {p.relative_to(aside).as_posix(): _sha256(p) for p in files}
         (aside / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
         _flush(aside / "checksums.json")
-        if folder.exists():  # written before the run went back to an earlier step
-            shutil.rmtree(folder)
+        if folder.exists() or folder.is_symlink():  # of before the run went back to a step
+            remove(folder)
         os.replace(aside, folder)
         _flush(run.out)
     for old in folders(run.out, step)[run.options.save_total_limit :]:
-        shutil.rmtree(old)
+        remove(old)
     run.saves.append((started, time.perf_counter()))
     say_what_saving_costs(run)
 
@@ -107,6 +118,8 @@ def disk_faults_in_one_line(out, what, unfinished):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # Python, torch.save, safetensors
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in NOT_THE_DISK:
+            raise  # a fault of this program
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise UserError(
             f"--out {out}: {what} cannot be written ({reason}); what was saved before is intact. "
@@ -126,9 +139,10 @@ def save_model(run, folder, weights):
     if not run.tokenizer_files:  # keep the files: they never change, and saving takes half a second
         with tempfile.TemporaryDirectory() as apart:
             run.tokenizer.save_pretrained(apart)
-            files = pathlib.Path(apart).iterdir()
-            run.tokenizer_files = {p.name: p.read_bytes() for p in files}
-    for name, content in run.tokenizer_files.items():
+            files = [p for p in pathlib.Path(apart).rglob("*") if p.is_file()]
+            run.tokenizer_files = {str(p.relative_to(apart)): p.read_bytes() for p in files}
+    for name, content in run.tokenizer_files.items():  # some in a folder: additional_chat_templates
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
 

@@ -8,7 +8,7 @@ import os
 import pathlib
 import random
 import re
-import shutil
+import zlib
 
 import filelock
 import torch
@@ -69,6 +69,7 @@ def open_run(options, dist):
         layer=layer_of(options),
     )
     run.fingerprints = {"questions": questions_hash(train_examples, held_out)}
+    run.fingerprints["prompts"] = prompt_hashes(train_examples)
     if reward_function:
         run.fingerprints["reward_function"] = reward_function.sum
     run.fingerprints["weights"] = first_weights
@@ -183,6 +184,7 @@ def check_fingerprints(run, now):
             "with (a file has changed, or math-verify is installed now and was not then, or the "
             "other way round); restore them, or start a new run in another --out"
         )
+    check_prompts(run, now["prompts"])
     initial = run.reference
     if initial is None and options.model != started_with(options):
         initial = open_reference(options, run.dist)
@@ -191,6 +193,34 @@ def check_fingerprints(run, now):
             f"--model {options.model}: its weights are not those that the run in {options.out} was "
             "started from; name that model, or start a new run in another --out"
         )
+
+
+def prompt_hashes(items):
+    """Return a hash of the ids of all prompts, and a short one of each of the first thousand."""
+    texts = [json.dumps(ids) for _, ids in items]
+    short = [zlib.crc32(text.encode()) for text in texts[:1000]]
+    return {"all": hashlib.sha256("".join(texts).encode()).hexdigest(), "first": short}
+
+
+def check_prompts(run, now):
+    """Raise UserError where a question is rendered to another prompt than when the run started."""
+    before = run.fingerprints.get("prompts", now)  # a run of an older version has none
+    if now == before:
+        return
+    pairs = enumerate(zip(now["first"], before["first"]))
+    row = next((i for i, (a, b) in pairs if a != b), None)
+    where = "one behind the first thousand"
+    if row is not None:
+        problem, ids = run.train_examples[row]
+        where = f"{problem.place or 'the first'}: now {run.tokenizer.decode(ids)[:80]!r}"
+    why = "the chat template or the tokenizer has changed"
+    if "strftime_now" in str(run.tokenizer.chat_template):
+        why = "the chat template asks for the clock (strftime_now)"
+    raise UserError(
+        f"--resume: a question has another prompt than when the run in {run.options.out} was "
+        f"started ({where}): {why}. Write the date into the template of a copy of the model, or "
+        "start a new run in another --out"
+    )
 
 
 def started_with(options):
@@ -290,7 +320,7 @@ def prepare_folder(run, step):
     if options.overwrite and (out / "config.json").exists():
         for old in sorted(out.iterdir(), key=lambda p: p.name == "config.json"):
             if old.is_dir():  # config.json goes last: until then the folder holds the old run
-                shutil.rmtree(old)
+                checkpoint.remove(old)
             elif old.name not in (LOCK, WRITER):
                 old.unlink()
     if step < 0 and not options.resume and checkpoint.folders(out):
@@ -299,7 +329,8 @@ def prepare_folder(run, step):
             "name another folder"
         )
     if step < options.steps:  # a finished run that is continued is not finished
-        shutil.rmtree(out / "final", ignore_errors=True)
+        if (out / "final").is_dir():
+            checkpoint.remove(out / "final")
     config = json.dumps(dataclasses.asdict(options), indent=1) + "\n"
     checkpoint.write_file(out / "config.json", config)
     for name in ("metrics.jsonl", "samples.jsonl"):

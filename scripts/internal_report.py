@@ -4,7 +4,6 @@ The responses are sampled, or read from the file that --answers names.
 """
 
 import json
-import math
 import pathlib
 
 import torch
@@ -17,7 +16,7 @@ from common.threads import use_threads
 from engine.decoding import generate
 from evaluate import evaluation_set, held_out_questions
 from internals import boundary_layer, decoder_body, internal_entropy
-from problems.prompts import fit_context, instruct, render_prompt
+from problems.prompts import context_of, fit_context, instruct, render_prompt
 from run.batch import join, rollout_of
 from sampling import eos_ids_of
 from scripts.internal_options import read_command_line
@@ -127,7 +126,7 @@ def table(entropy):
 def answers_for(args, model, tokenizer):
     """Return (questions, Rollout) of the responses that every model is measured on."""
     if args.answers:
-        context = getattr(model.config, "max_position_embeddings", None) or math.inf
+        context = context_of(model.config)
         return finished_answers(args.answers, tokenizer, args.samples, args.max_new_tokens, context)
     asked = evaluation_set(args, run_config(model_folder(args.model)))
     problems = instruct(held_out_questions(args, asked), asked.instruction)[: args.samples]

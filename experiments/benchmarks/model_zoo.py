@@ -82,6 +82,9 @@ def tiny_model(cls):
             torch.manual_seed(0)
             model = transformers.AutoModelForCausalLM.from_config(config).eval()
             with torch.no_grad():
+                for p in model.parameters():
+                    if p.dim() > 1:
+                        p.mul_(4)  # sharper distributions show smaller errors
                 model(torch.zeros(1, 3, dtype=torch.long), use_cache=False)
             return model
         except Exception as error:  # noqa: BLE001 - the library may raise anything
@@ -89,14 +92,8 @@ def tiny_model(cls):
     raise ValueError(why)
 
 
-def verdict(model, folder, tokenizer):
+def verdict(folder):
     """Return ("exact", the largest difference) or ("refused", the line)."""
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.mul_(4)  # sharper distributions show smaller errors
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     arguments = f"--model {folder} --data {folder}/q.jsonl --max-new-tokens 8 --prompts-per-step 4"
     more = f"--num-generations 2 --updates-per-rollout 1 --device cpu --out {folder}/run"
     try:
@@ -135,12 +132,14 @@ def main(only):
             pathlib.Path(folder, "q.jsonl").write_text(questions, encoding="utf-8")
             try:
                 model = tiny_model(cls)
-            except ValueError as error:
-                kind, detail = "not tiny", error
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+            except Exception as error:  # noqa: BLE001 - the library may raise anything
+                kind, detail = "not tiny", f"{type(error).__name__}: {str(error)[:90]}"
             else:
                 started = time.perf_counter()
                 try:
-                    kind, detail = verdict(model, folder, tokenizer)
+                    kind, detail = verdict(folder)
                 except Exception as error:  # noqa: BLE001 - a traceback is what is looked for
                     kind, detail = "FAULT", f"{type(error).__name__}: {str(error)[:150]}"
         if kind == "exact":
