@@ -4,10 +4,13 @@ Each block names the gold answer as a file holds it; each line an answer and its
 (right where it was asked for, and so right), `lenient` (right, but only in a sentence), `wrong`.
 """
 
+import time
+
 import pytest
 
 from problems.files import Row
 from problems.grading import grade
+from problems.latex import LATEX
 from problems.numbers import parse_number
 from tasks import Problem, _problem_of
 
@@ -731,3 +734,295 @@ def test_signs_and_doubts_are_part_of_an_answer(gold):
             f"It is {wrong}.",
         ):
             assert grade(problem, text) == (False, False), text
+
+
+# --------------------------------------------------------- text is text, mathematics is mathematics
+
+# Two reference answers in a line exclude each other: a response that states one is wrong for the
+# other, in either direction and in every form.
+OTHERS = r"""
+on|no
+US|SU
+3x4|2x6
+9 a.m.|9 p.m.
+192.168.0.1|192.168.0.2
+2020-12-25|1983
+3-2|5-4
+A1|1A
+(1,2)|\{1,2\}
+2516_8|2516_9
+3,4|(4,3)
+5 R 3|3 R 5
+3,4|4,3
+(1,2)|(2,1)
+[0,1]|(0,1)
+(0,1]|[0,1)
+(1,2,2)|(1,2)
+\{1,2\}|\{1,2,2\}
+5 kg|5 g
+5 cm|5 m
+5 dollars|5 euros
+10_2|2
+1.2.3|1.2.4
+12/25/2020|25/12/2020
+2:3|3:2
+1:2|0.5
+x=2, y=3|y=2, x=3
+x = 5|y = 5
+AB|BA is
+ABD|AB
+ABD|ABCD
+ABD|ABDD
+A+|A
+A+|+A
+A-|-A
+C++|C
+B2|2B
+H2O|2HO
+F=ma|F=mb
+room 101|room 110
+101010|010101
+(2, 3)|2, 3
+[2,3]|2,3
+3 or 5|3
+7th|7
+1st|first place
+Co|oC
+7pm|7am
+7:30 pm|7:30 am
+no one|one no
+dog bites man|man bites dog
++5-3|2
+10-4|6
+3/4/2021|4/3/2021
+a-b|b-a
+2^{10}|2^{11}
+\frac{1}{2}|\frac{1}{3}
+x_1|x_2
+F_3|F_4
+\sqrt{2}|\sqrt{3}
+n-1|n+1
+1,000|1
+6:00|600
+(555) 123-4567|(555) 123-4568
+A4|A5
+3D|D3
+2D|D2
+x2|2x
+k2|2k
+0x1F|0x1E
+1e3|1e4
+50%|0.5
+I|II
+IV|VI
+left|right
+true|false
+East|West
+12 R 1|1 R 12
+10 mod 3|3 mod 10
+5!|120!
+N/A|A/N
+AC/DC|DC/AC
+1 2 3|3 2 1
+1;2|2;1
+(A)|(B)
+A and C|A and B
+(-\infty, 1]|(-\infty, 1)
+[0,1] \cup [2,3]|(0,1) \cup (2,3)
+\{0\}|0
+(0)|0 or 1
+72人|72元
+三|四
+北京|南京
+5 m/s|5 m
+90^\circ|90 radians
+\frac{\pi}{2} \text{ cm}|\frac{\pi}{2} \text{ m}
+"""
+# The second text of a line states the first one's answer.
+SAME = r"""
+on|on
+US|us
+3x4|3 x 4
+9 a.m.|9 a.m.
+192.168.0.1|192.168.0.1
+2020-12-25|2020-12-25
+3-2|3-2
+(1,2)|(1, 2)
+(1,2)|\left(1, 2\right)
+\{1,2\}|\{2,1\}
+2516_8|2516_{8}
+3,4|3, 4
+5 R 3|5 R 3
+ABD|ADB
+ABD|A, B, D
+1,-2|1, -2
+\left( 3, \frac{\pi}{2} \right)|(3, \frac{\pi}{2})
+(3,4]|(3, 4]
+p - q|p-q
+p - q|-q+p
+2k+2|2(k+1)
+x^2|x \cdot x
+\text{(C)}|C
+\text{(C)}|(C)
+5 kg|5
+5 kg|5 kilograms
+5|5 kg
+$18.90|18.90
+$18.90|\$18.90
+$18.90|18.90 dollars
+50%|50\%
+90^\circ|90
+90^\circ|90 degrees
+(0,9) \cup (9,36)|(0, 9) \cup (9, 36)
+x \in [-2,7]|[-2,7]
+y = 2x + 3|y=2x+3
+F_n|F_{n}
+\mathbb{R}|\mathbb{R}
+\begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix}|\begin{pmatrix}-2\\-14\\-7\end{pmatrix}
+1 \pm \sqrt{19}|1\pm\sqrt{19}
+\frac9{19}|\frac{9}{19}
+Neither odd nor even|neither odd nor even
+\frac{270}7\text{ degrees}|\frac{270}{7}
+6 - 5i|6-5i
+6 - 5i|-5i+6
+\{1\pm\sqrt{5},-2\}|\{-2, 1\pm\sqrt{5}\}
+1 \text{ or } 3|1 or 3
+H2O|H2O
+O(n^2)|O(n^2)
+北京|北京
+[0, 2\pi]|[0,2\pi]
+(x_0, y_0)|(x_0, y_0)
+n!|n!
+"""
+STATED = ("{}", "\\boxed{{{}}}", "#### {}", "The answer is {}.", "It is ${}$.", "So it is {}")
+
+
+def lines_of(table):
+    return [tuple(line.split("|")) for line in table.strip().splitlines()]
+
+
+@pytest.mark.parametrize("one, other", lines_of(OTHERS))
+def test_a_response_is_right_for_one_of_two_answers_alone(one, other):
+    pytest.importorskip("math_verify")
+    for gold, stated in ((one, other), (other, one)):
+        for form in STATED:
+            assert not any(grade(problem_of(gold), form.format(stated))), (gold, form)
+
+
+@pytest.mark.parametrize("gold, stated", lines_of(SAME))
+def test_other_ways_to_state_an_answer(gold, stated):
+    pytest.importorskip("math_verify")
+    for form in STATED:
+        assert any(grade(problem_of(gold), form.format(stated))), form
+
+
+TWO_VALUES = r"x=\boxed{3} or x=\boxed{5}"
+
+
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        (TWO_VALUES, True),
+        (r"\boxed{5} and \boxed{3}", True),
+        (r"\boxed{3, 5}", True),
+        (r"\boxed{3 \text{ or } 5}", True),
+        (r"\boxed{3}", False),
+        (r"\boxed{5}", False),
+        (r"\boxed{3}, \boxed{3}", False),
+        (r"\boxed{3}, \boxed{5}, \boxed{7}", False),
+        (r"\boxed{3} is one. The other is \boxed{5}", False),
+    ],
+)
+def test_a_reference_answer_of_two_boxes_has_two_values(text, right):
+    assert grade(problem_of(TWO_VALUES), text) == (right, right)
+
+
+def test_a_response_of_three_boxes_states_none_of_them():
+    for gold in "357":
+        text = r"\boxed{3}, \boxed{5}, \boxed{7}"
+        assert grade(problem_of(gold), text) == (False, False)
+    assert grade(problem_of("7"), r"first \boxed{3}, then I add \boxed{7}") == (True, True)
+
+
+@pytest.mark.parametrize("text", ["ABD", "ADB", "A, B, D", "A,B,D", "\\text{ABD}"])
+def test_options_are_a_set_of_letters(text):
+    assert grade(problem_of("ABD"), f"\\boxed{{{text}}}") == (True, True)
+
+
+@pytest.mark.parametrize("text", ["AB", "ABCD", "ABDD", "A B D", "A or B or D", "abd", "A; B; D"])
+def test_nothing_else_is_these_options(text):
+    assert grade(problem_of("ABD"), f"\\boxed{{{text}}}") == (False, False)
+
+
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("7 + 5 is 12", False),
+        ("12", False),
+        ("\\boxed{12} as a first guess, but wait", False),
+        ("So \\boxed{12}.", True),
+        ("So $\\boxed{12}$", True),
+        ("\\boxed{12", False),
+        ("\\boxed 12", False),
+        ("#### 12\n", True),
+        ("#### 12", False),
+        ("#### 12\nbut", False),
+        ("<think>\\boxed{12}", False),
+    ],
+)
+def test_a_response_that_was_cut_states_what_is_marked_and_whole(text, right):
+    assert grade(problem_of("12"), text, finished=False) == (right, right)
+    integer = Problem("What is 7 + 5?", "12", "integer")
+    assert grade(integer, text, finished=False) == (right, right)
+
+
+@pytest.mark.parametrize(
+    "prompt, text, right",
+    [
+        ("<think>\n", "7+5=12 or so</think>13", True),
+        ("<think>\n", "13", False),
+        ("<think>\n", "#### 13", False),
+        ("<think>\n\n</think>\n\n", "#### 13", True),
+        ("", "7+5=12 or so</think>13", True),
+        ("</think>", "<think>#### 13", False),
+    ],
+)
+def test_thinking_may_begin_in_the_prompt(prompt, text, right):
+    assert grade(problem_of("13"), text, prompt=prompt) == (right, right)
+
+
+@pytest.mark.parametrize(
+    "text, strict",
+    [
+        *[("\u7b54\u6848\u662f72", False), ("72\u4e2a\u3002", True), ("#### 72\u5143", True)],
+        ("\uc815\ub2f5\uc740 72\uac1c\uc785\ub2c8\ub2e4", False),
+        *[("\uff17\uff12", True), ("\u0667\u0662", True), ("\u044d\u0442\u043e 72", False)],
+    ],
+)
+def test_digits_and_units_of_other_scripts(text, strict):
+    assert grade(problem_of("72"), text) == (strict, True)
+
+
+DENIED = (
+    "\u4e0d\u662f72|72\u621673|\u7b2c72|72\u4e07|72\uac00 \uc544\ub2c8\ub2e4|"
+    "72\u3058\u3083\u306a\u3044|"
+    "4 oder 72|nicht 72|\u043d\u0435 72|72 \u0438\u043b\u0438 73|3\u5206\u4e4b72|"
+    "72\u4e0d\u662f"
+)
+
+
+@pytest.mark.parametrize("text", DENIED.split("|"))
+def test_numbers_that_are_denied_or_another_in_other_languages(text):
+    assert grade(problem_of("72"), text) == (False, False)
+
+
+def test_degenerate_formulas_cost_their_time_once(monkeypatch):
+    pytest.importorskip("math_verify")
+    assert grade(problem_of(r"\pi"), r"\boxed{\pi}").strict  # the process has started
+    monkeypatch.setattr("problems.latex.LATEX_SECONDS", 0.5)
+    text = r"\boxed{9^{9^{9^{9}}}}"
+    started = time.perf_counter()
+    for _ in range(20):
+        assert grade(problem_of(r"\frac{\pi}{4}"), text) == (False, False)
+    assert LATEX.known["9^{9^{9^{9}}}", r"\frac{\pi}{4}"] in (None, False)
+    assert time.perf_counter() - started < 10  # 20 comparisons of 0.5 s, if it were forgotten

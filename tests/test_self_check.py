@@ -206,7 +206,6 @@ def test_longrope_ends_at_its_original_context():
     more = dict(rope_parameters=rope, original_max_position_embeddings=40)
     config = transformers.Phi3Config(**SIZES, **more)
     assert context_of(config) == 40
-    rope["rope_type"] = "default"
     assert context_of(transformers.LlamaConfig(**SIZES)) == 128
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     with pytest.raises(UserError, match="no prompt fits the model's context of 40 tokens"):
