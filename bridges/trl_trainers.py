@@ -39,7 +39,7 @@ import hapo
 import internals
 import losses
 from common.errors import UserError
-from common.models import vocabulary
+from common.models import check_logits, vocabulary
 from sampling import AdaptiveTemperature
 
 try:
@@ -136,6 +136,9 @@ class Bridge:
             raise UserError("adaptive_temperature True: vLLM has one temperature; set it to False")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self.add_callback(Kept)
+        whole = self._causal_lm(self.model)
+        if whole.get_input_embeddings().weight.numel():  # DeepSpeed's stage 3 has divided it
+            check_logits(whole, type(self).__name__)
         a = self.args
         if a.num_iterations == 1 and a.steps_per_generation <= a.gradient_accumulation_steps:
             self.accelerator.print(IDLE)

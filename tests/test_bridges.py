@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOTrainer, TrlParser
 
 import hapo
@@ -516,3 +516,18 @@ def test_settings_can_be_parsed(tmp_path):
     (config,) = TrlParser(HAPOConfig).parse_args_and_config([*given, "--adaptive_clip", "False"])
     assert (config.tau, config.bupo_layer, config.adaptive_clip) == (0.2, "3", False)
     assert config.rho == 0.8 and config.epsilon_high == 0.28
+
+
+def test_a_model_that_scales_its_logits_is_refused_as_in_train(made, monkeypatch):
+    def scaled(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits / 8
+        return out
+
+    made()
+    forward = Qwen3ForCausalLM.forward
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", scaled)
+    with pytest.raises(
+        UserError, match="HAPOTrainer: its logits are more than hidden states times"
+    ):
+        made()
