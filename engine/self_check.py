@@ -18,6 +18,7 @@ from common.errors import UserError
 from engine import packing
 from engine.engine import Engine, autocast
 from losses import row_logprobs_and_entropy, token_logprobs_and_entropy
+from sampling import NonFinite
 
 TEXT = "What is 12 plus 30?"
 G, TOKENS = 2, 4  # responses per prompt, tokens of each
@@ -164,7 +165,7 @@ def _attempt(what, function, *arguments):
     """Return function(*arguments); Disagreement names what failed, whatever it raised."""
     try:
         return function(*arguments)
-    except UserError:
+    except (UserError, NonFinite):
         raise
     except Exception as error:  # noqa: BLE001 - a model's code may raise anything
         first = (str(error).strip().splitlines() or [""])[0][:150]

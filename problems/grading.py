@@ -51,9 +51,9 @@ def response_texts(responses, tokenizer):
     <think> and </think> end no text where they are special tokens. Where they are tokens at all,
     only these tokens bound the thinking: the same letters in other tokens get a space.
     """
-    ids = [tokenizer.convert_tokens_to_ids(mark) for mark in THINKING]
-    marks = {i: m for i, m in zip(ids, THINKING) if i not in (None, tokenizer.unk_token_id)}
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = tokenizer.added_tokens_decoder
+    marks = {i: token.content for i, token in added.items() if token.content in THINKING}
+    special = {i for i, token in added.items() if token.special}
     texts = []
     for response in responses:
         said = list(itertools.takewhile(lambda i: i in marks or i not in special, response))

@@ -105,13 +105,15 @@ _OPERATOR = r"(?:[\^_<>\u2264\u2265\u2260\u221a\u00d7\u00b7*/\u00f7+\u00b1]|\\[A
 _PART_BEFORE = re.compile(
     rf"(?:[A-Za-z0-9_.|{{-]|{_OPERATOR}\s*|(?<![A-Za-z])(?:log|ln|sin|cos|tan|sqrt|mod) ?"
     r"|[A-Za-z]\(|第|分之|[0-9] ?[:,]|[0-9], +|[0-9] ?x +"
-    rf"|[0-9] ?(?:%|[A-Za-z]+|{_LETTERS}{{1,3}}?)? ?(?:(?<= )(?:{_BOTH}) |[或和与到至])"  # 4 or 5
+    rf"|[0-9] ?(?:%|[A-Za-z]+|{_LETTERS}{{1,3}}?)? ?"
+    rf"(?:(?<= )(?:{_BOTH}) |[\u6216\u548c\u4e0e\u5230\u81f3])"  # 4 or 5
     r"|\b(\w{1,10}) ?= ?[-+0-9./]{1,20}(?:,? or \w{1,10}|(?:,| and) \1) ?= ?"  # x = 4, x = 5
     r"|\b(?:not|never|nicht|pas|no es|n[aã]o|не) |n't |(?:不|没|非|未)[是为等于有]{0,2} ?)\Z"
 )
 _VARIABLE = r"[a-fijnp-rt-z](?![A-Za-z]|\.[a-z]|-[a-z]{2})"  # but for p.m., i.e., t-shirts
 _PART_BEHIND = re.compile(
-    rf"[A-Za-z0-9_(\u0370-\u03ff\u00b2\u00b3\u00b9\u2070-\u209f]|[.,:][0-9]|\s*{_OPERATOR}(?<![*/])|\s*\*\s*[\w(\\]"
+    r"[A-Za-z0-9_(\u0370-\u03ff\u00b2\u00b3\u00b9\u2070-\u209f]|[.,:][0-9]"
+    rf"|\s*{_OPERATOR}(?<![*/])|\s*\*\s*[\w(\\]"
     rf"|\s*/\s*(?:[0-9(\\]|{_VARIABLE})|\s*-\s*(?:{_VARIABLE}|[0-9(\\\u221a])"
     rf"|\s+{_VARIABLE}(?! [A-Za-z])|\s+(?:squared|cubed|factorial)| and a (?:half|third|quarter)"
     rf"| or not|분의|分之|\S{{0,3}} ?{_DENIED}"

@@ -23,10 +23,10 @@ def read_command_line(argv: list[str] | None, description: str) -> argparse.Name
         help="its held-out problems; default: those of the run whose folder holds the model, else "
         "addition",
     )
-    add("--difficulty", type=int, default=None, help="level of the built-in task")
+    add("--difficulty", type=int, help="level of the built-in task")
     add("--data", metavar="FILE", help="questions instead, as in train.py; all its rows are used")
-    for name, usual in (("data-split", "test"), ("question-column", ""), ("answer-column", "")):
-        add(f"--{name}", default=usual, help="as in train.py")
+    for name, usual in dict(data_split="test", question_column="", answer_column="").items():
+        add(f"--{name.replace('_', '-')}", default=usual, help="as in train.py")
     add(
         "--instruction",
         metavar="TEXT",
@@ -45,6 +45,12 @@ def read_command_line(argv: list[str] | None, description: str) -> argparse.Name
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the device's own")
     add("--out", default=None, metavar="FILE.json")
     args = parser.parse_args(argv)
+    check_options(args)
+    return args
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise UserError for an option that cannot work, or a file or folder that is not there."""
     for name in ("samples", "limit", "max_new_tokens", "rows_at_once"):
         value, high = getattr(args, name), 256 if name == "samples" else math.inf
         if value is not None and not 1 <= value <= high:
@@ -63,4 +69,3 @@ def read_command_line(argv: list[str] | None, description: str) -> argparse.Name
             f"--samples {args.samples}: greedy decoding (--temperature 0) has one response per "
             "question; use --samples 1"
         )
-    return args

@@ -132,7 +132,7 @@ def test_a_killed_overwrite_leaves_the_old_run_or_nothing(trained, monkeypatch):
             raise KeyboardInterrupt
         real(path, *args, **more)
 
-    monkeypatch.setattr("run.setup.shutil.rmtree", killed)
+    monkeypatch.setattr("run.checkpoint.shutil.rmtree", killed)
     where = ["--model", parsed["model"], "--data", parsed["data"], "--device", "cpu"]
     again = ["--out", str(out), "--overwrite", "--lr", "0.5", "--prompts-per-step", "4", *where]
     again += ["--max-new-tokens", "6"]

@@ -225,7 +225,7 @@ def test_a_chat_reaches_the_prompt_whole(tmp_path):
 
 def test_another_system_message_is_another_question(tmp_path):
     rows = [
-        {"prompt": [{**CHAT[0], "content": s}, CHAT[1]], "answer": "4"} for s in ("a", "b", "A")
+        {"prompt": [{**CHAT[0], "content": s}, CHAT[1]], "answer": "4"} for s in ("a", "b", "a")
     ]
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
     a, b, again = map(key_of, read_problems(tmp_path / "a.jsonl"))

@@ -271,7 +271,7 @@ def test_eval_prompts_do_not_change_the_split(tmp_path, opened):
 
 def test_held_out_questions_that_are_trained_on_are_reported(tmp_path, opened, capsys):
     path = tmp_path / "held.jsonl"
-    rows = [{"question": "What is  3 plus 1?", "answer": "4"}, {"question": "new", "answer": "1"}]
+    rows = [{"question": "What is 3 plus 1?", "answer": "4"}, {"question": "new", "answer": "1"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     opened("--eval-data", str(path))
     assert "1 of the 2 questions of --eval-data" in capsys.readouterr().out

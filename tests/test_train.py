@@ -855,7 +855,7 @@ def make_unusable_models(folder, good):
 def test_models_that_cannot_be_used(tmp_path, tiny_folder):
     make_unusable_models(tmp_path, tiny_folder)
     cases = {
-        "scaled": "logits are more than hidden states times the unembedding .logits_scaling.",
+        "scaled": "logits are more than hidden states times the output embedding",
         "bert": "is not a causal language model",
         "empty": "holds no config.json",
         "no-tokenizer": "its tokenizer cannot be read",
