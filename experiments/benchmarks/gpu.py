@@ -73,6 +73,9 @@ class Words:
     def get_vocab(self):
         return {str(i): i for i in range(self.size)}
 
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
     def batch_decode(self, answers):
         return [" ".join(map(str, ids)) for ids in answers]
 
