@@ -21,7 +21,7 @@ from losses import row_logprobs_and_entropy, token_logprobs_and_entropy
 from sampling import NonFinite
 
 TEXT = "What is 12 plus 30?"
-G, TOKENS = 2, 4  # responses per prompt, tokens of each
+G, TOKENS = 2, 3  # responses per prompt, tokens of each
 # largest difference of a log-probability; 16-bit rounding moves it by some hundredths
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.5, "float16": 0.1}
 
@@ -78,33 +78,39 @@ LOGITS = "likely cause: logits that are more than hidden states times the output
 
 
 def _compare_engine(engine, prompts):
-    """Raise Disagreement for the first comparison that fails."""
-    policy, dtype, all_rows = engine.policy, engine.options.dtype, slice(0, len(prompts) * G)
+    """Raise Disagreement for the first comparison that fails.
+
+    The batch has four rows. The model's own forward passes are over the first and the last.
+    """
+    policy, dtype, every = engine.policy, engine.options.dtype, list(range(len(prompts) * G))
+    first_and_last, base = [0, every[-1]], engine.options.temperature
     rollout = _attempt("the sampler", engine.generate, prompts, G, TOKENS, 1.0, _uniform(prompts))
 
-    def scored(rows):
+    def scored():
+        rows = slice(0, len(every))
         scores = engine.token_logprobs(policy, rollout, rows, None, measure_entropy=False)
-        return scores.logp[rollout.mask[rows]]
+        return scores.logp[rollout.mask]
+
+    def of_own_rows(values):
+        return torch.cat([_rows_of(values, rollout, row) for row in first_and_last])
 
     with torch.no_grad():
-        twice = [_attempt("the scorer", scored, all_rows) for _ in range(2)]
+        twice = [_attempt("the scorer", scored) for _ in range(2)]
         _agree("a second pass in training mode", twice[1], twice[0], dtype, RANDOM)
         with autocast(engine.dist.device, dtype):
-            arguments, base = (policy, rollout, engine.vocab_size), engine.options.temperature
+            arguments = (policy, rollout, engine.vocab_size, first_and_last)
             own = at_1 = _attempt("a forward pass", forward_logprobs, *arguments, base)
             if base != 1:
                 at_1 = forward_logprobs(*arguments)
-            for row in (0, all_rows.stop - 1):  # a row of each prompt
-                found = _attempt("the scorer", _laid_out, engine, rollout, [row], "plain")
-                _agree("the scorer", found, _rows_of(own, rollout, row), dtype, LOGITS)
-            every = list(range(all_rows.stop))
+            alone = _attempt("the scorer", _laid_out, engine, rollout, [every[-1]], "plain")
+            _agree("the scorer", alone, own[-len(alone) :], dtype, LOGITS)
             found = _attempt("a pass over several rows", _laid_out, engine, rollout, every, "plain")
-            _agree("a pass over several rows", found, own, dtype, ROWS)
+            _agree("a pass over several rows", of_own_rows(found), own, dtype, ROWS)
             if takes_any_mask(policy.config) and not engine.options.plain:
                 found = _attempt("packing", _laid_out, engine, rollout, every, "packed")
-                _agree("packing", found, own, dtype, PACKED)
-    _agree("the scorer", twice[0], own, dtype, LOGITS)
-    _agree("the sampler", rollout.logp[rollout.mask], at_1, dtype, CACHE)
+                _agree("packing", of_own_rows(found), own, dtype, PACKED)
+    _agree("the scorer", of_own_rows(twice[0]), own, dtype, LOGITS)
+    _agree("the sampler", of_own_rows(rollout.logp[rollout.mask]), at_1, dtype, CACHE)
 
 
 def _rows_of(values, rollout, row):
@@ -124,15 +130,15 @@ def _uniform(prompts):
 
 
 @torch.no_grad()
-def forward_logprobs(model, rollout, vocab_size, temperature=1.0):
-    """Return the log-probabilities of the response tokens, (N,), from one forward pass per row.
+def forward_logprobs(model, rollout, vocab_size, rows=None, temperature=1.0):
+    """Return the log-probabilities of some rows' tokens, (N,), from one forward pass per row.
 
     The pass is in evaluation mode, over the whole text, without padding, mask or cache.
     """
     training, found = model.training, []
     model.eval()
     try:
-        for row in range(len(rollout.tokens)):
+        for row in range(len(rollout.tokens)) if rows is None else rows:
             p = row // rollout.group_size
             prompt = rollout.prompt[p][rollout.prompt_mask[p]]
             response = rollout.tokens[row][rollout.mask[row]]

@@ -18,10 +18,21 @@ from typing import NamedTuple
 
 from problems.countdown import evaluate_expression, last_expression, plain_signs
 from problems.latex import has_math_verify, latex_equal
-from problems.numbers import last_quantity, parse_number, parse_quantity, plain, same_quantity
+from problems.numbers import (
+    BOTH,
+    DENIED,
+    SIGNS,
+    last_quantity,
+    parse_number,
+    parse_quantity,
+    plain,
+    same_quantity,
+    states_several,
+)
 
 LONGEST_TEXT = 20_000  # characters of a response that are looked at, from its end
 MOST_MARKS = 20  # of #### and \\boxed, from the end
+LONGEST_ANSWER = 1_000  # characters of what is compared
 LONGEST_LIST = 12  # elements that are compared in any order
 THINKING = ("<think>", "</think>")
 
@@ -38,7 +49,7 @@ def grade(problem, text, finished=True, prompt=""):
     that is whole and ends the text. prompt: its end tells whether the response begins in a thinking
     part that the prompt has opened.
     """
-    text = outside_thinking(text, prompt)[-LONGEST_TEXT:]
+    text = outside_thinking(text, prompt)[-LONGEST_TEXT:].replace("$$", "$")
     return CHECKS[problem.kind](problem, text.strip() if finished else _before_the_cut(text))
 
 
@@ -74,9 +85,14 @@ def response_texts(responses, tokenizer):
 
 def outside_thinking(text, prompt=""):
     """Return what follows the last </think>; "" where thinking has begun and does not end."""
-    opened = prompt.rfind(THINKING[0]) > prompt.rfind(THINKING[1])
-    _, closed, behind = text.rpartition(THINKING[1])
-    return "" if THINKING[0] in behind or (opened and not closed) else behind
+    tags = [*_TAG.finditer(prompt + text)]
+    own = [tag for tag in tags if tag.start() >= len(prompt)]
+    if tags and not tags[-1][1]:
+        return ""
+    return text[own[-1].end() - len(prompt) :] if own else text
+
+
+_TAG = re.compile(r"(?i)<(/?)(?:think|thinking|thought|reasoning)\s*>")
 
 
 class Statement(NamedTuple):
@@ -90,7 +106,21 @@ class Statement(NamedTuple):
 
 _MARK = re.compile(r"#{4,}|\\f?box(?:ed)?(?![A-Za-z])\s*")
 _PROSE = re.compile(r"(?<![\\A-Za-z{])(?:[A-Za-z]{3,}|[A-Za-z]{2} [A-Za-z]{2})")  # no command
-_BETWEEN_BOXES = re.compile(r"(?:[\s,;.$&]|\\text *\{|\}|\b(?:and|or)\b|\b[A-Za-z]_?\d? *=)*")
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s,;.$&*/|\u3001]|\\[()\[\]]|\\(?:q?quad|lor|,|;)|\\text *\{|\}|\n *(?:-|[0-9]\.)"
+    rf"|\([a-z0-9]\)|\b(?:maybe|{BOTH})\b|[\u6216\u548c\u4e0e]"
+    r"|\\?[A-Za-z]+(?:_\{?\w\}?)?(?:\(\w\))? *=)*"
+)
+# what makes a box a part of something else: an operation, a denial, another answer
+_TOUCHED = re.compile(
+    r"(?:[A-Za-z0-9^_{\u2212-]|(?<!\*)\*|[\w)}] ?[-+*/] ?"
+    r"|(?:\b(?:not|never|or|nor|minus|negative)|n't) [$\\(\[ *]*)\Z"
+)
+_TOUCHING = re.compile(
+    r"[$*]*(?:(?!\^ ?\{? ?\\circ)[\^_!]|\\(?!text|mbox|mathrm|q?quad|[ %,;)\]])[a-z]|[0-9A-Za-z])"
+    r"|[\s$*]*(?:\?|[+*/=-] ?[\w\\]|(?:\\text ?\{ ?)?(?:or|nor|vs|million|thousand|billion)\b)"
+    r"|[\s$*]*(?:isn't|is (?:not|wrong|incorrect|false))\b"
+)
 
 
 def statements(text):
@@ -102,6 +132,13 @@ def statements(text):
         if stated:
             found.append(Statement(stated, mark.start(), mark.end() + length, is_box))
     return found
+
+
+def _is_part(before, behind):
+    """Return whether a box is a part of something else, as in "-\\boxed{5}" or "not \\boxed{5}"."""
+    front = before[-40:].replace("**", "")
+    bullet = re.search(r"(?:\A|\n) *[-*] +\Z", front)
+    return bool(not bullet and _TOUCHED.search(front)) or bool(_TOUCHING.match(behind[:40]))
 
 
 def explicit_answer(text):
@@ -118,17 +155,19 @@ def explicit_answer(text):
         if not _BETWEEN_BOXES.fullmatch(text[found[-1].end : values[0].start]):
             break
         values.insert(0, found.pop())
+    if values[0].is_box and _is_part(text[: values[0].start], text[values[-1].end :]):
+        return ""
     return " or ".join(dict.fromkeys(value.text for value in values))
 
 
 def _before_the_cut(text):
     """Return the last Statement of a response that was cut, if it is whole and nothing follows."""
     found = statements(text)
-    if not found or re.search(r"[^\s.,;$*}\])]", text[found[-1].end :]):
+    if not found or re.search(r"[^\s.$*\])]", text[found[-1].end :]):
         return ""
     last = found[-1]
     whole = text[last.end - 1] == "}" if last.is_box else text[last.end : last.end + 1] == "\n"
-    return text[last.start : last.end] if whole else ""
+    return text[: last.end] if whole else ""
 
 
 def _on_line(text):
@@ -194,19 +233,27 @@ def is_mathematics(answer):
 def same_answer(stated, answer):
     """Return whether two texts state the same: as options, quantities, lists, mathematics or words,
     whichever the reference answer is."""
-    stated, answer = stated.strip(), answer.strip()
+    if len(stated) > LONGEST_ANSWER:
+        return False
+    stated, answer = (
+        _PREFIX.sub("", _WRAPPED.sub(r"\1", x.strip())).strip() for x in (stated, answer)
+    )
     if (letters := set(_letters(answer))) and len(letters) > 1:
         return set(_letters(stated)) == letters
     if (quantity := parse_quantity(answer)) is not None:
         return same_quantity(parse_quantity(stated), quantity)
     brackets, elements = _elements(answer)
+    own, given = _elements(stated)
     if not brackets:
         same = _same_mathematics if is_mathematics(answer) else _same_words
-        return same(stated, answer)
-    own, given = _elements(stated)
-    if own.replace("or", ",") != brackets.replace("or", ",") or len(given) != len(elements):
+        return (own in ("", ",", "or", "and") or is_mathematics(answer)) and same(stated, answer)
+    words = {"or", "and", ","}
+    loose = {own, brackets} <= words and not re.search(_RELATION, answer)
+    if parse_number(stated) is not None or (own != brackets and not loose):
         return False
-    if brackets not in ("or", "\u2983\u2984") or len(elements) > LONGEST_LIST:
+    if len(given) != len(elements):
+        return False
+    if brackets not in ("or", "and", "".join(_SET_BRACES.values())) or len(elements) > LONGEST_LIST:
         return all(map(same_answer, given, elements))
     for element in elements:  # in any order
         match = next((g for g in given if same_answer(g, element)), None)
@@ -214,6 +261,11 @@ def same_answer(stated, answer):
             return False
         given.remove(match)
     return True
+
+
+_WRAPPED = re.compile(r"(?s)\A\\text ?\{([^{}]*)\}\Z")
+_PREFIX = re.compile(r"(?:\$ ?)?(?:\\?[A-Za-z]+ *\\in\b|\([A-Za-z\\, ]+\) *=) *")
+_RELATION = r"[<>\u2264\u2265\u2260\u2248\u2261]|\\(?:[lg]eq?|[lg]t|neq?|approx|equiv|not)(?![a-z])"
 
 
 def _letters(text):
@@ -226,7 +278,12 @@ def _letters(text):
 def _elements(text):
     """Return (brackets, elements) of a list, ("(]", ["0", "1"]) of "(0, 1]"; ("", [text]) of a text
     that is no list. The brackets of a bare list are ",", or "or" where words separate it."""
-    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[,;!:()\[\]]|(?<!\\)\$", "", text).strip(" .\n")
+    text = re.sub(
+        r"\\(?:left|right|big)(?![a-z])|\\[,;!:()\[\]]|(?<!\\)\$", "", text.translate(SIGNS)
+    )
+    text = text.strip(" .*\n")
+    if text[:1] + text[-1:] == "{}":  # a set without LaTeX
+        text = f"\\{text[:-1]}\\}}"
     for sign in "{}":  # a set's braces as one character each, unlike those around an argument
         text = text.replace(f"\\{sign}", _SET_BRACES[sign])
     depths = list(itertools.accumulate((c in "([{\u2983") - (c in ")]}\u2984") for c in text))
@@ -236,12 +293,19 @@ def _elements(text):
     else:
         brackets, parts = ",", _split(text)
         if len(parts) == 1:
-            brackets, parts = "or", re.split(r"\s+(?:or|and)\s+", plain(text))
-        listed = len(parts) > 1 and all(_is_value(part) for part in parts)
+            brackets = "and" if re.search(r"\band\b", text) else "or"
+            parts = re.split(r"\s+(?:or|and)\s+", plain(text))
+        parts[-1] = re.sub(r"^\s*and\s", "", parts[-1])  # 1, 2, and 3
+        listed = len(parts) > 1 and all(_is_value(_unbraced(part)) for part in parts)
     parts = parts if listed else [text]
+    return brackets if listed else "", [_unbraced(part).strip() for part in parts]
+
+
+def _unbraced(text):
+    """Return a text with LaTeX's own braces of a set."""
     for sign, brace in _SET_BRACES.items():
-        parts = [part.replace(brace, f"\\{sign}").strip() for part in parts]
-    return brackets if listed else "", parts
+        text = text.replace(brace, f"\\{sign}")
+    return text
 
 
 _SET_BRACES = {"{": "\u2983", "}": "\u2984"}
@@ -264,29 +328,73 @@ def _split(text):
 
 
 def _same_mathematics(stated, answer):
-    """math-verify's verdict, for texts that do not differ in what it does not see: the base of a
-    number, words, and a digit behind a letter (x2 is no product)."""
-    stated, answer = (re.sub(r"\*\*|\\[()\[\]]", "", x).strip("$ .:,\n") for x in (stated, answer))
+    """Return math-verify's verdict, unless the texts differ in something that it does not see."""
+    mended = (re.sub(r"\*\*|\\[()\[\]]|\[\d+pt\]", "", x) for x in (stated, answer))
+    stated, answer = (" ".join(x.split()).strip("$ .:,") for x in mended)
     if stated == answer:
         return True
     if not stated or (re.search(_DOUBT, stated) and not re.search(_DOUBT, answer)):
         return False
-    bases = [re.findall(r"[0-9]_\{?([0-9]+)", x) for x in (stated, answer)]
-    words = [set(re.findall(_WORD, x)) for x in (stated, answer)]
-    other = bases[0] != bases[1] or (all(words) and words[0] != words[1])
-    return not other and not _DIGIT_BEHIND.search(stated) and latex_equal(stated, answer)
+    if re.search(_UNSEEN, stated) or re.search(_UNSEEN, answer):
+        return _closed_up(stated) == _closed_up(answer)
+    chained = "=" in stated and "=" not in answer and not _NAMED.match(stated)
+    parted = ";" in stated and ";" not in answer
+    if chained or parted or _DIGIT_BEHIND.search(stated) or _differs(stated, answer):
+        return False
+    return latex_equal(stated, answer)
 
 
-_WORD = r"\\(?:text|mathrm|mbox) ?\{ ?([A-Za-z]+)|(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z{])"
-_DIGIT_BEHIND = re.compile(r"(?<![\\A-Za-z])[A-Za-z][0-9]")
+# what math-verify takes for something else, or for nothing: compared as it is written
+_UNSEEN = (
+    r"'|\\(?:pmod|bmod|mod|overline|bar|dot|ddot|hat|vec|prime|circ|not|top)(?![a-z])|\^\{?T\b"
+    r"|\\[dt]?frac ?\{ ?(?:d|\\partial)"
+)
+_NAMED = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([A-Za-z, ]+\))? *=[^=]*\Z")
+_DIGIT_BEHIND = re.compile(r"(?<![\\A-Za-z])[A-Za-z][0-9]")  # x2 is no product
+_UNIT = r"\\(?:text|mathrm|mbox) ?\{ ?([^{}]*?) ?\}( ?\^ ?\{? ?[0-9])?"
+_WORD = r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z{])"
+
+
+def _differs(stated, answer):
+    """Return whether two formulas differ in relations, bases of numbers, units, words or case."""
+    bases, relations, units, words, names = (
+        [re.findall(pattern, x) for x in (stated, answer)]
+        for pattern in (r"[0-9]_\{?([0-9]+)", _RELATION, _UNIT, _WORD, r"\\[A-Za-z]+|[A-Za-z]")
+    )
+    lower = [{name.lower() for name in found} for found in names]
+    return (
+        bases[0] != bases[1]
+        or relations[0] != relations[1]
+        or (all(units) and units[0] != units[1])
+        or (all(words) and set(words[0]) != set(words[1]))
+        or (lower[0] == lower[1] and set(names[0]) != set(names[1]))
+    )
+
+
+def _closed_up(text):
+    """Return a formula without spaces, and with one kind of fraction and brackets."""
+    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[,;!: ]|[ ${}]", "", text)
+    return re.sub(r"\\[dt]frac", r"\\frac", text)
 
 
 def _words(text):
     """Return a text without LaTeX's marks, case, and the punctuation and article around it: "(B)."
     is "\\text{B}". Signs stay: "-yes", "yes!" and "1/yes" are not "yes"."""
-    text = re.sub(r"[\\{}$]", "", plain(text)).casefold()
+    text = re.sub(r"[\\{}$]", "", plain(text))
+    text = " ".join(word if _is_symbol(word) else word.casefold() for word in text.split())
     text = re.sub(r"(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})", " ", " ".join(text.split()))
-    return re.sub(r"^(?:an?|the) (?=\w)", "", text.strip(" .,;:()[]*\"'`_"))
+    return re.sub(r"^(?:an?|the) (?=\w)", "", text.strip(' .,;:()[]"\u201c\u201d`_'))
+
+
+def _is_symbol(word):
+    """Return whether case counts in a word: "Co", "CO" and "mW", but not "US" beside "us"."""
+    letters = re.findall(r"[^\W\d_]", word)
+    return (
+        len(letters) == 2
+        and word[1:] != word[1:].lower()
+        or word[:1].islower()
+        and word != word.lower()
+    )
 
 
 def _same_words(stated, answer):
@@ -323,10 +431,12 @@ def _grade_number(problem, text):
     if stated is not None:
         right = same_quantity(stated, answer)
         return Grade(right, right)
-    # what is marked and is no number is looked through
-    return Grade(
-        False, same_quantity(last_quantity(text if explicit is None else explicit), answer)
-    )
+    if explicit is None:
+        return Grade(False, same_quantity(last_quantity(text), answer))
+    # what is marked and is no number is looked through, unless it states several values
+    several = explicit != text and states_several(explicit)
+    stated = None if several else last_quantity(explicit)
+    return Grade(False, same_quantity(stated, answer))
 
 
 def _grade_latex(problem, text):
@@ -391,10 +501,13 @@ CHECKS = {
 _FAMILIES = ("(?i:yes|no)", "(?i:true|false)", "[A-Z]")  # of each, one can be right
 _YES = re.compile(r"\W*(?:yes|no|true|false|[A-Z])\W*", re.I)
 _LEAD = r"\b(?:is|are|was|were|be|answer|result|option|choice|choose|say|so|thus|hence)\b"
-_BEHIND_LEAD = re.compile(rf"{_LEAD}:?|(?<=[a-z]{{3}}):|[\u662f\u4e3a]", re.I)  # 是, 为
+_BEHIND_LEAD = re.compile(
+    rf"{_LEAD}:?|(?<=[^\W\d_]{{2}}):|[\u662f\u4e3a\u9009]", re.I
+)  # 是, 为, 选
 _DOUBT = (
     r"(?i:\b(?:not|never|neither|nor|or|if|whether|unless|maybe|perhaps|possibly|probably|might|"
-    r"may|cannot|doubt|false that|wrong|non)\b|n['\u2019]t\b|[不没非]|아니|않|ではな|じゃな)"
+    r"may|could|cannot|doubt|false that|wrong|incorrect|fails?|impossible|suppose|none|non)\b"
+    rf"|n['\u2019]t\b|{DENIED})"
 )
 
 
@@ -411,8 +524,11 @@ def _choice(text, family):
     behind "is"; None where it names two, or doubts one."""
     edge = r"[.,:;?()\u2014]| - "
     family = family.lower().replace("(?i:", "(?:")
-    named = rf"(?:\A|{edge}|{_LEAD})\s*({family})(?=\s*(?:{edge}|\Z))"
-    doubted = rf"{_DOUBT}[^.,:;?]*\b(?:not|{family})(?=\s*(?:{edge}|\Z))"
+    named = rf"(?:\A|{edge}|{_LEAD}|[\u662f\u4e3a\u9009])\s*({family})(?=\s*(?:{edge}|\Z))"
+    doubted = (
+        rf"{_DOUBT}[^.,:;?]*\b(?:not|{family})(?=\s*(?:{edge}|\Z))"
+        rf"|(?:{family})\W* (?:is|are|was) (?:not|wrong|incorrect|false)\b|(?:{family})\s*\?"
+    )
     for line in map(_words, reversed(text.split("\n"))):
         if found := set(re.findall(named, line)):
             return found.pop() if len(found) == 1 and not re.search(doubted, line) else None

@@ -5,6 +5,7 @@ around it: 5 in "5 apples", "x = 5" or "$5." is the number 5; in "5x", "n - 5", 
 "x <= 5" or "4 or 5" it is a part of something else, and nothing is read.
 """
 
+import itertools
 import re
 import unicodedata
 from fractions import Fraction
@@ -13,7 +14,7 @@ from typing import NamedTuple
 LONGEST = 200  # characters of a text that is a number
 CONTEXT = 60  # characters in front of a number that are looked at
 
-_SIGNS = str.maketrans(  # hyphens and minus signs, spaces, and the punctuation of other scripts
+SIGNS = str.maketrans(  # hyphens and minus signs, spaces, and the punctuation of other scripts
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-")
     | dict.fromkeys("\u2014\u00a0\u2007\u2009\u202f\u3000~", " ")
     | dict(zip("。．，、：；（）！？％＝＄", "..,,:;()!?%=$"))
@@ -21,15 +22,15 @@ _SIGNS = str.maketrans(  # hyphens and minus signs, spaces, and the punctuation 
 _PLAIN = [  # (pattern, what it becomes), in this order
     (r"(?![0-9])\d", lambda digit: str(unicodedata.digit(digit[0]))),  # digits of other scripts
     (r"\\,(?=[0-9]{3})|\{,\}|,\\! ?(?=[0-9]{3})|(?<=[0-9])[\u2019'](?=[0-9]{3})", ","),  # 10'000
-    (r"\\[ ,;:!]|\\q?quad", " "),
+    (r"\\(?:[ ,;:!]|q?quad|displaystyle|textstyle|bf(?![a-z]))", " "),
     (r"[\u00bc-\u00be\u2150-\u215e]", lambda sign: " " + unicodedata.normalize("NFKC", sign[0])),
     (r"\u2044", "/"),
     (
-        r"([0-9] ?)?\\[dt]?frac ?(?:\{ ?(-?) ?([0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))",
+        r"([0-9] ?)?\\[dtc]?frac ?(?:\{ ?(-?) ?([0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))",
         lambda m: " ".join(filter(None, [(m[1] or "").strip(), (m[2] or "") + _over(m)])),
     ),
     (r"\^ ?\{? ?\\circ ?\}?|\u00b0", " degrees "),
-    (r"\\(?:text|mathrm|textbf|mathbf|mbox|textrm) ?\{([^{}]*)\}", r" \1 "),
+    (r"\\(?:text|mathrm|textbf|mathbf|mbox|textrm|textit|boldsymbol|bm) ?\{([^{}]*)\}", r" \1 "),
     (r"\\([$%])", r"\1"),
     (r"(?<![A-Z\\])\$([^$\n]{1,80})\$(?![0-9])", r" \1 "),  # a formula, no currency
     (r"\\f?box(?:ed)?(?![a-z]) ?\{?|</?[A-Za-z][\w-]*>", " "),
@@ -71,26 +72,37 @@ _SHORT = dict(
         "kWh kilowatthour,N newton,J joule,V volt,C celsius,F fahrenheit"
     ).split(",")
 )
-_WORDS = {"%": "percent", "feet": "foot", "inche": "inch", "metre": "meter", "litre": "liter"}
+_WORDS = {"公斤": "kilogram", "千克": "kilogram", "克": "gram", "米": "meter", "度": "degree"}
+_WORDS |= {"%": "percent", "feet": "foot", "inche": "inch", "metre": "meter", "litre": "liter"}
 _KNOWN = {word for words in _SHORT.values() for word in words.split("/")} | set(
     "percent degree radian dollar cent euro pound yen yuan rupee peso won inch foot square cubic "
     "day week month year".split()
 )
 _SHORT_UNIT = rf"(?:{'|'.join(sorted(_SHORT, key=len, reverse=True))})(?![A-Za-z])"
-_LETTERS = r"[^\x00-\u03ff\U00010000-\U0010ffff\W\d_]"  # of other scripts than Latin and Greek
-_DENIED = "(?:아니|않|ではな|じゃな|不|没)"  # behind what is denied
+DENIED = (
+    "(?:아니|아닙|않|오답|ではな|ではあ|じゃな|でない|とは限|間違|違う|错|[不没非误]|\\bневерно|\\bfalsch"
+    "|\\bnicht|\\bfaux|\\bpas\\b|\\bkein|\\bfalso|خطأ|ليس|değil)"
+)
+# of other scripts: counters and measures, and what may end a sentence behind them
+_COUNTERS = (
+    "个|個|元|人|名|只|枚|本|冊|册|円|年|月|日|時間|時|天|岁|歳|米|厘米|千米|公里|克|千克|公斤|度|分|秒|小时|分钟|次|组|种|条"
+    "|张|平方米|立方米|개|명|원|번|년|월|일|시간|시|분|초|마리|권|장|도|руб|рублей|метров|км|см|кг"
+)
+_ENDING = "(?:입니다|이다|예요|이에요|です|だ|である)?"
 _WORD_UNIT = (
     "(?:(?!(?:and|than|less|more|most|least|about|times|plus|minus|over|mod|modulo|for|choose|half|"
     "or|squared|cubed|factorial|sqrt|log|sin|cos|tan|unless|when|where|but|not|neither|either|root|"
-    "infinity|hundred|thousand|million|billion|trillion)(?![A-Za-z]))[A-Za-z]{3,20}"
-    rf"|(?!\S{{0,3}} ?{_DENIED}){_LETTERS}{{1,20}})"
+    "infinity|hundred|thousand|million|billion|trillion|dozen|pairs?|lakh|crore|ist|est|wrong|"
+    "incorrect|false|falsch|faux|falso|nicht|nor|vs)(?![A-Za-z]))[A-Za-z]{3,20}"
+    rf"|(?:{_COUNTERS}){_ENDING}(?![^\W\d_]))"
 )
 _UNIT = rf"(?:{_SHORT_UNIT}|{_WORD_UNIT})"
 _UNITS = re.compile(  # "5 kg", "5 dollars per hour", "5 %"
     rf"(?:\s*(?:%|(?:per | ?/ ?)?{_UNIT}(?:(?: ?/ ?| per | an? |[ -]){_UNIT}){{0,4}}))?[\s.]*"
 )
 _GLUED = re.compile(  # 5kg
-    rf"(?=g|[A-Za-z]{{2}}){_SHORT_UNIT}|(?={_LETTERS}|[A-Za-z]{{4}}){_WORD_UNIT}(?![(A-Za-z0-9])"
+    rf"(?=g|[A-Za-z]{{2}}){_SHORT_UNIT}"
+    rf"|(?=[^\x00-\u03ff]|[A-Za-z]{{4}}){_WORD_UNIT}(?![(A-Za-z0-9])"
 )
 _POWER = re.compile(
     rf"(?<=[0-9 /])({_UNIT})( ?(?:\^ ?\{{?[23]\}}?|[\u00b2\u00b3])| squared| cubed)"
@@ -100,15 +112,21 @@ _NAME = re.compile(rf"(?:({_NAMED})\s*=\s*)?")
 
 # What makes a number the part of something else, directly in front of it or behind it. Between two
 # numbers these words say that the answer is one of two, a range, or two.
-_BOTH = r"or(?: [a-z]+)?|to|and|oder|und|ou|et|или|и|또는|[ouey]|[或和与到至]"
+BOTH = r"or(?: [a-z]+)?|to|and|oder|und|ou|et|или|и|또는|[ouey]|[或和与到至]"
 _OPERATOR = r"(?:[\^_<>\u2264\u2265\u2260\u221a\u00d7\u00b7*/\u00f7+\u00b1]|\\[A-Za-z]+)"
 _PART_BEFORE = re.compile(
     rf"(?:[A-Za-z0-9_.|{{-]|{_OPERATOR}\s*|(?<![A-Za-z])(?:log|ln|sin|cos|tan|sqrt|mod) ?"
-    r"|[A-Za-z]\(|第|分之|[0-9] ?[:,]|[0-9], +|[0-9] ?x +"
-    rf"|[0-9] ?(?:%|[A-Za-z]+|{_LETTERS}{{1,3}}?)? ?"
-    rf"(?:(?<= )(?:{_BOTH}) |[\u6216\u548c\u4e0e\u5230\u81f3])"  # 4 or 5
+    r"|[A-Za-z]\(|[-+*/^] ?\(|第|分之|[0-9] ?[:,]|[0-9][,;] +|[0-9] ?x +"
+    rf"|[0-9] ?(?:%|[A-Za-z]+|(?:{_COUNTERS}))? ?"
+    rf"(?:(?<= )(?:{BOTH}) |[\u6216\u548c\u4e0e\u5230\u81f3])"  # 4 or 5
     r"|\b(\w{1,10}) ?= ?[-+0-9./]{1,20}(?:,? or \w{1,10}|(?:,| and) \1) ?= ?"  # x = 4, x = 5
-    r"|\b(?:not|never|nicht|pas|no es|n[aã]o|не) |n't |(?:不|没|非|未)[是为等于有]{0,2} ?)\Z"
+    r"|(?:\b(?:not|never|cannot|nor|neither|nicht|kein\w*|pas|jamais|nunca|no es|n[aã]o|non [eè]"
+    r"|не)\b"
+    rf"|n't\b|{DENIED})(?:(?!\b(?:so|then|but|thus|hence|is|are|has|have)\b)[^.,;:\n])*"
+    r"|\b(?:at (?:least|most)|(?:less|more|fewer|greater|larger|smaller|rather) than|minus|negative"
+    r"|twice|double|half|root of|remainder|or|menos|минус|mindestens) (?:an? )?"
+    r"|(?:至少|至多|大于|小于|负|マイナス|或者|以及|または|第|分之|か)\s?"
+    r"|[A-Za-z]\^?\{?[0-9]\}? ?= ?|[-0-9][A-Za-z] ?= ?|\\[a-z]+ [A-Za-z] ?= ?)\Z"
 )
 _VARIABLE = r"[a-fijnp-rt-z](?![A-Za-z]|\.[a-z]|-[a-z]{2})"  # but for p.m., i.e., t-shirts
 _PART_BEHIND = re.compile(
@@ -116,7 +134,8 @@ _PART_BEHIND = re.compile(
     rf"|\s*{_OPERATOR}(?<![*/])|\s*\*\s*[\w(\\]"
     rf"|\s*/\s*(?:[0-9(\\]|{_VARIABLE})|\s*-\s*(?:{_VARIABLE}|[0-9(\\\u221a])"
     rf"|\s+{_VARIABLE}(?! [A-Za-z])|\s+(?:squared|cubed|factorial)| and a (?:half|third|quarter)"
-    rf"| or not|분의|分之|\S{{0,3}} ?{_DENIED}"
+    r"|,? or\b|\) ?[!^]|\s?(?:분의|分之|以上|以下|未満|未满|이상|이하|미만)|\?"
+    r"|\s*(?:dozen|pairs?|lakh|crore)\b"
 )
 
 
@@ -125,7 +144,7 @@ class Quantity(NamedTuple):
 
     value: Fraction
     name: str  # "x" in "x = 5"
-    units: frozenset  # of words: {"meter", "second"} in "5 m/s"
+    units: tuple  # of words: ("meter", "second") in "5 m/s"
 
 
 def parse_quantity(text):
@@ -158,10 +177,19 @@ def last_quantity(text):
     if found is None:
         return None
     value, before, _, unit = found
-    unit = re.match(rf"(?:{_CURRENCY})?[0-9]* ?(?:{_UNIT})?(?: ?(?:/|per) ?{_UNIT})?", unit)[0]
-    words = {word for word in _unit_words(unit) if word in _KNOWN or word > "\u03ff"}
+    one = rf"(?:(?:square|cubic) )?{_UNIT}"
+    unit = re.match(rf"(?:{_CURRENCY})?[0-9]* ?(?:{one})?(?: ?(?:/|per) ?{one})?", unit)[0]
+    words = [word for word in _unit_words(unit) if word in _KNOWN or word > "\u03ff"]
     name = re.search(rf"(?<![A-Za-z])({_NAMED})\s*=\s*\Z", before)
-    return Quantity(value, name[1] if name else "", frozenset(words))
+    return Quantity(value, name[1] if name else "", tuple(words))
+
+
+def states_several(text):
+    """Return whether a text lists numbers: "1, 2", "x = 1 and y = 2"."""
+    text = plain(text)
+    pairs = itertools.pairwise(_NUMBER.finditer(text))
+    between = (text[a.end() : b.start()] for a, b in pairs)
+    return any(re.search(r"[,;]|\\\\|\b(?:and|or)\b", part) for part in between)
 
 
 def last_number(text):
@@ -182,23 +210,23 @@ def same_quantity(stated, answer):
     a, b = stated.units, answer.units
     if not a or not b or a == b:
         return True
-    if a | b <= _KNOWN:
+    if {*a, *b} <= _KNOWN:
         return False
-    return a <= b or b <= a or any(x.startswith(y) or y.startswith(x) for x in a for y in b)
+    return set(a) <= set(b) or set(b) <= set(a)
 
 
 def _unit_words(text):
-    """Return the words of a unit: "m/s" and "meters per second" are {"meter", "second"}."""
+    """Return the words of a unit: "m/s" and "meters per second" are ("meter", "second")."""
     for sign, word in _CURRENCIES.items():
         text = text.replace(sign, f" {word} ")
-    words = set()
-    for word in re.findall(r"%|[^\W\d_]+", text):
+    words = []
+    for word in re.findall(rf"%|(?:{_COUNTERS})(?={_ENDING}(?![^\W\d_]))|[A-Za-z]+", text):
         if word in _SHORT:
-            words |= set(_SHORT[word].split("/"))
+            words += _SHORT[word].split("/")
             continue
         word = word.lower().removesuffix("s")
-        words.add(_WORDS.get(word, word))
-    return frozenset(words - {"per", "a", "an", "us"})
+        words.append(_WORDS.get(word, word))
+    return tuple(word for word in words if word not in ("per", "a", "an", "us"))
 
 
 def _last(text):
@@ -225,7 +253,8 @@ def _last(text):
         behind = behind[glued.end() :]
     factorial = behind.startswith("!") and not re.search("[A-Za-z]{2}", text)
     value = _value(*numbers[-1].groups())
-    if _PART_BEHIND.match(behind) or factorial or value is None:
+    wrong = re.search(rf"(?i)\b(?:not|isn't|wrong|incorrect|false)\b|{DENIED}", behind)
+    if _PART_BEHIND.match(behind) or wrong or factorial or value is None:
         return None
     return value * sign * (_SCALES[scale[1].lower()] if scale else 1), before, behind, unit
 
@@ -234,7 +263,7 @@ def plain(text):
     """Return a text with one kind of minus, space, digit and fraction, without LaTeX's marks for
     spacing and text."""
     if _MARKS.search(text):
-        text = text.translate(_SIGNS)
+        text = text.translate(SIGNS)
         for pattern, what in _PLAIN:
             text = re.sub(pattern, what, text)
     return text

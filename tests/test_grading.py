@@ -841,7 +841,7 @@ A and C|A and B
 # The second text of a line states the first one's answer.
 SAME = r"""
 on|on
-US|us
+US|US
 3x4|3 x 4
 9 a.m.|9 a.m.
 192.168.0.1|192.168.0.1
@@ -1026,3 +1026,427 @@ def test_degenerate_formulas_cost_their_time_once(monkeypatch):
         assert grade(problem_of(r"\frac{\pi}{4}"), text) == (False, False)
     assert LATEX.known["9^{9^{9^{9}}}", r"\frac{\pi}{4}"] in (None, False)
     assert time.perf_counter() - started < 10  # 20 comparisons of 0.5 s, if it were forgotten
+
+
+# ------------------------------------------------ what stands around an answer, and what it leaves
+
+# (reference answer, responses that state something else)
+NOT_STATED = [
+    (
+        "72",
+        [
+            "\\(\\boxed{71}\\) or \\(\\boxed{72}\\)",
+            "\\[\\boxed{71} \\quad \\text{and} \\quad \\boxed{72}\\]",
+            "\\boxed{71}\\quad\\boxed{72}",
+            "**\\boxed{71}** or **\\boxed{72}**",
+            "$x_{1}=\\boxed{71}$, $x_{2}=\\boxed{72}$",
+            "- \\boxed{71}\n- \\boxed{72}",
+            "(a) \\boxed{71}\n(b) \\boxed{72}",
+            "\\boxed{71} \u6216 \\boxed{72}",
+            "\\boxed{71} oder \\boxed{72}",
+            "$-\\boxed{72}$",
+            "$x = -\\boxed{72}$",
+            "$\\frac{1}{\\boxed{72}}$",
+            "$\\sqrt{\\boxed{72}}$",
+            "$2\\boxed{72}$",
+            "$\\boxed{72}^2$",
+            "$\\boxed{72}\\pi$",
+            "$\\boxed{72}!$",
+            "\\boxed{72} million",
+            "71 or \\boxed{72}",
+            "\\boxed{72} or 73",
+            "not \\boxed{72}",
+            "\\boxed{72} is incorrect. The answer is 71.",
+            "72\u3067\u306f\u3042\u308a\u307e\u305b\u3093",
+            "72\u3067\u306a\u3044",
+            "72\u3068\u306f\u9650\u3089\u306a\u3044",
+            "72\u306f\u9593\u9055\u3044\u3067\u3059",
+            "72\u4ee5\u4e0a",
+            "72\u672a\u6e80",
+            "72\u5206\u4e4b\u4e00",
+            "72\u662f\u9519\u7684",
+            "72 \uc774\uc0c1",
+            "72\ub294 \uc624\ub2f5\uc785\ub2c8\ub2e4",
+            "72 \u043d\u0435\u0432\u0435\u0440\u043d\u043e",
+            "72 ist falsch",
+            "72 nicht",
+            "72 est faux",
+            "72 dozen",
+            "72 lakh",
+            "The answer cannot be 72",
+            "It is not equal to 72",
+            "72 is not the answer",
+            "72 is wrong",
+            "72 isn't right",
+            "neither 71 nor 72",
+            "71, or 72",
+            "71; 72",
+            "71 rather than 72",
+            "72 or more",
+            "at least 72",
+            "less than 72",
+            "minus 72",
+            "negative 72",
+            "twice 72",
+            "square root of 72",
+            "Is it 72?",
+            "\u7b54\u6848\u4e0d\u53ef\u80fd\u662f72",
+            "\u7b54\u6848\u662f71\u6216\u800572",
+            "71\u4ee5\u53ca72",
+            "\u81f3\u5c1172",
+            "\u5927\u4e8e72",
+            "\u8d1f72",
+            "71\u307e\u305f\u306f72",
+            "\u30de\u30a4\u30ca\u30b972",
+            "\ub2f5\uc740 72\uac00 \uc544\ub2d9\ub2c8\ub2e4",
+            "\u043d\u0435 \u0440\u0430\u0432\u043d\u043e 72",
+            "\u043c\u0438\u043d\u0443\u0441 72",
+            "nunca 72",
+            "menos 72",
+            "kein 72",
+            "nicht gleich 72",
+            "jamais 72",
+            "\u0644\u064a\u0633 72",
+            "n\xe3o \xe9 72",
+            "72 de\u011fil",
+            "\\boxed{-(72)}",
+            "\\boxed{(72)!}",
+            "\\boxed{\\text{at least } 72}",
+            "\\boxed{72?}",
+            "\\boxed{71;72}",
+            "\\boxed{71\\\\72}",
+        ],
+    ),
+    (
+        "2",
+        [
+            "\\boxed{x=1,y=2}",
+            "\\boxed{1;2}",
+            "\\boxed{x^2=2}",
+            "\\boxed{2x=2}",
+            "\\boxed{-x=2}",
+            "\\boxed{\\sin x=2}",
+        ],
+    ),
+    (
+        "B",
+        [
+            "not \\boxed{B}",
+            "The answer is not \\boxed{B}",
+            "\\boxed{B}? No, A",
+            "\\boxed{A} or maybe \\boxed{B}",
+            "The answer is (A).\n\n(B) is incorrect since it is too large.",
+            "A) is right\nB) is wrong",
+            "B?",
+            "It could be B",
+        ],
+    ),
+    (
+        "x^2",
+        [
+            "-\\boxed{x^2}",
+            "\\boxed{x^2}+1",
+            "\\boxed{x^2}\\text{ or }2x",
+            "\\boxed{2x = x^2}",
+            "$2x$; $x^2$",
+        ],
+    ),
+    (
+        "a \\equiv 1 \\pmod 3",
+        [
+            "\\boxed{a \\equiv 2 \\pmod 3}",
+        ],
+    ),
+    (
+        "0.\\overline{3}",
+        [
+            "\\boxed{0.\\overline{4}}",
+        ],
+    ),
+    (
+        "\\ge 5",
+        [
+            "\\boxed{\\le 5}",
+            "\\boxed{5}",
+        ],
+    ),
+    (
+        "x \\in (1,2)",
+        [
+            "\\boxed{\\{1,2\\}}",
+        ],
+    ),
+    (
+        "x \\in \\{1,2\\}",
+        [
+            "\\boxed{(1,2)}",
+        ],
+    ),
+    (
+        "\\frac{dy}{dx}",
+        [
+            "\\boxed{\\frac{dx}{dy}}",
+        ],
+    ),
+    (
+        "f(x)=2x",
+        [
+            "\\boxed{f'(x)=2x}",
+        ],
+    ),
+    (
+        "4\\pi \\text{ cm}^2",
+        [
+            "\\boxed{4\\pi \\text{ cm}^3}",
+            "\\boxed{4\\pi \\text{ m}^2}",
+        ],
+    ),
+    (
+        "\\sin 30^\\circ",
+        [
+            "\\boxed{\\sin 30}",
+        ],
+    ),
+    (
+        "x<1 or x>2",
+        [
+            "\\boxed{x<1 and x>2}",
+        ],
+    ),
+    (
+        "A^T",
+        [
+            "\\boxed{A}",
+        ],
+    ),
+    (
+        "\\Delta",
+        [
+            "\\boxed{\\delta}",
+        ],
+    ),
+    (
+        "X^2",
+        [
+            "\\boxed{x^2}",
+        ],
+    ),
+    (
+        "\\{1\\},\\{2\\}",
+        [
+            "\\boxed{\\{1,2\\}}",
+        ],
+    ),
+    (
+        "5 m/s",
+        [
+            "\\boxed{5 s/m}",
+        ],
+    ),
+    (
+        "5 degrees north",
+        [
+            "\\boxed{5 degrees south}",
+        ],
+    ),
+    (
+        "3\uc2dc\uac04",
+        [
+            "\\boxed{3\uc2dc}",
+        ],
+    ),
+    (
+        "mW",
+        [
+            "\\boxed{MW}",
+        ],
+    ),
+    (
+        "Co",
+        [
+            "\\boxed{CO}",
+        ],
+    ),
+    (
+        "x'",
+        [
+            "\\boxed{x}",
+        ],
+    ),
+    (
+        "B'",
+        [
+            "\\boxed{B}",
+        ],
+    ),
+    (
+        "{1, 2}",
+        [
+            "\\boxed{[1, 2]}",
+        ],
+    ),
+    (
+        "a, b",
+        [
+            "\\boxed{(a, b)}",
+        ],
+    ),
+    (
+        "1, 0",
+        [
+            "\\boxed{1,000}",
+        ],
+    ),
+]
+# (reference answer, responses that state it)
+USUAL_FORMS = [
+    (
+        "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}",
+        [
+            "\\boxed{\\begin{pmatrix}\n1 & 2 \\\\\n3 & 4\n\\end{pmatrix}}",
+        ],
+    ),
+    (
+        "72",
+        [
+            "\\boxed{\\displaystyle 72}",
+            "\\boxed{\\boldsymbol{72}}",
+            "\\boxed{\\bm{72}}",
+            "\\boxed{\\bf 72}",
+        ],
+    ),
+    (
+        "45^\\circ",
+        [
+            "$$45^\\circ$$",
+            "\\boxed{45}^\\circ",
+            "\\boxed{45\u5ea6}",
+        ],
+    ),
+    (
+        "50%",
+        [
+            "$$50\\%$$",
+            "\\boxed{50}\\%",
+        ],
+    ),
+    (
+        "(0, 1)",
+        [
+            "**(0, 1)**",
+            "The answer is **(0, 1)**.",
+            "\\boxed{\\text{(0, 1)}}",
+            "\\boxed{(x,y)=(0,1)}",
+            "\\boxed{x \\in (0,1)}",
+            "\\boxed{\uff080\uff0c1\uff09}",
+            "\\boxed{\\big(0,1\\big)}",
+        ],
+    ),
+    (
+        "4,6,14,15",
+        [
+            "The answer is 4, 6, 14, and 15.",
+        ],
+    ),
+    (
+        "15 cm^2",
+        [
+            "The area is 15 cm^2.",
+            "The area is 15 cm\xb2.",
+            "The answer is $15\\text{ cm}^2$.",
+        ],
+    ),
+    (
+        "15 cubic meters",
+        [
+            "The volume is 15 cubic meters.",
+        ],
+    ),
+    (
+        "15\\mbox{ cm}^2",
+        [
+            "The answer is $15\\text{ cm}^2$.",
+        ],
+    ),
+    (
+        "\u5317\u4eac",
+        [
+            "\u7b54\u6848\u662f\u201c\u5317\u4eac\u201d\u3002",
+            "\u7b54\u6848\u662f\u5317\u4eac",
+        ],
+    ),
+    (
+        "A",
+        [
+            "\u7b54\u6848\u662fA",
+            "\u6545\u9009A\u3002",
+        ],
+    ),
+    (
+        "1/2",
+        [
+            "\\boxed{\\cfrac{1}{2}}",
+        ],
+    ),
+    (
+        "5 kg",
+        [
+            "\\boxed{5\u516c\u65a4}",
+        ],
+    ),
+    (
+        "72",
+        [
+            "So it is 72, since 8 * 9 = 72",
+            "There are 72 left.",
+            "She has 72 apples in total.",
+            "Since she does not eat any, she has 72.",
+            "Thus, \\(x = \\boxed{72}\\).",
+            "$$\\boxed{72}$$",
+            "**\\boxed{72}**",
+            "the answer is \\boxed{72}. This is not hard.",
+            "\\boxed{72}\\text{ apples}",
+            "Answer: \\boxed{72}",
+            "\u7b54\u6848\u662f\\boxed{72}",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "gold, text", [(gold, text) for gold, texts in NOT_STATED for text in texts]
+)
+def test_a_response_that_states_something_else_is_wrong(gold, text):
+    pytest.importorskip("math_verify")
+    assert grade(problem_of(gold), text) == (False, False)
+
+
+@pytest.mark.parametrize(
+    "gold, text", [(gold, text) for gold, texts in USUAL_FORMS for text in texts]
+)
+def test_usual_forms_of_the_right_answer(gold, text):
+    pytest.importorskip("math_verify")
+    assert any(grade(problem_of(gold), text))
+
+
+CUT_SHORT = ["\\boxed{12},", "\\boxed{\\boxed{12}", "\\frac{\\boxed{12}", "#### 12 or\n"]
+
+
+@pytest.mark.parametrize("text", CUT_SHORT)
+def test_a_mark_before_the_cut_must_be_the_end(text):
+    assert grade(problem_of("12"), text, finished=False) == (False, False)
+
+
+@pytest.mark.parametrize("tag", ["think", "Think", "thinking", "reasoning", "thought"])
+def test_thinking_has_several_names(tag):
+    assert grade(problem_of("12"), f"<{tag}>\\boxed{{12}}") == (False, False)
+    assert grade(problem_of("12"), f"<{tag}>\\boxed{{12}}</{tag}>") == (False, False)
+    assert grade(problem_of("12"), f"<{tag}>x</{tag}>\\boxed{{12}}") == (True, True)
+
+
+@pytest.mark.parametrize("piece", ["\u00bd,", "1\u00b0,", "x^\u00bd,", "1\\%,", "\uff11,"])
+def test_long_lists_cost_little(piece):
+    started = time.perf_counter()
+    for gold in ("1, 2", "(1, 2)", "1 or 2"):
+        grade(problem_of(gold), piece * (20_000 // len(piece)))
+    assert time.perf_counter() - started < 2.0
