@@ -72,13 +72,13 @@ def finished_answers(path, tokenizer, limit, max_new_tokens, context):
 
 
 def question_and_answer(line, where):
-    """Return the texts `question` and `answer` of a line of the file.
+    """Return the texts `question` and `answer` (or `response`, as in samples.jsonl) of a line.
 
     UserError if one is missing; it names the line by `where`.
     """
     try:
         row = json.loads(line.decode("utf-8"))
-        question, answer = row["question"], row["answer"]
+        question, answer = row["question"], row.get("response", row.get("answer"))
         if not (isinstance(question, str) and isinstance(answer, str)):
             raise TypeError
     except (ValueError, KeyError, TypeError):

@@ -479,3 +479,13 @@ def test_command_line(tmp_path, capsys):
     )
     with pytest.raises(UserError, match="--answers .*nowhere: no such file"):
         internal_report.main([*model, "--answers", "nowhere", "--out", str(tmp_path)])
+
+
+def test_the_responses_of_a_run_are_finished_answers():
+    from scripts.internal_report import question_and_answer
+
+    for name in ("response", "answer"):
+        line = json.dumps({"question": "1 + 1?", name: "2"}).encode()
+        assert question_and_answer(line, "line 1") == ("1 + 1?", "2")
+    with pytest.raises(UserError, match="line 1: needs a JSON object with question and answer"):
+        question_and_answer(b'{"question": "1 + 1?"}', "line 1")

@@ -18,8 +18,8 @@ import torch
 from timing import in_turn, qwen3, ratio
 from torch import Tensor
 
+from engine.logprobs import chunked_logprobs_and_entropy
 from internals import layer_hidden, unembedding
-from losses import token_logprobs_and_entropy
 
 SIZES = dict(layers=12, vocab=4096, hidden=256, rows=32, prompt=32, answer=32, rounds=5)
 
@@ -55,7 +55,7 @@ def ours(model, lines, l, grad):
     ids, mask, targets, predicts = lines
     with torch.set_grad_enabled(grad):
         states = layer_hidden(model, ids, mask, l)[:, predicts]
-        logp, _ = token_logprobs_and_entropy(states, unembedding(model), targets)
+        logp, _ = chunked_logprobs_and_entropy(states, unembedding(model), targets)
     if grad:
         (-logp.mean()).backward()
         model.zero_grad()

@@ -57,7 +57,7 @@ def compare(title, work, rounds):
     work.model.eval()
     ids, mask = (x.repeat_interleave(work.answers, 0) for x in pad_prompts(work.prompts, "cpu"))
     mask = mask.long()
-    rule = lambda entropy: adaptive_temperature(entropy, STATS)
+    rule = lambda entropy, position: adaptive_temperature(entropy, STATS)
     ways = {
         "ours": lambda: ours(work, 1.0),
         "generate": lambda: theirs(work, ids, mask),

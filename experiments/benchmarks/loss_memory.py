@@ -3,7 +3,7 @@
     python experiments/benchmarks/loss_memory.py [--vocab 151936 --hidden 896 --tokens 4096]
 
 The vocabulary has a real size. "plain" computes all logits in float32, log_softmax, gather and the
-entropy. "chunked" calls losses.token_logprobs_and_entropy. Each way runs in a separate process.
+entropy. "chunked" calls engine.logprobs. Each way runs in a separate process.
 Memory is the process's peak minus its memory after inputs and weights were created. Both ways
 compute the gradients of hidden states and weights.
 """
@@ -24,7 +24,7 @@ def peak():
 def measure(way, vocab, hidden, tokens, pipe):
     import torch
 
-    from losses import token_logprobs_and_entropy
+    from engine.logprobs import chunked_logprobs_and_entropy
 
     torch.manual_seed(0)
     states = torch.randn(tokens, hidden, requires_grad=True)
@@ -39,7 +39,7 @@ def measure(way, vocab, hidden, tokens, pipe):
         logp = log_probs.gather(-1, targets[:, None]).squeeze(-1)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
     else:
-        logp, entropy = token_logprobs_and_entropy(states, weight, targets)
+        logp, entropy = chunked_logprobs_and_entropy(states, weight, targets)
     logp.mean().backward()
     kib, seconds = peak() - before, time.perf_counter() - started
     check = (logp.sum().item(), entropy.sum().item(), weight.grad.norm().item())

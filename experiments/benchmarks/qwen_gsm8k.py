@@ -19,9 +19,9 @@ import subprocess
 import sys
 import time
 
+import timing  # noqa: F401 - adds the project's root to sys.path
 import torch
 
-import common  # noqa: F401 - for the project's root on sys.path
 import train
 from common.command import run_main
 from common.errors import UserError
