@@ -387,7 +387,7 @@ def _words(text):
 
 
 def _is_symbol(word):
-    """Return whether case counts in a word: "Co", "CO" and "mW", but not "US" beside "us"."""
+    """Return whether case counts in a word: it does in "Co" and "CO", "US" and "mW"."""
     letters = re.findall(r"[^\W\d_]", word)
     return (
         len(letters) == 2

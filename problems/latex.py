@@ -18,9 +18,11 @@ def has_math_verify():
 
 
 class _LatexChecker:
-    """math-verify in a process of its own: a response that hangs it costs LATEX_SECONDS and a new
-    process, once: verdicts are remembered. A process that was killed is asked again, once, within
-    the same time."""
+    """Run math-verify in a separate process and remember its verdicts.
+
+    A response that hangs the process costs LATEX_SECONDS and a new process, once. If something else
+    kills the process, the comparison is repeated once, within the same time.
+    """
 
     def __init__(self):
         self.apart, self.failures, self.known = SubprocessWorker("problems.latex"), 0, {}

@@ -60,8 +60,8 @@ _CURRENCIES = {"$": "dollar", "\u20ac": "euro", "\u00a3": "pound"}
 _CURRENCY = r"(?:(?:US)?\$|[\u20ac\u00a3]) ?"
 _SIGN = re.compile(rf"(?:([-+])( ?)(?:{_CURRENCY})?|{_CURRENCY}([-+]?) ?)?\Z")
 
-# Units: abbreviations with the word that each stands for; and words, but for those that make
-# another number of it. A run of letters of another script is a word, too.
+# A unit is an abbreviation, which stands for a word, or a word itself. Words that would change the
+# number ("dozen") are no units. In other scripts, only the counters listed below are units.
 _SHORT = dict(
     pair.split()
     for pair in (
@@ -72,7 +72,8 @@ _SHORT = dict(
         "kWh kilowatthour,N newton,J joule,V volt,C celsius,F fahrenheit"
     ).split(",")
 )
-_WORDS = {"公斤": "kilogram", "千克": "kilogram", "克": "gram", "米": "meter", "度": "degree"}
+_WORDS = {"公斤": "kilogram", "千克": "kilogram", "克": "gram"}
+_WORDS |= {"米": "meter", "度": "degree"}
 _WORDS |= {"%": "percent", "feet": "foot", "inche": "inch", "metre": "meter", "litre": "liter"}
 _KNOWN = {word for words in _SHORT.values() for word in words.split("/")} | set(
     "percent degree radian dollar cent euro pound yen yuan rupee peso won inch foot square cubic "
@@ -80,13 +81,14 @@ _KNOWN = {word for words in _SHORT.values() for word in words.split("/")} | set(
 )
 _SHORT_UNIT = rf"(?:{'|'.join(sorted(_SHORT, key=len, reverse=True))})(?![A-Za-z])"
 DENIED = (
-    "(?:아니|아닙|않|오답|ではな|ではあ|じゃな|でない|とは限|間違|違う|错|[不没非误]|\\bневерно|\\bfalsch"
-    "|\\bnicht|\\bfaux|\\bpas\\b|\\bkein|\\bfalso|خطأ|ليس|değil)"
+    "(?:아니|아닙|않|오답|ではな|ではあ|じゃな|でない|とは限|間違|違う|错|[不没非误]"
+    "|\\bневерно|\\bfalsch|\\bnicht|\\bfaux|\\bpas\\b|\\bkein|\\bfalso|خطأ|ليس|değil)"
 )
 # of other scripts: counters and measures, and what may end a sentence behind them
 _COUNTERS = (
-    "个|個|元|人|名|只|枚|本|冊|册|円|年|月|日|時間|時|天|岁|歳|米|厘米|千米|公里|克|千克|公斤|度|分|秒|小时|分钟|次|组|种|条"
-    "|张|平方米|立方米|개|명|원|번|년|월|일|시간|시|분|초|마리|권|장|도|руб|рублей|метров|км|см|кг"
+    "个|個|元|人|名|只|枚|本|冊|册|円|年|月|日|時間|時|天|岁|歳|米|厘米|千米|公里"
+    "|克|千克|公斤|度|分|秒|小时|分钟|次|组|种|条|张|平方米|立方米|개|명|원|번|년|월"
+    "|일|시간|시|분|초|마리|권|장|도|руб|рублей|метров|км|см|кг"
 )
 _ENDING = "(?:입니다|이다|예요|이에요|です|だ|である)?"
 _WORD_UNIT = (
@@ -116,7 +118,7 @@ BOTH = r"or(?: [a-z]+)?|to|and|oder|und|ou|et|или|и|또는|[ouey]|[或和与
 _OPERATOR = r"(?:[\^_<>\u2264\u2265\u2260\u221a\u00d7\u00b7*/\u00f7+\u00b1]|\\[A-Za-z]+)"
 _PART_BEFORE = re.compile(
     rf"(?:[A-Za-z0-9_.|{{-]|{_OPERATOR}\s*|(?<![A-Za-z])(?:log|ln|sin|cos|tan|sqrt|mod) ?"
-    r"|[A-Za-z]\(|[-+*/^] ?\(|第|分之|[0-9] ?[:,]|[0-9][,;] +|[0-9] ?x +"
+    r"|[A-Za-z]\(|[-+*/^] ?\(|[0-9] ?[:,]|[0-9][,;] +|[0-9] ?x +"
     rf"|[0-9] ?(?:%|[A-Za-z]+|(?:{_COUNTERS}))? ?"
     rf"(?:(?<= )(?:{BOTH}) |[\u6216\u548c\u4e0e\u5230\u81f3])"  # 4 or 5
     r"|\b(\w{1,10}) ?= ?[-+0-9./]{1,20}(?:,? or \w{1,10}|(?:,| and) \1) ?= ?"  # x = 4, x = 5
@@ -170,8 +172,8 @@ def last_quantity(text):
     """Return the last Quantity in a text; None if there is none, or if the last figures are
     something else: part of an expression, a range, a time, one of two answers.
 
-    Any word may follow a number in a sentence, so only known units and words of other scripts count
-    as its units.
+    Any word may follow a number in a sentence, so only known units and listed counters count as
+    its units.
     """
     found = _last(text)
     if found is None:
@@ -190,12 +192,6 @@ def states_several(text):
     pairs = itertools.pairwise(_NUMBER.finditer(text))
     between = (text[a.end() : b.start()] for a, b in pairs)
     return any(re.search(r"[,;]|\\\\|\b(?:and|or)\b", part) for part in between)
-
-
-def last_number(text):
-    """Return the last number in a text, as a Fraction, or None."""
-    found = last_quantity(text)
-    return found and found.value
 
 
 def same_quantity(stated, answer):

@@ -1446,7 +1446,7 @@ def test_thinking_has_several_names(tag):
 
 @pytest.mark.parametrize("piece", ["\u00bd,", "1\u00b0,", "x^\u00bd,", "1\\%,", "\uff11,"])
 def test_long_lists_cost_little(piece):
-    started = time.perf_counter()
+    started = time.process_time()
     for gold in ("1, 2", "(1, 2)", "1 or 2"):
         grade(problem_of(gold), piece * (20_000 // len(piece)))
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0

@@ -23,7 +23,7 @@ from problems import grading, latex
 from problems.countdown import evaluate_expression, random_expression
 from problems.grading import Grade, grade, response_texts
 from problems.latex import LATEX, latex_equal
-from problems.numbers import last_number, parse_number
+from problems.numbers import last_quantity, parse_number
 from problems.prompts import render_prompt, render_prompts
 from tasks import Problem, load_problems, read_problems
 
@@ -97,7 +97,8 @@ def test_parse_number(text, value):
     ],
 )
 def test_last_number(text, value):
-    assert last_number(text) == value
+    found = last_quantity(text)
+    assert (found and found.value) == value
 
 
 @pytest.mark.parametrize(
@@ -234,10 +235,10 @@ def test_countdown(text, verdict):
     ],
 )
 def test_hostile_answers_cost_little_and_evaluate_nothing(text):
-    started = time.perf_counter()
+    started = time.process_time()
     for problem in (EIGHT, GAME):
         assert grade(problem, text).strict is False
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 def test_random_expressions_are_worth_what_they_say():
