@@ -92,7 +92,7 @@ def outside_thinking(text, prompt=""):
     return text[own[-1].end() - len(prompt) :] if own else text
 
 
-_TAG = re.compile(r"(?i)<(/?)(?:think|thinking|thought|reasoning)\s*>")
+_TAG = re.compile(r"(?i)<(/?)(?:think|thinking|thought|reasoning)>")
 
 
 class Statement(NamedTuple):

@@ -579,3 +579,20 @@ def test_the_vocabulary_ends_behind_the_largest_id():
     holes = SimpleNamespace(get_vocab=lambda: {"a": 0, "<end>": 7, "b": 3})
     assert vocabulary(holes) == 8
     assert vocabulary(AutoTokenizer.from_pretrained(TINY)) == 284
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_thinking_is_bounded_by_its_tokens(special):
+    """<think> and </think> end no text; spelled with other tokens they bound nothing."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    spelled = tokenizer("</think>", add_special_tokens=False).input_ids
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+    begin, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    digits = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    problem = Problem("q", "8")
+    whole = [begin, *digits("7"), end, *digits("8")]
+    never_closed = [begin, *digits("7"), *spelled, *digits("8")]
+    closed, never = response_texts([whole, never_closed], tokenizer)
+    assert closed == "<think>7</think>8" and never == "<think>7</think >8"
+    assert grade(problem, closed) == Grade(True, True)
+    assert grade(problem, never) == Grade(False, False)
