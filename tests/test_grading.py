@@ -1450,3 +1450,9 @@ def test_long_lists_cost_little(piece):
     for gold in ("1, 2", "(1, 2)", "1 or 2"):
         grade(problem_of(gold), piece * (20_000 // len(piece)))
     assert time.process_time() - started < 2.0
+
+
+@pytest.mark.parametrize("text", ["It is $2x$ or $x^2$", "It is $2x$, $x^2$", "It is not $x^2$"])
+def test_a_formula_that_is_one_of_two_or_denied_is_no_answer(text):
+    pytest.importorskip("math_verify")
+    assert grade(problem_of("x^2"), text) == (False, False)
