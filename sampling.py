@@ -297,6 +297,14 @@ def cache_argument(kind: type) -> str:
     return "cache" if "cache" in known else "past_key_values"
 
 
+def vocabulary(tokenizer: object) -> int:
+    """Return how many ids the tokenizer knows, from 0 on: one more than its largest.
+
+    (Its length is less where there are holes.) Later ids only pad a model's embedding.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def eos_ids_of(model: nn.Module, tokenizer: object) -> list[int]:
     """Return every id that ends a response.
 

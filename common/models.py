@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from common.attention import install_mask_hook
 from common.errors import UserError
 from common.hub import check_model_name, check_network
+from sampling import vocabulary
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -163,12 +164,6 @@ def check_logits(model, name):
 def vocab_size_of(model, tokenizer):
     """Return how many ids can be drawn: those that both tokenizer and embedding have, from 0 on."""
     return min(vocabulary(tokenizer), model.get_input_embeddings().weight.shape[0])
-
-
-def vocabulary(tokenizer):
-    """Ids that the tokenizer knows, from 0 on: one more than its largest. (Its length is less where
-    there are holes.)"""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def is_tied(model):

@@ -1,0 +1,224 @@
+"""Mechanism A of HAPO inside vLLM: every token is drawn at T = T_base (1 + tau h), Eq. 8.
+
+vLLM divides a request's logits by its temperature, which is T_base. This logits processor divides
+them by the other factor of Eq. 8 before that: 1 + tau h in the bounded form, clip(1 + tau z, 0.1,
+10) in the z-score form. The factor comes from the entropy of the row's raw logits.
+
+An engine learns of the class when it starts, in one of three ways:
+
+    pip install -e .                                                an entry point: always loaded
+    LLM(model, logits_processors=[AdaptiveTemperature])
+    LLM(model, logits_processors=["bridges.vllm_temperature:AdaptiveTemperature"])
+
+The statistics of the last rollout travel with each request, so a worker holds nothing that must be
+renewed:
+
+    SamplingParams(temperature=T_base, extra_args=request_arguments(stats, tau=0.05))
+    {"temperature": T_base, "vllm_xargs": request_arguments(stats, tau=0.05)}       over HTTP
+
+Requests without them, and greedy requests, are divided by exactly 1. An engine that has not loaded
+the class ignores them without a word, and so does one with speculative decoding: call check_engine
+once, or check_draws with the draws that a server has returned for probe_request.
+
+Shapes: R rows of a decoding step, V vocabulary.
+"""
+
+import importlib
+import math
+import weakref
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import hapo
+from losses import row_logprobs_and_entropy
+from sampling import vocabulary
+
+KEY = "hapo"  # of SamplingParams.extra_args
+FORMS = ("bounded", "zscore")
+FIELDS = (*hapo.EntropyStats._fields, "tau", "form")  # what a request carries, in this order
+NO_CHANGE = (0.0, 1.0, 1.0, -1.0, 0.0, 0.0)  # tau 0: the factor is 1
+TAU = FIELDS.index("tau")
+GREEDY = 1e-5  # vLLM draws greedily below this temperature
+# vLLM has two model runners, each with an interface of its own
+INTERFACES = (
+    "vllm.v1.sample.logits_processor",
+    "vllm.v1.worker.gpu.sample.logits_processor",
+)
+
+
+# ---------------------------------------------------------------------------------------- requests
+
+
+def request_arguments(stats: hapo.EntropyStats, tau: float = 0.05, form: str = "bounded") -> dict:
+    """Return extra_args of a request, {"hapo": list}: plain numbers, as vllm_xargs allows."""
+    return {KEY: [*(float(x) for x in stats), float(tau), form]}
+
+
+def read_request(params) -> tuple:
+    """Return the six numbers of a vLLM request, NO_CHANGE where it has none or is greedy.
+
+    ValueError names what is wrong with them.
+    """
+    given = (params.extra_args or {}).get(KEY)
+    if given is None:
+        return NO_CHANGE
+    wrong = f"extra_args[{KEY!r}] must be a list of {', '.join(FIELDS)}, not {given!r:.200}"
+    if not isinstance(given, (list, tuple)) or len(given) != len(FIELDS):
+        raise ValueError(wrong)
+    *numbers, form = given
+    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    if form not in FORMS or not all(map(number, numbers)):
+        raise ValueError(f"{wrong}: five finite numbers and one of {', '.join(FORMS)}")
+    _, sigma, h_max, h_min, tau = numbers
+    if sigma <= 0 or h_max <= 0 or h_min >= 0:
+        raise ValueError(f"{wrong}: sigma and h_max must be above 0, h_min below 0")
+    if tau < 0 or (form == "bounded" and tau >= 1):
+        raise ValueError(f"{wrong}: tau must be at least 0, and below 1 in the bounded form")
+    if params.temperature < GREEDY:
+        return NO_CHANGE
+    return (*map(float, numbers), float(FORMS.index(form)))
+
+
+# ---------------------------------------------------------------------------------------- Eq. 8
+
+
+def temperature_factors(logits: Tensor, rows: Tensor, vocab_size: int | None = None) -> Tensor:
+    """Return T / T_base of each row, Eq. 8: (R, V) raw logits, (R, 6) numbers -> (R,).
+
+    Ids from vocab_size on only pad the vocabulary; they are left out of the entropy.
+    """
+    entropy = row_entropy(logits[:, :vocab_size])
+    *numbers, tau, form = rows.unbind(1)
+    how = {"stats": hapo.EntropyStats(*numbers), "tau": tau}
+    bounded = hapo.adaptive_temperature(entropy, form="bounded", **how)
+    zscore = hapo.adaptive_temperature(entropy, form="zscore", **how)
+    factors = torch.where(form == FORMS.index("zscore"), zscore, bounded)
+    return torch.where(tau == 0, 1.0, factors)
+
+
+def row_entropy(logits: Tensor) -> Tensor:
+    """Return H = log1p(s) + sum p (-z) of each row in nats, (R, V) -> (R,)."""
+    return row_logprobs_and_entropy(logits, logits.argmax(-1))[1]
+
+
+# --------------------------------------------------------------------------- vLLM's two interfaces
+
+
+def interfaces() -> list[type]:
+    """Return the base classes that this vLLM has."""
+    found = []
+    for name in INTERFACES:
+        try:
+            found.append(importlib.import_module(name).LogitsProcessor)
+        except ImportError:  # an older or a newer vLLM
+            pass
+    if not found:
+        raise ImportError("bridges.vllm_temperature needs vLLM: pip install vllm")
+    return found
+
+
+def tokenizer_ids(model_config) -> int | None:
+    """Return how many ids the engine's tokenizer knows; None where it has no tokenizer."""
+    if model_config.skip_tokenizer_init:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_config.tokenizer,
+        revision=model_config.tokenizer_revision,
+        trust_remote_code=model_config.trust_remote_code,  # as the engine's user has decided
+    )
+    return vocabulary(tokenizer)
+
+
+class AdaptiveTemperature(*interfaces()):
+    """Divide each row's logits by its factor of Eq. 8. One class for both model runners.
+
+    In the first runner a row is a place in the batch: update_state, then apply(logits). In the
+    second one requests have slots, and the context of apply names each row's slot: add_request,
+    then apply(logits, context).
+    """
+
+    _acting = weakref.WeakValueDictionary()  # {id of an engine's configuration: its processor}
+
+    def __init__(self, vllm_config, device_or_slots, is_pin_memory=None):
+        self.acts = self._acting.setdefault(id(vllm_config), self) is self
+        self.device = getattr(device_or_slots, "device", device_or_slots)
+        most = vllm_config.scheduler_config.max_num_seqs
+        most = getattr(device_or_slots, "max_num_reqs", most)
+        self.numbers = torch.tensor(NO_CHANGE).repeat(most, 1)  # by place or by slot
+        self.on_device = None  # a copy of self.numbers; None where they have changed
+        self.vocab_size = tokenizer_ids(vllm_config.model_config)
+
+    @classmethod
+    def validate_params(cls, sampling_params) -> None:
+        """Raise ValueError for a malformed request: vLLM refuses it, and the engine lives on."""
+        read_request(sampling_params)
+
+    def is_argmax_invariant(self) -> bool:
+        # it is, but vLLM would then run it behind T_base and min_p, where logits are not raw
+        return False
+
+    def update_state(self, batch_update) -> None:
+        """First runner: requests have left the batch, entered it or changed their places."""
+        if batch_update is None:
+            return
+        numbers, nothing = self.numbers, torch.tensor(NO_CHANGE)
+        for place in batch_update.removed:
+            numbers[place] = nothing
+        for place, params, *_ in batch_update.added:
+            numbers[place] = torch.tensor(read_request(params))
+        for a, b, direction in batch_update.moved:
+            left_behind = numbers[b].clone() if direction.name == "SWAP" else nothing
+            numbers[b] = numbers[a].clone()
+            numbers[a] = left_behind
+        self.on_device = None
+
+    def add_request(self, req_idx: int, sampling_params) -> bool:
+        """Second runner: a request has entered a slot. Return whether its logits are changed."""
+        self.numbers[req_idx] = torch.tensor(read_request(sampling_params))
+        self.on_device = None
+        return self.acts and bool(self.numbers[req_idx, TAU] > 0)
+
+    def apply(self, logits: Tensor, context=None) -> Tensor:
+        if not self.acts or not bool((self.numbers[:, TAU] > 0).any()):
+            return logits
+        if self.on_device is None:
+            self.on_device = self.numbers.to(self.device, copy=True)
+        if context is None:
+            rows = self.on_device[: len(logits)]
+        else:
+            rows = self.on_device[context.expanded_idx_mapping]
+        return logits.div_(temperature_factors(logits, rows, self.vocab_size)[:, None])
+
+
+# ------------------------------------------------------------------- does an engine apply it?
+
+# T is a millionth of T_base whatever the entropy: every draw is the likeliest id. Without this
+# processor the draws at T_base 100 come from a nearly uniform distribution.
+_COLD = hapo.EntropyStats(*torch.tensor([100.0, 1.0, 1.0, -1.0]))
+PROBE = {"n": 16, "temperature": 100.0, "max_tokens": 1, "extra_args": None}
+
+
+def probe_request() -> dict:
+    """Return the settings of a request whose draws show whether A is applied."""
+    return PROBE | {"extra_args": request_arguments(_COLD, tau=1 - 1e-6)}
+
+
+def check_draws(tokens: list[int]) -> None:
+    """Raise ValueError unless the first tokens that probe_request has drawn are all the same."""
+    if len(tokens) < 2 or len(set(tokens)) > 1:
+        raise ValueError(
+            "this vLLM engine does not apply HAPO's adaptive temperature: install the entry point "
+            "(pip install -e . in the project's folder) before the engine starts, and leave "
+            "speculative decoding out"
+        )
+
+
+def check_engine(llm, prompt: tuple = (1, 2, 3)) -> None:
+    """Raise ValueError unless a vLLM engine applies mechanism A. prompt: ids of any text."""
+    from vllm import SamplingParams
+
+    asked = {"prompt_token_ids": list(prompt)}
+    (answer,) = llm.generate([asked], SamplingParams(**probe_request()), use_tqdm=False)
+    check_draws([output.token_ids[0] for output in answer.outputs])
