@@ -117,7 +117,8 @@ class Changed:
 
 @register_adv_est("hapo")
 def token_group_advantages(token_level_rewards, response_mask, index, **more):
-    """B, Eq. 9. index: each row's prompt; its rows may stand anywhere, groups may differ in size."""
+    """B, Eq. 9. index: each row's prompt. Its rows may stand anywhere, and groups may differ in
+    size."""
     rewards = token_level_rewards.sum(-1)
     advantages = torch.zeros_like(token_level_rewards, dtype=torch.float32)
     for prompt in set(index):
@@ -211,7 +212,7 @@ class HAPOTrainer(PPOTrainerSync):
 
     @property
     def layer(self) -> int | str | None:
-        """Whose policy this step trains: layer l, AUTO until it is measured, None for the model's."""
+        """The policy that this step trains: layer l, AUTO until measured, None for the model's."""
         layer = self.boundary or self.settings.layer
         layer = layer if layer in (None, bupo.AUTO) else int(layer)
         return bupo.target_layer(self.global_steps, self.settings.steps, layer)

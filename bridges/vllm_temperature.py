@@ -32,11 +32,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import hapo
-from losses import row_logprobs_and_entropy
+from losses import NEVER
 from sampling import vocabulary
 
 KEY = "hapo"  # of SamplingParams.extra_args
-FORMS = ("bounded", "zscore")
+FORMS = ("bounded", "zscore", "released")  # released: bounded, with the sign of HAPO's release
 FIELDS = (*hapo.EntropyStats._fields, "tau", "form")  # what a request carries, in this order
 NO_CHANGE = (0.0, 1.0, 1.0, -1.0, 0.0, 0.0)  # tau 0: the factor is 1
 TAU = FIELDS.index("tau")
@@ -74,7 +74,7 @@ def read_request(params) -> tuple:
     _, sigma, h_max, h_min, tau = numbers
     if sigma <= 0 or h_max <= 0 or h_min >= 0:
         raise ValueError(f"{wrong}: sigma and h_max must be above 0, h_min below 0")
-    if tau < 0 or (form == "bounded" and tau >= 1):
+    if tau < 0 or (form != "zscore" and tau >= 1):
         raise ValueError(f"{wrong}: tau must be at least 0, and below 1 in the bounded form")
     if params.temperature < GREEDY:
         return NO_CHANGE
@@ -92,15 +92,24 @@ def temperature_factors(logits: Tensor, rows: Tensor, vocab_size: int | None = N
     entropy = row_entropy(logits[:, :vocab_size])
     *numbers, tau, form = rows.unbind(1)
     how = {"stats": hapo.EntropyStats(*numbers), "tau": tau}
-    bounded = hapo.adaptive_temperature(entropy, form="bounded", **how)
+    factors = hapo.adaptive_temperature(entropy, **how)
     zscore = hapo.adaptive_temperature(entropy, form="zscore", **how)
-    factors = torch.where(form == FORMS.index("zscore"), zscore, bounded)
+    released = hapo.adaptive_temperature(entropy, released=True, **how)
+    factors = torch.where(form == FORMS.index("zscore"), zscore, factors)
+    factors = torch.where(form == FORMS.index("released"), released, factors)
     return torch.where(tau == 0, 1.0, factors)
 
 
 def row_entropy(logits: Tensor) -> Tensor:
-    """Return H = log1p(s) + sum p (-z) of each row in nats, (R, V) -> (R,)."""
-    return row_logprobs_and_entropy(logits, logits.argmax(-1))[1]
+    """Return each row's entropy H = log1p(s) + sum p (-z) in nats, (R, V) -> (R,).
+
+    It is that of losses.row_logprobs_and_entropy, in half the passes over the logits: s, the sum of
+    e^z over all ids but the likeliest, is a sum in float64, whose largest term is exactly 1.
+    """
+    z = (logits - logits.amax(-1, keepdim=True)).clamp_min_(NEVER)  # 0 at the likeliest id
+    weights = z.exp()
+    s = weights.sum(-1, dtype=torch.float64) - 1
+    return (torch.log1p(s) - weights.mul_(z).sum(-1) / (1 + s)).float()
 
 
 # --------------------------------------------------------------------------- vLLM's two interfaces

@@ -1,20 +1,24 @@
 """Do the tests see faults? python experiments/mutations.py [PART OF A FILE OR TEST NAME]
 
-Plants one fault at a time in a copy of the project and runs the tests that should fail. FAULTS is a
-list of small diffs, each under a line `file: arguments of pytest`. A fault that survives is printed
-as such, and the program ends with 1. Two copies work side by side.
+Plants one fault at a time in a copy of the project and runs the tests that should fail.
+mutations.diff is a list of small diffs, each under a line `file: arguments of pytest`. A fault that
+survives is printed as such, and the program ends with 1. Two copies work side by side. Each test
+run is a fork of a process that has imported torch and transformers, since importing them anew takes
+longer than most of the tests (Linux and macOS).
 """
 
-import concurrent.futures
+import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FAULTS = pathlib.Path(__file__).with_name("mutations.diff")
+SECONDS = 300  # a fault that makes its tests hang is caught by whoever waits for them
+CAUGHT, WORKERS = "caught", 2
 
 
 def read_faults(text):
@@ -35,38 +39,79 @@ def plant(copy, file, piece, fault, tests):
     if piece not in original:
         return "is not there; mend mutations.diff"
     (copy / file).write_text(original.replace(piece, fault, 1), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, *tests.split()], cwd=copy, capture_output=True, text=True, encoding="utf-8"
-    )
+    child = os.fork()
+    if child == 0:
+        run_tests(copy, tests)
+    started, ended, status = time.monotonic(), 0, 0
+    while not ended and time.monotonic() - started < SECONDS:
+        time.sleep(0.02)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.killpg(child, 9)
+        os.waitpid(child, 0)
     (copy / file).write_text(original, encoding="utf-8")
-    return {0: "SURVIVED", 1: "caught"}.get(done.returncode, f"pytest ended with {done.returncode}")
+    if not ended:
+        return f"{CAUGHT} (hung)"
+    code = os.waitstatus_to_exitcode(status)
+    return {0: "SURVIVED", 1: CAUGHT}.get(code, f"pytest ended with {code}")
+
+
+def run_tests(copy, tests):
+    """In a child: pytest as `python -m pytest` in the copy; ends the process."""
+    import pytest
+
+    os.setpgid(0, 0)
+    os.chdir(copy)
+    sys.path[0] = str(copy)
+    sys.dont_write_bytecode = True  # two versions of a file may have one size and one second
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    output = os.open(copy / "pytest.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    code = 70
+    try:
+        code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests.split()]))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def work(copy, faults):
+    """In a worker: plant these faults one after the other; 1 if one of them was not caught."""
+    missed = 0
+    for file, piece, fault, tests in faults:
+        started = time.monotonic()
+        verdict = plant(copy, file, piece, fault, tests)
+        missed += not verdict.startswith(CAUGHT)
+        shown = fault.splitlines()[0].strip() if fault else "(nothing)"
+        seconds = time.monotonic() - started
+        print(f"{verdict:9s} {seconds:5.1f} s {file:22s} {shown[:66]}", flush=True)
+    return missed
 
 
 def main():
+    import torch  # noqa: F401  imported before the forks, for all of them
+    import transformers  # noqa: F401
+    from transformers import Qwen3ForCausalLM  # noqa: F401
+
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     faults = [
         f for f in read_faults(FAULTS.read_text(encoding="utf-8")) if wanted in f[0] + " " + f[3]
     ]
-    unwanted = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
+    unwanted = shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__", ".pytest_cache")
+    missed = 0
     with tempfile.TemporaryDirectory() as folder:
-        copies = [pathlib.Path(folder) / name for name in ("a", "b")]
-        for copy in copies:
+        workers = []
+        for n in range(WORKERS):
+            copy = pathlib.Path(folder) / str(n)
             shutil.copytree(ROOT, copy, ignore=unwanted)
-
-        def work(n):
-            lines = []
-            for file, piece, fault, tests in faults[n :: len(copies)]:
-                verdict = plant(copies[n], file, piece, fault, tests)
-                lines.append(verdict)
-                shown = fault.splitlines()[0].strip() if fault else "(nothing)"
-                print(f"{verdict:9s} {file:22s} {shown[:66]}", flush=True)
-            return lines
-
-        with concurrent.futures.ThreadPoolExecutor(len(copies)) as pool:
-            verdicts = [v for part in pool.map(work, range(len(copies))) for v in part]
-    print(f"{verdicts.count('caught')} of {len(faults)} faults were caught")
-    sys.exit(verdicts.count("caught") < len(faults))
+            workers.append(os.fork())
+            if workers[-1] == 0:
+                os._exit(min(255, work(copy, faults[n::WORKERS])))
+        for worker in workers:
+            missed += os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    print(f"{len(faults) - missed} of {len(faults)} faults were caught")
+    sys.exit(missed > 0)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ import sys
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tasks  # noqa: E402
 import train  # noqa: E402
+from common.command import run_main  # noqa: E402
 from engine.engine import SingleProcess  # noqa: E402
 from problems.grading import Grade  # noqa: E402
 from run import option_checks  # noqa: E402
@@ -128,6 +130,13 @@ def named_beside_equations():
     return named
 
 
+def pytest_runtest_setup(item):
+    """A test marked optional("package") is skipped where the package is not installed."""
+    for mark in item.iter_markers("optional"):
+        for package in mark.args:
+            pytest.importorskip(package)
+
+
 def pytest_collection_modifyitems(items):
     """Tests beside equations are marked. First of all comes the test that starts other processes:
     they work beside the tests that follow."""
@@ -141,8 +150,18 @@ def pytest_collection_modifyitems(items):
 
 SMALL = (
     "--prompts-per-step 4 --num-generations 2 --updates-per-rollout 1 --max-new-tokens 6 "
-    "--eval-prompts 4 --steps 3 --warmup-steps 1 --lr 1e-3 --device cpu"
+    "--eval-prompts 4 --steps 3 --warmup-steps 1 --lr 1e-3 --device cpu --no-self-check"
 ).split()
+
+
+def program(monkeypatch, main, name, *arguments):
+    """Call main() of a program as `python NAME ARGUMENTS` does, in this process: its exit code."""
+    monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+    try:
+        run_main(main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 @pytest.fixture
@@ -160,6 +179,15 @@ def opened(tmp_path, tiny_folder):
         return open_run(option_checks.parse(arguments, ""), SingleProcess("cpu"))[0]
 
     return open_one
+
+
+def sharpened(run):
+    """The run with entropies of 0.1 to 2 nats, not 5.5; and one id in nine ends a response."""
+    with torch.no_grad():
+        for model in filter(None, (run.policy, run.reference)):
+            model.model.norm.weight.mul_(12)
+    run.engine.eos_ids = range(2, 384, 9)
+    return run
 
 
 def drawn(run, layer=None):
@@ -191,3 +219,16 @@ def verdicts(monkeypatch, *right):
         return Grade(*[right[count[0] % len(right)]] * 2)
 
     monkeypatch.setattr("train.grade", grade)
+
+
+class Asks(TorchDispatchMode):
+    """Counts what would make Python wait for a GPU: numbers read one by one, masks as indices."""
+
+    NAMES = "_local_scalar_dense nonzero is_nonzero masked_select equal unique".split()
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masked = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.count += masked or name in self.NAMES
+        return function(*args, **(kwargs or {}))

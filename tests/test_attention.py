@@ -1,5 +1,7 @@
 """Masks and heads as kernels like them: the same numbers, and no row that sees nothing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, random_model
@@ -13,18 +15,11 @@ from engine.decode_attention import packed_heads
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 
 
-class Card:
-    """A device that says what it is, where there is none."""
-
-    def __init__(self, type):
-        self.type = type
-
-
 def test_where_flash_attention_runs(monkeypatch):
     bf16, fp32 = torch.bfloat16, torch.float32
     capability = [(8, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
-    asked = lambda *how: devices.has_flash_attention(Card("cuda"), *how)
+    asked = lambda *how: devices.has_flash_attention(SimpleNamespace(type="cuda"), *how)
     assert asked(bf16, 128) and asked(torch.float16, 256)
     assert not asked(fp32, 128) and not asked(bf16, 257)
     capability[0] = (7, 5)
@@ -44,18 +39,16 @@ def mended(monkeypatch, flash, architecture="Qwen3"):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("flash", [True, False])
-def test_a_mask_where_flash_attention_cannot_run(monkeypatch, architecture, flash):
-    model, masks = mended(monkeypatch, flash, architecture)
-    plain = random_model(architecture)
+def test_a_mask_where_flash_attention_cannot_run(monkeypatch, architecture):
     ids = torch.tensor([[5, 6, 7, 8], [4, 9, 9, 9]])
-    for seen in (None, torch.ones_like(ids)):
-        torch.testing.assert_close(model(ids, seen).logits, plain(ids).logits)
-        mask = masks.pop()
-        if flash:
-            assert mask is None
-        else:
-            assert torch.equal(mask, torch.ones(4, 4).tril().bool().expand(2, 1, 4, 4))
+    plain = random_model(architecture)(ids).logits
+    before = torch.ones(4, 4).tril().bool().expand(2, 1, 4, 4)
+    for flash in (True, False):
+        model, masks = mended(monkeypatch, flash, architecture)
+        for seen in (None, torch.ones_like(ids)):
+            torch.testing.assert_close(model(ids, seen).logits, plain)
+            mask = masks.pop()
+            assert mask is None if flash else torch.equal(mask, before)
 
 
 @pytest.mark.parametrize("flash", [True, False])
@@ -94,17 +87,15 @@ def test_all_diagnostics_take_the_mask(monkeypatch):
 
 def test_which_models_are_mended():
     model = random_model()
-    hooks = lambda: len(model.base_model._forward_pre_hooks)
-    before = hooks()
-    assert (
-        attention.install_mask_hook(model) is model and hooks() == before
-    )  # a CPU has flash attention
+    hooks = lambda model: len(model.base_model._forward_pre_hooks)
+    before = hooks(model)  # a CPU has flash attention
+    assert attention.install_mask_hook(model) is model and hooks(model) == before
     meta = random_model().to("meta")
     attention.install_mask_hook(meta)
-    assert len(meta.base_model._forward_pre_hooks) == 1
+    assert hooks(meta) == 1
     meta.config.sliding_window = 5  # a window is the model's own business
     attention.install_mask_hook(meta)
-    assert len(meta.base_model._forward_pre_hooks) == 1
+    assert hooks(meta) == 1
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6], [7, 8]]])
@@ -127,13 +118,9 @@ def test_packed_heads_draw_the_same(prompts):
 
 def test_text_behind_other_text_is_left_alone(monkeypatch):
     """Several tokens behind a cache, and embeddings in place of ids."""
-    from transformers import DynamicCache
-
-    from sampling import cache_argument
-
     model, masks = mended(monkeypatch, False)
     whole = model(torch.tensor([[5, 6, 7, 8, 9]])).logits[:, 3:]
-    cache = {cache_argument(type(model)): DynamicCache()}
+    cache = {sampling.cache_argument(type(model)): sampling.DynamicCache()}
     model(torch.tensor([[5, 6, 7]]), **cache)
     torch.testing.assert_close(model(torch.tensor([[8, 9]]), **cache).logits, whole)
     embedded = model.get_input_embeddings()(torch.tensor([[5, 6, 7, 8, 9]]))

@@ -1,6 +1,5 @@
 """BuPO: the schedule, who moves in phase 1, one IPA step against a reference written by hand."""
 
-import pytest
 import torch
 from conftest import random_model
 
@@ -32,16 +31,17 @@ def test_boundary_or_fallback():
     assert boundary_or_fallback([-3.0, -1.0, -2.0]) == (2, False)
 
 
-@pytest.mark.parametrize("layer", [1, 2, 3])
-def test_gradient_is_nonzero_exactly_where_the_paper_says(any_model, layer):
-    ipa_loss(any_model, layer, torch.full((2, 4), -3.0))[0].backward()
-    above = (*any_model.model.layers[layer:], any_model.model.norm)
-    still = {id(p) for part in above for p in part.parameters()}
-    for name, p in any_model.named_parameters():
-        if id(p) in still:
-            assert p.grad is None, name
-        else:
-            assert p.grad is not None and p.grad.abs().sum() > 0, name
+def test_gradient_is_nonzero_exactly_where_the_paper_says(any_model):
+    for layer in (1, 2, 3):
+        any_model.zero_grad()
+        ipa_loss(any_model, layer, torch.full((2, 4), -3.0))[0].backward()
+        above = (*any_model.model.layers[layer:], any_model.model.norm)
+        still = {id(p) for part in above for p in part.parameters()}
+        for name, p in any_model.named_parameters():
+            if id(p) in still:
+                assert p.grad is None, (layer, name)
+            else:
+                assert p.grad is not None and p.grad.abs().sum() > 0, (layer, name)
 
 
 def test_one_step_against_autograd_by_hand():
@@ -80,12 +80,3 @@ def test_upper_layers_stay_bit_identical_and_start_phase_two_as_if_never_touched
     assert all(torch.equal(a, b) for a, b in zip(before, upper))
     assert not any(p in optimizer.state for p in upper)  # no moment, no step count
     assert all(p in optimizer.state for p in model.model.layers[0].parameters())
-
-
-def test_layer_L_with_the_norm_is_grpo():
-    model = random_model()
-    with torch.no_grad():
-        states = model.model.norm(layer_hidden(model, IDS, MASK, 3))[:, 3:-1]
-        internal, _ = token_logprobs_and_entropy(states, unembedding(model), IDS[:, 4:])
-        full = model(IDS).logits[:, 3:-1].log_softmax(-1).gather(-1, IDS[:, 4:, None]).squeeze(-1)
-    torch.testing.assert_close(internal, full, atol=1e-5, rtol=1e-5)

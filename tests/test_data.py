@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import SMALL, TINY
 
 import evaluate
 import train
@@ -18,7 +18,7 @@ from engine.engine import SingleProcess
 from problems.files import DatasetSpec, rows_of
 from problems.grading import grade
 from problems.prompts import fit_context, render_prompt
-from run import report, reward_function
+from run import checkpoint, report, reward_function
 from run.option_checks import parse
 from run.setup import open_run
 from tasks import Problem, key_of, load_problems, read_problems
@@ -49,64 +49,60 @@ def as_array(rows):
     return json.dumps(rows, indent=1).encode()
 
 
-FORMS = {
-    "a.jsonl": as_jsonl,
-    "a.json": as_array,
-    "lines.json": as_jsonl,
-    "a.csv": as_csv,
-    "a.parquet": as_parquet,
-}
+FORMS = {"a.jsonl": as_jsonl, "a.json": as_array, "lines.json": as_jsonl, "a.csv": as_csv}
 
 
-@pytest.mark.parametrize("packed", ["", ".gz", ".GZ"])
-@pytest.mark.parametrize("upper", [False, True])
-@pytest.mark.parametrize("name", FORMS)
-def test_every_form_of_a_file(tmp_path, name, upper, packed):
-    content = FORMS[name](ROWS)
-    path = tmp_path / ((name.upper() if upper else name) + packed)
-    path.write_bytes(gzip.compress(content) if packed else content)
-    problems = read_problems(path)
-    assert [(p.question, p.answer) for p in problems] == [tuple(row.values()) for row in ROWS]
-    assert problems[2].row["answer"] == "3" and problems[2].place in ("line 3", "line 4", "row 3")
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_a_byte_order_mark_and_windows_line_ends(tmp_path, name):
-    content = FORMS[name](ROWS).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
-    assert len(read_problems(tmp_path / name)) == 7
+def read(folder, rows, *more):
+    """What is read of these rows in a file a.jsonl."""
+    (folder / "a.jsonl").write_bytes(as_jsonl(rows))
+    return read_problems(folder / "a.jsonl", *more)
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.json", b"[{]", "a.json: not JSON"),
-        ("a.json", b"[5]", "a.json, row 1: not a JSON object"),
-        ("a.csv", b"question,answer\na,1,2\n", "a.csv, line 2: has another number of fields"),
-        ("a.csv", b"question,answer\na\n", "a.csv, line 2: has another number of fields"),
-        ("a.csv", b'question,answer\n"a,1\n', "a.csv, line 1: not CSV"),
-        ("a.csv", "question,answer\ncaf\xe9,1\n".encode("latin-1"), "a.csv: not UTF-8"),
-        (
-            "a.jsonl.gz",
-            gzip.compress(as_jsonl(ROWS), mtime=0)[:40],
-            "a.jsonl.gz: not a whole .gz file",
-        ),
-        ("a.csv.gz", b"question,answer\n", "a.csv.gz: not a whole .gz file"),
-        ("a.json.gz", gzip.compress(b"[", mtime=0)[:-3], "a.json.gz: not a whole .gz file"),
-    ],
+    "name", [*FORMS, pytest.param("a.parquet", marks=pytest.mark.optional("pyarrow"))]
 )
-def test_broken_files_are_one_line(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        read_problems(tmp_path / name)
-    assert "\n" not in str(error.value)
+def test_every_form_of_a_file(tmp_path, name):
+    content = (FORMS | {"a.parquet": as_parquet})[name](ROWS)
+    for spelled in (name, name.upper()):
+        for packed in ("", ".gz", ".GZ"):
+            path = tmp_path / (spelled + packed)
+            path.write_bytes(gzip.compress(content) if packed else content)
+            problems = read_problems(path)
+            assert [(p.question, p.answer) for p in problems] == [(*row.values(),) for row in ROWS]
+            assert problems[2].row["answer"] == "3"
+            assert problems[2].place in ("line 3", "line 4", "row 3")
+    if name in ("a.jsonl", "a.json", "a.csv"):  # a byte order mark and Windows line ends
+        content = content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        (tmp_path / f"w{name}").write_bytes(b"\xef\xbb\xbf" + content)
+        assert len(read_problems(tmp_path / f"w{name}")) == 7
+
+
+HALF, OPEN = gzip.compress(as_jsonl(ROWS), mtime=0)[:40], gzip.compress(b"[", mtime=0)[:-3]
+BROKEN = [
+    ("a.json", b"[{]", "a.json: not JSON"),
+    ("a.json", b"[5]", "a.json, row 1: not a JSON object"),
+    ("a.csv", b"question,answer\na,1,2\n", "a.csv, line 2: has another number of fields"),
+    ("a.csv", b"question,answer\na\n", "a.csv, line 2: has another number of fields"),
+    ("a.csv", b'question,answer\n"a,1\n', "a.csv, line 1: not CSV"),
+    ("a.csv", "question,answer\ncaf\xe9,1\n".encode("latin-1"), "a.csv: not UTF-8"),
+    ("a.jsonl.gz", HALF, "a.jsonl.gz: not a whole .gz file"),
+    ("a.csv.gz", b"question,answer\n", "a.csv.gz: not a whole .gz file"),
+    ("a.json.gz", OPEN, "a.json.gz: not a whole .gz file"),
+]
+
+
+def test_broken_files_are_one_line(tmp_path):
+    for name, content, message in BROKEN:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message) as error:
+            read_problems(tmp_path / name)
+        assert "\n" not in str(error.value)
 
 
 def test_columns_by_name(tmp_path):
     rows = [{"q": "How many?", "x": {"gold": 7}, "question": "another"}]
-    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
     form = DatasetSpec(question="q", answer="x.gold")
-    assert read_problems(tmp_path / "a.jsonl", "--data", form) == [Problem("How many?", "7")]
+    assert read(tmp_path, rows, "--data", form) == [Problem("How many?", "7")]
     with pytest.raises(UserError, match="line 1: it has no answer .no nothing; it has q, question"):
         read_problems(tmp_path / "a.jsonl", "--data", DatasetSpec(answer="nothing"))
 
@@ -114,11 +110,12 @@ def test_columns_by_name(tmp_path):
 def test_what_cannot_be_used_is_counted_by_reason(tmp_path, capsys):
     rows = [*ROWS, {"question": "a"}, {"question": "b"}, {"prompt": "c", "answer": {"x": 1}}]
     rows += [{"prompt": None, "question": "d", "answer": "4"}]
-    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
-    assert len(read_problems(tmp_path / "a.jsonl")) == 8
+    assert len(read(tmp_path, rows)) == 8
     said = capsys.readouterr().out
     assert "2 of 11 rows left out, the first is line 8: it has no answer" in said
     assert "1 of 11 rows left out, the first is line 10: its reference answer is an object" in said
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + as_jsonl(ROWS[:2]))  # places are those of the file
+    assert [place for place, _ in rows_of(tmp_path / "a.jsonl")] == ["line 2", "line 3"]
 
 
 # ---------------------------------------------------------------------------------------- data sets
@@ -148,9 +145,7 @@ def test_a_data_set_of_the_hub(monkeypatch, capsys):
     assert len(read_problems("openai/gsm8k")) == 7
     assert len(read_problems("openai/gsm8k:other", "--data", DatasetSpec(split="test"))) == 2
     assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "other", "test")]
-    with pytest.raises(
-        UserError, match="datasets cannot read its split 'dev' .Unknown split 'dev'"
-    ):
+    with pytest.raises(UserError, match="cannot read its split 'dev' .Unknown split 'dev'"):
         read_problems("openai/gsm8k", "--data", DatasetSpec(split="dev"))
     a_dataset(monkeypatch, {}, ("a", "b"))
     with pytest.raises(UserError, match="has the configurations a, b; name one of them: x/y:a"):
@@ -175,8 +170,8 @@ def test_a_folder_of_data(monkeypatch, tmp_path):
         read_problems("dta/none.csv.gz")
 
 
+@pytest.mark.optional("datasets")
 def test_the_library_itself_reads_a_folder(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_bytes(as_jsonl(ROWS))
@@ -208,8 +203,7 @@ class Template:
 
 
 def test_a_chat_reaches_the_prompt_whole(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(as_jsonl([{"prompt": CHAT, "answer": "4"}]))
-    (problem,) = read_problems(tmp_path / "a.jsonl")
+    (problem,) = read(tmp_path, [{"prompt": CHAT, "answer": "4"}])
     assert problem.question == "2 + 2?" and problem.answer == "4"
     assert problem.history == (("system", "Be short."), ("user", "Hello"), ("assistant", "Hi."))
     text, _ = render_prompt(problem.question, Template(), problem.history)
@@ -224,29 +218,25 @@ def test_a_chat_reaches_the_prompt_whole(tmp_path):
 
 
 def test_another_system_message_is_another_question(tmp_path):
-    rows = [
-        {"prompt": [{**CHAT[0], "content": s}, CHAT[1]], "answer": "4"} for s in ("a", "b", "a")
-    ]
-    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
-    a, b, again = map(key_of, read_problems(tmp_path / "a.jsonl"))
+    chats = [[{**CHAT[0], "content": text}, CHAT[1]] for text in ("a", "b", "a")]
+    rows = [{"prompt": chat, "answer": "4"} for chat in chats]
+    a, b, again = map(key_of, read(tmp_path, rows))
     assert a == again != b
 
 
-@pytest.mark.parametrize(
-    "prompt, reason",
-    [
+def test_chats_that_are_none(tmp_path):
+    none = "not of messages with role and text"
+    for prompt, reason in (
         (CHAT[:3], "its last message is the assistant's, not the user's"),
-        ([*CHAT[:3], {"role": "user"}], "not of messages with role and text"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "not of messages with role and text"),
+        ([*CHAT[:3], {"role": "user"}], none),
+        ([{"role": "user", "content": [{"type": "image"}]}], none),
         ([], "its question is a list, neither a text nor a chat"),
-    ],
-)
-def test_chats_that_are_none(tmp_path, prompt, reason):
-    (tmp_path / "a.jsonl").write_bytes(as_jsonl([{"prompt": prompt, "answer": "4"}]))
-    with pytest.raises(UserError, match=f"line 1: .*{reason}"):
-        read_problems(tmp_path / "a.jsonl")
+    ):
+        with pytest.raises(UserError, match=f"line 1: .*{reason}"):
+            read(tmp_path, [{"prompt": prompt, "answer": "4"}])
 
 
+@pytest.mark.optional("pyarrow")
 def test_verls_parquet_keeps_its_system_message(tmp_path):
     row = {"prompt": [CHAT[0], CHAT[1]], "reward_model": {"ground_truth": "7", "style": "rule"}}
     (tmp_path / "a.parquet").write_bytes(as_parquet([row]))
@@ -261,13 +251,11 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path):
                 raise RuntimeError("System role not supported\nmore")
             return super().apply_chat_template(chats, **how)
 
-    rows = [*ROWS, {"prompt": CHAT, "answer": "4"}]
-    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
+    problems = read(tmp_path, [*ROWS, {"prompt": CHAT, "answer": "4"}])
     config = types.SimpleNamespace(max_position_embeddings=500)
-    with pytest.raises(
-        UserError, match="line 8, question '2 . 2.': .*System role not supp"
-    ) as error:
-        fit_context(read_problems(tmp_path / "a.jsonl"), Strict(), config, 10)
+    said = "line 8, question '2 . 2.': .*System role not supp"
+    with pytest.raises(UserError, match=said) as error:
+        fit_context(problems, Strict(), config, 10)
     assert "\n" not in str(error.value)
 
 
@@ -285,74 +273,64 @@ def a_function(folder, text=SHORTER, name="shorter"):
     return f"{folder / 'mine.py'}:{name}"
 
 
-def test_a_function_is_paid_and_its_lines_are_few(tmp_path):
+def paid_by(folder, text, *more):
+    return reward_function.RewardFunction(a_function(folder, text, "f"), *more)
+
+
+def test_a_function_is_paid_and_the_row_is_handed_over_where_it_is_asked_for(tmp_path):
     pay = reward_function.RewardFunction(a_function(tmp_path))
     assert pay(Problem("q", "12"), "12") == pytest.approx(0.998)
     assert pay(Problem("q", "12"), "so 12") == pytest.approx(-0.005)
     assert len(SHORTER.strip().splitlines()) <= 6
-
-
-def test_the_row_is_handed_over_where_it_is_asked_for(tmp_path):
+    problem = Problem("q", "1", row={"question": "q", "answer": "1", "level": 5, "more": None})
     every = "def f(question, answer, text, **row): return row['level'] + len(row)"
     one = "def f(question, answer, text, level=0): return level"
-    problem = Problem("q", "1", row={"question": "q", "answer": "1", "level": 5, "more": None})
-    assert reward_function.RewardFunction(a_function(tmp_path, every, "f"))(problem, "x") == 7
-    assert reward_function.RewardFunction(a_function(tmp_path, one, "f"))(problem, "x") == 5
     neighbour = "import beside\ndef f(question, answer, text): return beside.VALUE"
     (tmp_path / "beside.py").write_text("VALUE = 3", encoding="utf-8")
-    assert reward_function.RewardFunction(a_function(tmp_path, neighbour, "f"))(problem, "x") == 3
+    for text, reward in ((every, 7), (one, 5), (neighbour, 3)):
+        assert paid_by(tmp_path, text)(problem, "x") == reward, text
 
 
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        ("raise ValueError('no')", "ValueError: no"),
-        ("return float('nan')", "the reward is nan"),
-        ("return 'much'", "could not convert"),
-        ("import os; os._exit(1)", "its process died"),
-        ("import time; time.sleep(60)", "no reward within 0.5 s"),
-    ],
-)
-def test_a_function_that_fails_is_named_with_the_answer(tmp_path, monkeypatch, text, said):
-    monkeypatch.setattr(reward_function, "REWARD_SECONDS", 0.5)
-    lines = []
-    function = (
-        f"def f(question, answer, text):\n    if text == 'bad':\n        {text}\n    return 2"
-    )
-    pay = reward_function.RewardFunction(a_function(tmp_path, function, "f"), lines.append)
-    reward = pay(Problem("q", "1"), "bad")
-    assert reward != reward and len(lines) == 1
-    assert said in lines[0] and "for the response 'bad'" in lines[0] and "mine.py:f" in lines[0]
-    monkeypatch.undo()
-    assert pay(Problem("q", "1"), "good") == 2 and len(lines) == 1
+FAILURES = {
+    "raise ValueError('no')": "ValueError: no",
+    "return float('nan')": "the reward is nan",
+    "return 'much'": "could not convert",
+    "import os; os._exit(1)": "its process died",
+    "import time; time.sleep(60)": "no reward within 0.4 s",
+}
+
+
+def test_a_function_that_fails_is_named_with_the_answer(tmp_path, monkeypatch):
+    for text, said in FAILURES.items():
+        lines, usual = [], "def f(question, answer, text):\n    if text == 'bad':\n        "
+        with monkeypatch.context() as patch:
+            patch.setattr(reward_function, "REWARD_SECONDS", 0.4 if "sleep" in text else 20)
+            pay = paid_by(tmp_path, f"{usual}{text}\n    return 2", lines.append)
+            reward = pay(Problem("q", "1"), "bad")
+        assert reward != reward and len(lines) == 1, text
+        assert said in lines[0] and "for the response 'bad'" in lines[0] and "mine.py:f" in lines[0]
+        assert pay(Problem("q", "1"), "good") == 2 and len(lines) == 1, text
 
 
 def test_what_a_function_prints_is_no_reply(tmp_path, capfd):
-    noisy = "import os\nprint('loaded')\n" + (
-        "def f(question, answer, text):\n    os.write(1, b'5\\n')\n    print('here')\n    return 2"
-    )
-    assert (
-        reward_function.RewardFunction(a_function(tmp_path, noisy, "f"))(Problem("q", "1"), "x")
-        == 2
-    )
+    noisy = "import os\nprint('loaded')\ndef f(question, answer, text):\n    os.write(1, b'5\\n')\n"
+    pay = paid_by(tmp_path, noisy + "    print('here')\n    return 2")
+    assert pay(Problem("q", "1"), "x") == 2
     printed = capfd.readouterr()
     assert printed.out == "" and "loaded" in printed.err
 
 
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ("nothing.py:f", "no such file; give FILE.py:NAME"),
-        ("f", "give FILE.py:NAME"),
-        ("{}/mine.py:g", "AttributeError: .*has no function g"),
-        ("{}/broken.py:f", "SyntaxError"),
-    ],
-)
-def test_a_function_that_is_not_there_is_one_line(tmp_path, given, message):
+def test_a_function_that_is_not_there_is_one_line(tmp_path):
     a_function(tmp_path)
     (tmp_path / "broken.py").write_text("def f(:", encoding="utf-8")
-    with pytest.raises(UserError, match=f"--reward-function .*{message}"):
-        reward_function.RewardFunction(given.format(tmp_path))
+    for given, message in (
+        ("nothing.py:f", "no such file; give FILE.py:NAME"),
+        ("f", "give FILE.py:NAME"),
+        (f"{tmp_path}/mine.py:g", "AttributeError: .*has no function g"),
+        (f"{tmp_path}/broken.py:f", "SyntaxError"),
+    ):
+        with pytest.raises(UserError, match=f"--reward-function .*{message}"):
+            reward_function.RewardFunction(given)
 
 
 def test_a_step_is_paid_by_the_function(opened, tmp_path, capsys):
@@ -366,11 +344,8 @@ def test_a_step_is_paid_by_the_function(opened, tmp_path, capsys):
     assert bad is None and torch.allclose(batch.rewards, expected)
     assert metrics["reward"] == pytest.approx(expected.mean().item())
     assert metrics["correct"] == batch.lenient.float().mean().item()
-    pairs = expected.view(-1, 2)
-    assert (
-        batch.has_reward_variance.view(-1, 2)[:, 0].tolist()
-        == (pairs[:, 0] != pairs[:, 1]).tolist()
-    )
+    pairs, alive = expected.view(-1, 2), batch.has_reward_variance.view(-1, 2)[:, 0]
+    assert alive.tolist() == (pairs[:, 0] != pairs[:, 1]).tolist()
     held_out = report.held_out(run, 0)
     assert 1 <= held_out["eval_reward"] < 31 and "eval_accuracy" in held_out
     report.record(1, metrics | held_out, None, run)
@@ -394,29 +369,21 @@ def test_a_function_may_pay_for_answers_that_no_rule_checks(tmp_path):
 # ------------------------------------------------------------------------------------------ moving
 
 
-def small_run(out, *more):
-    sizes = (
-        "--prompts-per-step 2 --num-generations 2 --updates-per-rollout 1 --max-new-tokens 4 "
-        "--eval-prompts 2 --device cpu"
-    ).split()
-    return [*sizes, "--model", str(TINY), "--out", str(out), *more]
-
-
-def test_data_may_move_and_must_ask_the_same(tmp_path, monkeypatch):
-    data, moved = tmp_path / "a.jsonl", tmp_path / "moved.csv.gz"
+def test_data_may_move_and_must_ask_the_same(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # no curves
+    data, moved, other = (tmp_path / name for name in ("a.jsonl", "moved.csv.gz", "other.jsonl"))
     data.write_bytes(as_jsonl(ROWS))
-    out = tmp_path / "run"
-    train.main(small_run(out, "--data", str(data), "--steps", "1"))
+    out, copied = tmp_path / "run", tmp_path / "elsewhere" / "run"
+    small = [*SMALL, "--prompts-per-step", "2", "--eval-prompts", "2", "--model", str(tiny_folder)]
+    train.main([*small, "--out", str(out), "--data", str(data), "--steps", "1"])
     moved.write_bytes(gzip.compress(as_csv(ROWS)))
     data.unlink()
     again = ["--resume", "--out", str(out), "--steps", "2"]
     with pytest.raises(UserError, match="no such file; if it lies elsewhere now, add --data N"):
         train.main(again)
-    other = tmp_path / "other.jsonl"
     other.write_bytes(as_jsonl(ROWS[1:]))
     with pytest.raises(UserError, match="other.jsonl: the questions in use are not those"):
         train.main([*again, "--data", str(other)])
-    copied = tmp_path / "elsewhere" / "run"
     copied.parent.mkdir()
     out.rename(copied)
     again[2] = str(copied)
@@ -426,17 +393,14 @@ def test_data_may_move_and_must_ask_the_same(tmp_path, monkeypatch):
     assert json.loads((copied / "config.json").read_text(encoding="utf-8"))["data"] == str(moved)
 
 
-def test_a_changed_reward_function_is_another_run(tmp_path):
-    out, given = tmp_path / "run", a_function(tmp_path)
-    run, _ = open_run(parse(small_run(out, "--reward-function", given), ""), SingleProcess("cpu"))
-    from run import checkpoint
-
+def test_a_changed_reward_function_is_another_run(opened, tmp_path):
+    run = opened("--reward-function", a_function(tmp_path))
     checkpoint.save(run, 0)
     run.lock.lock.release()
-    again = parse(["--resume", "--out", str(out)], "")
+    again = parse(["--resume", "--out", str(run.out)], "")
     run, step = open_run(again, SingleProcess("cpu"))
-    assert step == 0
     run.lock.lock.release()
+    assert step == 0
     a_function(tmp_path, SHORTER.replace("0.001", "0.01"))
     with pytest.raises(UserError, match="the file is not what it was when the run"):
         open_run(again, SingleProcess("cpu"))
@@ -448,8 +412,3 @@ def test_evaluate_reads_the_same_forms(tmp_path):
     arguments = ["--model", str(TINY), "--data", str(tmp_path / "a.csv"), *columns]
     asked = evaluate.evaluation_set(args := evaluate.read_command_line(arguments, ""), None)
     assert evaluate.held_out_questions(args, asked) == [Problem("What is 2 + 2?", "4")]
-
-
-def test_places_are_those_of_the_file(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b"\n" + as_jsonl(ROWS[:2]))
-    assert [place for place, _ in rows_of(tmp_path / "a.jsonl")] == ["line 2", "line 3"]

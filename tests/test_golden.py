@@ -12,35 +12,32 @@ import pathlib
 import pytest
 import torch
 
-from hapo import (
-    adaptive_clip,
-    adaptive_temperature,
-    entropy_stats,
-    modulation,
-    redistribute_advantages,
-    token_group_advantages,
-)
-from losses import (
-    clipped_surrogate,
-    fixed_length_mean,
-    grpo_advantages,
-    masked_mean,
-    sequence_mean,
-    token_logprobs_and_entropy,
-)
+import hapo
+import losses
 
-FILE = pathlib.Path(__file__).parent / "golden" / "hapo_golden.json"
-CASES = json.loads(FILE.read_text(encoding="utf-8"))["cases"]
 SIGNS = ["released", "corrected"]
 
 
 def tensor(values):
-    """Nested lists to float64; the file writes 'nan' and 'inf' as strings."""
-    if not isinstance(values, list):
-        return torch.tensor(float(values), dtype=torch.float64)
-    if values and isinstance(values[0], list):
+    """Nested lists or one number to float64; the file writes 'nan' and 'inf' as strings."""
+    if isinstance(values, list) and values and isinstance(values[0], list):
         return torch.stack([tensor(v) for v in values])
-    return torch.tensor([float(v) for v in values], dtype=torch.float64)
+    values = [float(v) for v in values] if isinstance(values, list) else float(values)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def as_tensors(case):
+    """A case whose lists and results are tensors, but for names and labels."""
+    for name, value in case.items():
+        numbers = isinstance(value, list) and name.startswith("in_")
+        if name.startswith("out_") or numbers and name not in ("in_group_index", "in_labels"):
+            case[name] = tensor(value)
+    case["mask"] = case["in_response_mask"].bool()
+    return case
+
+
+FILE = pathlib.Path(__file__).parent / "golden" / "hapo_golden.json"
+CASES = [as_tensors(case) for case in json.loads(FILE.read_text(encoding="utf-8"))["cases"]]
 
 
 @pytest.fixture(params=CASES, ids=lambda c: c["id"])
@@ -59,13 +56,13 @@ def test_there_are_59():
 
 
 def test_statistics_and_modulation(case):
-    entropy, mask = tensor(case["in_entropy"]), tensor(case["in_response_mask"]).bool()
-    stats = entropy_stats(entropy, mask, case["in_entropy_pivot"])
-    close(stats.pivot, tensor(case["out_pivot_log_entropy"]))
-    close(stats.sigma, tensor(case["out_std_log_entropy"]))
+    entropy, mask = case["in_entropy"], case["mask"]
+    stats = hapo.entropy_stats(entropy, mask, case["in_entropy_pivot"])
+    close(stats.pivot, case["out_pivot_log_entropy"])
+    close(stats.sigma, case["out_std_log_entropy"])
     for sign in SIGNS:
-        h = modulation(entropy, stats, mask, released=sign == "released")
-        close(h, tensor(case[f"out_h_hat_{sign}"]), mask)
+        h = hapo.modulation(entropy, stats, mask, released=sign == "released")
+        close(h, case[f"out_h_hat_{sign}"], mask)
         assert (h[~mask] == 0).all()
 
 
@@ -78,123 +75,109 @@ def group_rows(case):
 
 
 def test_group_averages(case):
-    rewards = tensor(case["in_token_level_rewards"]).sum(1)
-    mask, divide = tensor(case["in_response_mask"]).bool(), case["in_norm_adv_by_std"]
+    """Eq. 9, GRPO's, and the release's fallback: |A| >= 5 swaps a group for its GRPO advantages.
+    Theirs also looks at padding; where only padding trips it we differ."""
+    all_rewards, divide = case["in_token_level_rewards"].sum(1), case["in_norm_adv_by_std"]
     for rows in group_rows(case):
-        size = len(rows)
-        ours = token_group_advantages(rewards[rows], mask[rows], size)
+        rewards, mask, size = all_rewards[rows], case["mask"][rows], len(rows)
+        names = ("group_adv_nofallback", "grpo_adv", "group_adv_released", "group_fallback_used")
+        plain, grpo, released, used = (case[f"out_{name}"][rows] for name in names)
+        ours = hapo.token_group_advantages(rewards, mask, size)
         if not divide:  # an option of the release
-            every = torch.repeat_interleave(rewards[rows], mask[rows].sum(1))
-            ours = ours * (every.std(correction=0) + 1e-6)
-        close(ours, tensor(case["out_group_adv_nofallback"])[rows], mask[rows], 1e-6)
-        ours = grpo_advantages(rewards[rows], size)[:, None].expand(-1, mask.shape[1])
-        if size > 1 and divide:  # a group of one gets its raw reward there, 0 here
-            close(ours, tensor(case["out_grpo_adv"])[rows], mask[rows], 1e-6)
+            every = torch.repeat_interleave(rewards, mask.sum(1))
+            close(ours * (every.std(correction=0) + 1e-6), plain, mask, 1e-6)
+            continue
+        close(ours, plain, mask, 1e-6)
+        if size > 1:  # a group of one gets its raw reward there, 0 here
+            close(losses.grpo_advantages(rewards, size)[:, None].expand_as(mask), grpo, mask, 1e-6)
+        trips_on_valid_tokens = bool((plain.abs() >= 5)[mask].any())
+        expected = grpo if trips_on_valid_tokens else plain
+        if trips_on_valid_tokens or not used.any():
+            close(expected, released, mask, 1e-6)
+        ours = hapo.token_group_advantages(rewards, mask, size, released=True)
+        close(ours, expected, mask, 1e-6)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c["in_norm_adv_by_std"]], ids=lambda c: c["id"]
-)
-def test_released_group_fallback(case):
-    """|A| >= 5 swaps a group for its GRPO advantages. Theirs also looks at padding; where only
-    padding trips it we differ."""
-    rewards = tensor(case["in_token_level_rewards"]).sum(1)
-    mask = tensor(case["in_response_mask"]).bool()
-    for rows in group_rows(case):
-        plain = tensor(case["out_group_adv_nofallback"])[rows]
-        trips_on_valid_tokens = bool((plain.abs() >= 5)[mask[rows]].any())
-        expected = tensor(case["out_grpo_adv"])[rows] if trips_on_valid_tokens else plain
-        if trips_on_valid_tokens or not any(case["out_group_fallback_used"][r] for r in rows):
-            close(expected, tensor(case["out_group_adv_released"])[rows], mask[rows], 1e-6)
-        ours = token_group_advantages(rewards[rows], mask[rows], len(rows), released=True)
-        close(ours, expected, mask[rows], 1e-6)
-
-
-def loss_pass(case, sign, logp, plain=False):
+def loss_pass(case, sign, logp):
     """The loss of one case, built as train.py builds it but with the neutral zone the released code
     used; and (low, high, advantages)."""
-    entropy, mask = tensor(case["in_entropy"]), tensor(case["in_response_mask"]).bool()
+    entropy, mask, advantages = case["in_entropy"], case["mask"], case["in_advantages"]
     low, high = case["in_cliprange_low"], case["in_cliprange_high"]
-    advantages = tensor(case["in_advantages"])
-    ratio = torch.exp(logp - tensor(case["in_old_log_prob"]))
+    ratio = torch.exp(logp - case["in_old_log_prob"])
     # take their ratio's value where it differs in the last bit, and the gradient of ours
-    ratio = ratio + (tensor(case["out_ratio"]) - ratio).detach()
-    stats = entropy_stats(entropy, mask, case["in_entropy_pivot"])
-    h = modulation(entropy, stats, mask, released=sign == "released")
-    if case["in_adaptive_clip"] and not plain:
-        low, high = adaptive_clip(h * case["in_clip_alpha"], low, high)
-    if case["in_adaptive_advantage"] and not plain:
-        advantages = redistribute_advantages(
+    ratio = ratio + (case["out_ratio"] - ratio).detach()
+    stats = hapo.entropy_stats(entropy, mask, case["in_entropy_pivot"])
+    h = hapo.modulation(entropy, stats, mask, released=sign == "released")
+    if case["in_adaptive_clip"] and sign != "plain":
+        low, high = hapo.adaptive_clip(h * case["in_clip_alpha"], low, high)
+    if case["in_adaptive_advantage"] and sign != "plain":
+        advantages = hapo.redistribute_advantages(
             advantages, h * case["in_adv_beta"], ratio, low, high, released=True
         )
-    per_token = clipped_surrogate(ratio, advantages, low, high, dual_clip=case["in_clip_ratio_c"])
-    mean = case["in_loss_agg_mode"]
-    if mean == "token-mean":
-        loss = masked_mean(per_token, mask)
-    elif mean == "seq-mean-token-mean":
-        loss = sequence_mean(per_token, mask)
-    elif mean == "seq-mean-token-sum":
-        loss = fixed_length_mean(per_token, mask, length=1)
-    else:
-        assert mean == "seq-mean-token-sum-norm"
-        # the release divides the sum by the width alone, not by the responses
-        loss = fixed_length_mean(per_token, mask, length=mask.shape[1], normalizer=1)
-    return loss, (low, high, advantages)
+    per_token = losses.clipped_surrogate(ratio, advantages, low, high, case["in_clip_ratio_c"])
+    # the release divides the sum by the width alone, not by the responses
+    by_width = dict(length=mask.shape[1], normalizer=1)
+    mean, how = {
+        "token-mean": (losses.masked_mean, {}),
+        "seq-mean-token-mean": (losses.sequence_mean, {}),
+        "seq-mean-token-sum": (losses.fixed_length_mean, dict(length=1)),
+        "seq-mean-token-sum-norm": (losses.fixed_length_mean, by_width),
+    }[case["in_loss_agg_mode"]]
+    return mean(per_token, mask, **how), (low, high, advantages)
 
 
-@pytest.mark.parametrize("sign", SIGNS + ["plain"])
+@pytest.mark.parametrize("sign", [*SIGNS, "plain"])
 def test_loss_and_gradient(case, sign):
-    mask = tensor(case["in_response_mask"]).bool()
-    logp = tensor(case["in_log_prob"]).requires_grad_()
-    loss, (low, high, advantages) = loss_pass(case, sign, logp, plain=sign == "plain")
+    mask, logp = case["mask"], case["in_log_prob"].clone().requires_grad_()
+    loss, (low, high, advantages) = loss_pass(case, sign, logp)
     if sign != "plain":
         expand = lambda x: torch.as_tensor(x, dtype=torch.float64).expand(mask.shape)
-        close(expand(low), tensor(case[f"out_clip_low_{sign}"]), mask)
-        close(expand(high), tensor(case[f"out_clip_high_{sign}"]), mask)
-        close(advantages, tensor(case[f"out_adv_{sign}"]), mask)
+        close(expand(low), case[f"out_clip_low_{sign}"], mask)
+        close(expand(high), case[f"out_clip_high_{sign}"], mask)
+        close(advantages, case[f"out_adv_{sign}"], mask)
     loss.backward()
-    theirs = tensor(case[f"out_loss_{sign}"])
+    theirs = case[f"out_loss_{sign}"]
     # a response without tokens under sequence mean: 0 / 0 there, a response that adds 0 here
     if theirs.isnan():
         assert not mask.any(1).all() and loss.isfinite() and logp.grad.isfinite().all()
         return
     close(loss, theirs)
-    close(logp.grad, tensor(case[f"out_grad_log_prob_{sign}"]), mask)
+    close(logp.grad, case[f"out_grad_log_prob_{sign}"], mask)
     assert (logp.grad[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("sign", SIGNS)
-def test_temperature(case, sign):
-    entropy, mask = tensor(case["in_entropy"]), tensor(case["in_response_mask"]).bool()
-    stats = entropy_stats(entropy, mask, case["in_entropy_pivot"])
-    logits = tensor(case["in_sampler_logits"])
+def test_temperature(case):
+    stats = hapo.entropy_stats(case["in_entropy"], case["mask"], case["in_entropy_pivot"])
+    logits = case["in_sampler_logits"]
+    now = torch.distributions.Categorical(logits=logits.clamp_min(-1e30)).entropy()
     if logits.isfinite().all():
-        eye = torch.eye(logits.shape[1], dtype=torch.float64)
-        targets = torch.zeros(len(logits), dtype=torch.long)
-        _, now = token_logprobs_and_entropy(logits, eye, targets)
-    else:
-        now = torch.distributions.Categorical(logits=logits.clamp_min(-1e30)).entropy()
-    base, tau = tensor(case["in_base_temperature"]), case["in_temperature_tau"]
-    ours = adaptive_temperature(now, stats, base=base, tau=tau, released=sign == "released")
+        now = from_logits(logits, torch.zeros(len(logits), dtype=torch.long))[1]
+    base, tau = torch.as_tensor(case["in_base_temperature"]).double(), case["in_temperature_tau"]
     # near 0 nats the entropy of a float32 softmax, as the release computes it, is rounding noise
     compare = (now > 1e-5) & logits.isfinite().all(1)
-    # and the release does not clamp h
-    h_unclamped = (tensor(case[f"out_temp_{sign}_f64"]) / base - 1) / tau
-    limit = base * (1 + tau * h_unclamped.clamp(-1, 1))
-    close(ours[compare], limit[compare], tolerance=1e-5)
+    for sign in SIGNS:
+        ours = hapo.adaptive_temperature(
+            now, stats, base=base, tau=tau, released=sign == "released"
+        )
+        # and the release does not clamp h
+        h_unclamped = (case[f"out_temp_{sign}_f64"] / base - 1) / tau
+        limit = base * (1 + tau * h_unclamped.clamp(-1, 1))
+        close(ours[compare], limit[compare], tolerance=1e-5)
+
+
+def from_logits(logits, labels, **how):
+    """Our chunked function at the logits themselves."""
+    eye = torch.eye(logits.shape[-1], dtype=torch.float64)
+    return losses.token_logprobs_and_entropy(logits, eye, labels, **how)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "in_logits" in c], ids=lambda c: c["id"])
 def test_from_logits_down_to_the_logits(case):
-    """Log-probability, entropy and the gradient of the loss through our chunked function, at the
-    logits themselves."""
-    logits = torch.stack([tensor(row) for row in case["in_logits"]]).requires_grad_()
-    labels = torch.tensor(case["in_labels"])
-    eye = torch.eye(logits.shape[-1], dtype=torch.float64)
-    mask = tensor(case["in_response_mask"]).bool()
-    logp, entropy = token_logprobs_and_entropy(logits, eye, labels, chunk_tokens=3)
-    close(logp, tensor(case["out_logprobs_from_logits"]), mask)
-    close(entropy, tensor(case["out_entropy_from_logits"]), mask)
+    """Log-probability, entropy and the gradient of the loss."""
+    logits = case["in_logits"].clone().requires_grad_()
+    logp, entropy = from_logits(logits, torch.tensor(case["in_labels"]), chunk_tokens=3)
+    close(logp, case["out_logprobs_from_logits"], case["mask"])
+    close(entropy, case["out_entropy_from_logits"], case["mask"])
     loss, _ = loss_pass(case, "corrected", logp)
     loss.backward()
-    close(logits.grad, torch.stack([tensor(row) for row in case["out_grad_logits_corrected"]]))
+    close(logits.grad, case["out_grad_logits_corrected"])

@@ -34,18 +34,16 @@ def test_statistics_by_hand(unchanged):
     assert stats.sigma.item() == pytest.approx(sigma)
 
 
-@pytest.mark.parametrize("n, rank", [(2, 1), (3, 2), (4, 2), (6, 4), (1, 0)])
-def test_nearest_rank(n, rank):
+def pivot_of(n, *rho):
     values = torch.arange(1.0, n + 1, dtype=F64)[None]
-    assert entropy_stats(values, torch.ones(1, n)).pivot.item() == pytest.approx(math.log(rank + 1))
+    return entropy_stats(values, torch.ones(1, n), *rho).pivot.item()
 
 
-def test_half_ranks_round_to_even():
+def test_nearest_rank_and_half_ranks_round_to_even():
     # rho 0.5 of 4 values: position 1.5 goes to 2; of 2 values: 0.5 goes to 0
-    pivot = entropy_stats(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(1, 4), 0.5).pivot
-    assert pivot.item() == pytest.approx(math.log(3.0))
-    pivot = entropy_stats(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2), 0.5).pivot
-    assert pivot.item() == pytest.approx(0.0)
+    for n, rank in {2: 1, 3: 2, 4: 2, 6: 4, 1: 0}.items():
+        assert pivot_of(n) == pytest.approx(math.log(rank + 1)), n
+    assert pivot_of(4, 0.5) == pytest.approx(math.log(3)) and pivot_of(2, 0.5) == 0
 
 
 def test_masked_entropies_do_not_count():
@@ -67,16 +65,11 @@ def test_modulation_by_hand(unchanged):
 
 
 def test_modulation_is_clamped_masked_and_detached():
-    stats = entropy_stats(H, ONES)
     entropy = torch.tensor([[1e-30, 50.0, 0.3]], dtype=F64, requires_grad=True)
-    h = modulation(entropy, stats, torch.tensor([[1, 1, 0]]))
+    h = modulation(entropy, entropy_stats(H, ONES), torch.tensor([[1, 1, 0]]))
     assert h.tolist() == [[-1, 1, 0]] and not h.requires_grad
-
-
-def test_equal_entropies_modulate_nothing():
-    entropy = torch.full((2, 3), 0.7)
-    h = modulation(entropy, entropy_stats(entropy, torch.ones(2, 3)))
-    assert (h == 0).all()
+    equal = torch.full((2, 3), 0.7)  # equal entropies modulate nothing
+    assert (modulation(equal, entropy_stats(equal, torch.ones(2, 3))) == 0).all()
 
 
 def test_temperature_by_hand(unchanged):
@@ -146,13 +139,10 @@ def test_redistribution_by_hand(unchanged):
     advantages = torch.full((1, 6), -2.0, dtype=F64)
     result = unchanged(redistribute_advantages, advantages, h, ratio, 0.2, 0.28)
     assert result[0].tolist() == [-3, -3, -2, -1, -2, -2]
-
-
-def test_zone_is_closed_here_and_open_in_the_release():
-    h, advantages = torch.tensor([-0.5], dtype=F64), torch.ones(1, dtype=F64)
-    edge = torch.tensor([1 + 0.28 / 2], dtype=F64)
-    assert redistribute_advantages(advantages, h, edge, 0.2, 0.28).item() == 0.5
-    assert redistribute_advantages(advantages, h, edge, 0.2, 0.28, released=True).item() == 1.0
+    # the zone is closed here and open in the release
+    edge = (*torch.tensor([[1.0], [-0.5], [1 + 0.28 / 2]], dtype=F64), 0.2, 0.28)
+    assert redistribute_advantages(*edge).item() == 0.5
+    assert redistribute_advantages(*edge, released=True).item() == 1.0
 
 
 def test_no_gradient_through_redistribution_or_bounds():

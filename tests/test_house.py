@@ -1,13 +1,13 @@
 """The layout: what may import what, how long a line and a function may be, what stands alone."""
 
 import ast
+import functools
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT, named_beside_equations
 
 NOT_OURS = {"runs", *(p.parent.name for p in ROOT.glob("*/pyvenv.cfg"))}  # environments
@@ -39,6 +39,26 @@ LONGEST = {"train_step": 120}  # lines of code; one page is better than twelve h
 OTHERS = {"tests", "experiments", "scripts", "lessons"}
 
 
+@functools.cache
+def source(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+@functools.cache
+def tree(path):
+    return ast.parse(source(path))
+
+
+@functools.cache
+def nodes(path):
+    """All nodes of a file's syntax tree, in the order of ast.walk."""
+    return list(ast.walk(tree(path)))
+
+
+def functions(parent):
+    return [node for node in parent if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
 def part_of(path):
     """The part of the project that a file, or a module's dotted name, belongs to."""
     parts = [part.removesuffix(".py") for part in pathlib.Path(path).parts]
@@ -48,8 +68,7 @@ def part_of(path):
 
 def imports(path):
     """(dotted module with slashes, whether the import is guarded) of all imports of a file."""
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             module = getattr(node, "module", None)
             names = [f"{module}/{alias.name}" if module else alias.name for alias in node.names]
@@ -57,25 +76,23 @@ def imports(path):
                 yield name.replace(".", "/"), node.col_offset > 0
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if part_of(p) in LEVEL], ids=str)
-def test_imports_point_down(path):
-    own = part_of(path)
-    for name, inside in imports(path):
-        other = part_of(name)
-        if (own, other) in GUARDED:
-            assert inside
-        elif other in LEVEL and other != own:
-            assert LEVEL[other] < LEVEL[own], f"{path} imports {other}"
-            assert not inside or own == "internals", f"{path} imports {other} inside a function"
-        else:
-            assert other not in OTHERS | {"train"}
+def test_imports_point_down():
+    for path in FILES:
+        own = part_of(path)
+        for name, inside in imports(path) if own in LEVEL else ():
+            other = part_of(name)
+            said = f"{path} imports {name}"
+            if (own, other) in GUARDED:
+                assert inside, said
+            elif other in LEVEL and other != own:
+                assert LEVEL[other] < LEVEL[own], said
+                assert not inside or own == "internals", f"{said} inside a function"
+            else:
+                assert other not in OTHERS | {"train"}, said
 
 
-def test_every_part_has_a_level():
+def test_there_are_at_most_eleven_folders_and_every_part_has_a_level():
     assert {part_of(p) for p in FILES} - OTHERS == LEVEL.keys()
-
-
-def test_there_are_at_most_eleven_folders():
     tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
     folders = {path.partition("/")[0] for path in tracked if "/" in path}
     assert len([name for name in folders if not name.startswith(".")]) <= 11
@@ -99,13 +116,13 @@ def test_no_files_import_each_other_in_a_circle():
     assert not edges
 
 
-@pytest.mark.parametrize("name", CONCEPTS)
-def test_concept_files_import_libraries_and_each_other_alone(name):
-    allowed = LIBRARIES.get(name, {"torch", "transformers", "tqdm"}) | set(CONCEPTS)
-    for module, guarded in imports(f"{name}.py"):
-        first = module.partition("/")[0]
-        entry = name == "internals" and guarded
-        assert first in allowed or first in sys.stdlib_module_names or entry, module
+def test_concept_files_import_libraries_and_each_other_alone():
+    for name in CONCEPTS:
+        allowed = LIBRARIES.get(name, {"torch", "transformers", "tqdm"}) | set(CONCEPTS)
+        for module, guarded in imports(f"{name}.py"):
+            first = module.partition("/")[0]
+            entry = name == "internals" and guarded
+            assert first in allowed or first in sys.stdlib_module_names or entry, module
 
 
 ALONE = {
@@ -137,68 +154,107 @@ assert rollout.scores.policy == "sampler"
 found = bupo.measure_boundary(model, *rollout.with_response_mask(2))
 assert found.change.shape == (3,) and 1 <= found.layer <= 3
 assert bupo.target_layer(1, 2, found.layer) == found.layer
-print(found.layer)
 """,
 }
 
 
-@pytest.mark.parametrize("names", ALONE, ids=" ".join)
-def test_concept_files_work_in_an_empty_folder(names, tmp_path):
-    for name in names:
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    command = [sys.executable, "-c", ALONE[names]]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_concept_files_work_in_an_empty_folder(tmp_path, monkeypatch):
+    """Two of them, and then all five, where no other file of the project can be imported."""
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    ours |= {path.parent.name for path in ROOT.glob("*/*.py")}
+    inside = lambda p: ROOT in (here := pathlib.Path(p).resolve(), *here.parents)
+    others = [p for p in sys.path if "site-packages" in p or not inside(p)]
+    for names, text in ALONE.items():
+        for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+            monkeypatch.delitem(sys.modules, name)
+        folder = tmp_path / str(len(names))
+        folder.mkdir()
+        for name in names:
+            shutil.copy(ROOT / f"{name}.py", folder)
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "path", [str(folder), *others])
+        alone = {}
+        exec(text, alone)
+        assert pathlib.Path(alone["hapo"].__file__).parent == folder
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_line_has_at_most_100_columns_and_a_function_50_lines_of_code(path):
-    text = (ROOT / path).read_text(encoding="utf-8")
-    assert max(map(len, text.splitlines()), default=0) <= 100
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
-            docstring = ast.get_docstring(node, clean=False)
-            count = sum(bool(line.strip()) and line.strip()[0] != "#" for line in lines)
-            count -= sum(bool(line.strip()) for line in (docstring or "").splitlines())
+def test_a_line_has_at_most_100_columns_and_a_function_50_lines_of_code():
+    for path in FILES:
+        lines = source(path).splitlines()
+        assert max(map(len, lines), default=0) <= 100, path
+        for node in functions(nodes(path)):
+            own = [line.strip() for line in lines[node.lineno - 1 : node.end_lineno]]
+            docstring = ast.get_docstring(node, clean=False) or ""
+            count = sum(bool(line) and line[0] != "#" for line in own)
+            count -= sum(bool(line.strip()) for line in docstring.splitlines())
             if node.name in LONGEST:
-                assert node.end_lineno - node.lineno + 1 <= LONGEST[node.name], node.name
+                assert len(own) <= LONGEST[node.name], node.name
             else:
-                assert count <= 50, node.name
+                assert count <= 50, f"{path}: {node.name}"
+
+
+def test_no_text_file_is_opened_in_the_platforms_encoding():
+    """What no test runs is found by eye: every open and read_text names its encoding."""
+    for path in FILES:
+        for call in nodes(path):
+            name = getattr(getattr(call, "func", None), "attr", "")
+            built_in = getattr(getattr(call, "func", None), "id", "") == "open"
+            if isinstance(call, ast.Call) and (built_in or name in ("read_text", "write_text")):
+                named = {keyword.arg for keyword in call.keywords}
+                binary = built_in and "b" in "".join(ast.unparse(x) for x in call.args[1:])
+                assert binary or "encoding" in named, f"{path}:{call.lineno}"
+
+
+def test_what_starts_an_interpreter_is_marked():
+    """A test that names one, or calls a function of its file that does, has the mark `programs`."""
+    mark, unmarked = "pytest.mark.programs", []
+    for path in (p for p in FILES if p.parts[0] == "tests"):
+        found = {f.name: f for f in functions(tree(path).body)}
+        texts = {name: ast.unparse(f) for name, f in found.items()}
+        for name in (name for name in found if name.startswith("test_")):
+            reached = [name]
+            for text in map(texts.get, reached):  # the list grows
+                words = set(re.findall(r"\w+", text)) & texts.keys()
+                reached += sorted(words - set(reached))
+            text = "\n".join(map(texts.get, reached))
+            marked = re.search(rf"^pytestmark = .*{re.escape(mark)}\b", source(path), re.M)
+            marked = marked or mark in map(ast.unparse, found[name].decorator_list)
+            if re.search(r"sys\.executable|torch\.distributed\.run", text) and not marked:
+                unmarked.append(f"{path}::{name}")
+    assert not unmarked
 
 
 def test_no_field_of_a_run_is_a_function_bound_elsewhere():
     """A reader follows a call of the step to its definition."""
     for path in ("run/state.py", "run/batch.py", "engine/engine.py"):
-        for node in ast.walk(ast.parse(source(path))):
+        for node in nodes(path):
             if isinstance(node, ast.AnnAssign):
                 assert "Callable" not in ast.unparse(node.annotation), ast.unparse(node)
-    body = ast.parse(source("engine/engine.py")).body
+    body = tree("engine/engine.py").body
     engine = next(n for n in body if getattr(n, "name", "") == "Engine")
-    methods = {f.name for f in engine.body if isinstance(f, ast.FunctionDef)}
-    methods = {name for name in methods if not name.startswith("_")}
+    public = lambda node: {f.name for f in functions(node.body) if not f.name.startswith("_")}
+    methods = public(engine)
     assert len(methods) <= 10
     for path in ("fast", "float16", "master_weights", "fsdp"):
-        for node in ast.parse(source(f"engine/{path}.py")).body:
+        for node in tree(f"engine/{path}.py").body:
             if isinstance(node, ast.ClassDef) and node.name.endswith("Engine"):
-                own = {f.name for f in node.body if isinstance(f, ast.FunctionDef)}
-                assert {name for name in own if not name.startswith("_")} <= methods, node.name
+                assert public(node) <= methods, node.name
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if len(p.parts) == 1], ids=str)
-def test_public_functions_of_the_top_level_are_annotated(path):
-    for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
-        methods = [node] if isinstance(node, ast.FunctionDef) else getattr(node, "body", [])
-        for f in methods:
-            if not isinstance(f, ast.FunctionDef) or f.name.startswith("_"):
-                continue
-            arguments = [*f.args.args, *f.args.kwonlyargs]
-            missing = [a.arg for a in arguments if a.annotation is None and a.arg != "self"]
-            assert not missing and f.returns is not None, (f.name, missing)
+def test_public_functions_of_the_top_level_are_annotated():
+    parents = [tree(p) for p in FILES if len(p.parts) == 1]
+    parents += [
+        node for parent in parents for node in parent.body if isinstance(node, ast.ClassDef)
+    ]
+    for f in (f for parent in parents for f in functions(parent.body)):
+        arguments = [*f.args.args, *f.args.kwonlyargs]
+        missing = [a.arg for a in arguments if a.annotation is None and a.arg != "self"]
+        said = not missing and f.returns is not None
+        assert said or f.name.startswith("_"), (f.name, missing)
 
 
 def test_the_readme_is_short_and_its_files_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = source("README.md")
     assert len(text.split()) <= 1800
     assert max(len(line) for line in text.splitlines() if line[:1] != "|") <= 120
     for page in [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]:
@@ -210,14 +266,15 @@ def test_the_readme_is_short_and_its_files_exist():
                 assert not anchor or anchor in anchors(there), f"{page.name}: {link}#{anchor}"
 
 
-@pytest.mark.parametrize("name", ["README.zh.md", "README.ko.md"])
-def test_a_translated_readme_says_the_same(name):
+def test_a_translated_readme_says_the_same():
     """Its code, links, numbers and the rows of its tables are those of the English one."""
-    english, translated = readme_parts("README.md"), readme_parts(name)
-    for part, expected in english.items():
-        assert translated[part] == expected, part
-    first = source("README.md").split("\n## ")[0].splitlines()[2]
-    assert f"({name})" in first and "(README.md)" in source(name).split("\n## ")[0]
+    english = readme_parts("README.md")
+    for name in ("README.zh.md", "README.ko.md"):
+        translated = readme_parts(name)
+        for part, expected in english.items():
+            assert translated[part] == expected, (name, part)
+        first = source("README.md").split("\n## ")[0].splitlines()[2]
+        assert f"({name})" in first and "(README.md)" in source(name).split("\n## ")[0]
 
 
 def readme_parts(name):
@@ -288,7 +345,7 @@ def test_every_planted_fault_has_its_place():
 
 def test_every_function_named_in_the_equations_exists():
     """docs/equations.md: `module.function` is there, and so is each `test_file.py::test_name`."""
-    text = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
+    text = source("docs/equations.md")
     for module, name in re.findall(r"`([a-z]+)\.([a-z_]\w+)`", text):
         if name != "py":
             assert re.search(rf"(def|class) {name}\b|^{name} =", source(f"{module}.py"), re.M), name
@@ -296,7 +353,3 @@ def test_every_function_named_in_the_equations_exists():
     assert len(tests) > 40
     for file, name in tests:
         assert name is None or f"def {name}(" in source(pathlib.Path("tests") / file), (file, name)
-
-
-def source(path):
-    return (ROOT / path).read_text(encoding="utf-8")

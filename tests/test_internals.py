@@ -4,11 +4,12 @@ entropies are known."""
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
 import transformers
-from conftest import TINY, checkpoint_layers, random_model
+from conftest import checkpoint_layers, random_model
 
 import internals
 from common.errors import UserError
@@ -57,55 +58,55 @@ def test_residual_stream_adds_up_and_equals_transformers(any_model, padding):
         torch.testing.assert_close(stream.attention_input[l - 1], normed)
         normed = block.post_attention_layernorm(middle)
         torch.testing.assert_close(stream.feed_forward_input[l - 1], normed)
-    for ours, theirs in zip(stream.hidden[:-1], out.hidden_states):
-        torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
     last = any_model.model.norm(stream.hidden[-1])
-    torch.testing.assert_close(last[real], out.hidden_states[-1][real], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip([*stream.hidden[:-1], last], out.hidden_states):
+        torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
     # the trap: theirs is normed, ours is not
     assert (stream.hidden[-1] - out.hidden_states[-1])[real].abs().max() > 0.1
-
-
-@pytest.mark.parametrize("padding", PADDINGS)
-def test_layer_L_with_the_norm_is_the_models_own_policy(any_model, padding):
-    mask = PADDINGS[padding]
-    out = reference(any_model, mask)
+    # layer L with the norm is the model's own policy
     with torch.no_grad():
         logits = layer_logits(any_model, layer_hidden(any_model, IDS, mask, 3), norm=True)
         own = layer_logits(any_model, policy_hidden(any_model, IDS, mask))
-    torch.testing.assert_close(logits[mask.bool()], out.logits[mask.bool()], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(own[mask.bool()], out.logits[mask.bool()], atol=1e-5, rtol=1e-5)
+    for ours in (logits, own):
+        torch.testing.assert_close(ours[real], out.logits[real], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_layer_hidden_equals_the_full_pass(any_model, padding, checkpointed):
-    mask = PADDINGS[padding]
+def test_layer_hidden_equals_the_full_pass(any_model, padding):
+    mask, real = PADDINGS[padding], PADDINGS[padding].bool()
     theirs = reference(any_model, mask).hidden_states
-    if checkpointed:
-        checkpoint_layers(any_model)
-    any_model.train()
-    for l in (1, 2):
-        ours = layer_hidden(any_model, IDS, mask, l)
-        torch.testing.assert_close(ours[mask.bool()], theirs[l][mask.bool()], atol=1e-5, rtol=1e-5)
-        assert ours.requires_grad
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_layers(any_model)
+        any_model.train()
+        for l in (1, 2):
+            ours = layer_hidden(any_model, IDS, mask, l)
+            torch.testing.assert_close(ours[real], theirs[l][real], atol=1e-5, rtol=1e-5)
+            assert ours.requires_grad
     # all put back
     assert len(any_model.model.layers) == 3
     assert any_model.get_output_embeddings().weight.shape[0] == 50
 
 
+def same_gradients(model, others, tolerance):
+    for p, g in zip(model.parameters(), others):
+        assert (p.grad is None) == (g is None)
+        assert g is None or torch.allclose(p.grad, g, atol=tolerance, rtol=tolerance)
+
+
+def gradients_of(model):
+    found = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return found
+
+
 def test_checkpointed_gradients_are_the_same():
-    grads = []
-    for checkpointed in (False, True):
-        model = random_model()
-        if checkpointed:
-            checkpoint_layers(model)
-        model.train()
-        layer_hidden(model, IDS, LEFT, 2).square().mean().backward()
-        grads.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
-    for a, b in zip(*grads):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b)
+    model = random_model().train()
+    layer_hidden(model, IDS, LEFT, 2).square().mean().backward()
+    plain = gradients_of(model)
+    checkpoint_layers(model)
+    layer_hidden(model, IDS, LEFT, 2).square().mean().backward()
+    same_gradients(model, plain, 1e-6)
 
 
 def test_nothing_above_the_layer_runs():
@@ -115,11 +116,7 @@ def test_nothing_above_the_layer_runs():
     layer_hidden(model, IDS, LEFT, 2)
     layers = {int(n.split(".")[2]) for n in ran if n.startswith("model.layers.")}
     assert layers == {0, 1} and "model.norm" not in ran and "lm_head" not in ran
-
-
-def test_modules_are_put_back_after_an_error():
-    model = random_model()
-    before = dict(model.named_modules())
+    before = dict(model.named_modules())  # all put back after an error
     with pytest.raises(IndexError):
         layer_hidden(model, torch.full((1, 3), 10_000), torch.ones(1, 3), 2)
     assert dict(model.named_modules()) == before
@@ -136,23 +133,20 @@ def test_left_padded_equals_unpadded():
 # ---------------------------------------------------------------------- states that predict answers
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
-ROLLOUT = rollout_of(
-    PROMPTS,
-    [[12, 13, 14], [3], [24]] + [[15, 16], [17, 18, 19, 20], [25, 26, 27]] + [[21], [22, 23], [28]],
-)
+ANSWERS = [[12, 13, 14], [3], [24], [15, 16], [17, 18, 19, 20], [25, 26, 27], [21], [22, 23], [28]]
+ROLLOUT = rollout_of(PROMPTS, ANSWERS)
 ROWS = {"rows of three groups": [5, 0, 1, 4, 3, 8], "answers of one token": [1, 2, 6, 6]}
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("steps", [(1,), (1.5,), (3,), None])
 @pytest.mark.parametrize("layer", [None, 2])
-def test_answer_states_are_those_of_each_line_alone(any_model, layer, steps, rows, monkeypatch):
+def test_answer_states_are_those_of_each_line_alone(any_model, layer, rows, monkeypatch):
     """Prompts of unequal length, a micro-batch that cuts through groups, lines with empty places:
-    every state and the gradient of every weight."""
+    every state and the gradient of every weight, in every packing (None: a line an answer)."""
     any_model.train()
     expected = []
     for r in rows:
-        prompt, answer = PROMPTS[r // 3], ROLLOUT.responses()[r]
+        prompt, answer = PROMPTS[r // 3], ANSWERS[r]
         line = torch.tensor([prompt + answer])
         mask = torch.ones_like(line)
         states = policy_hidden(any_model, line, mask, layer, norm=layer is None)
@@ -160,21 +154,19 @@ def test_answer_states_are_those_of_each_line_alone(any_model, layer, steps, row
     expected = torch.cat(expected)
     weight = torch.randn(expected.shape)
     (expected * weight).sum().backward()
-    grads = [None if p.grad is None else p.grad.clone() for p in any_model.parameters()]
-    any_model.zero_grad()
-    monkeypatch.setattr(packing, "STEPS", steps)
+    grads = gradients_of(any_model)
     monkeypatch.setattr(packing, "cost", lambda packing, D: 0)  # pack, whatever it costs
-    if steps is None:
-        monkeypatch.setattr(packing, "choose_packing", lambda *sizes: None)
-    packed = packing.Packer(any_model.config).pack(ROLLOUT, rows)
-    states = internals.response_states(any_model, packed, layer, layer is None)
-    assert packed.tokens.tolist() == [t for r in rows for t in ROLLOUT.responses()[r]]
-    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
-    (states * weight).sum().backward()
-    for p, g in zip(any_model.parameters(), grads):
-        assert (p.grad is None) == (g is None)
-        if g is not None:
-            torch.testing.assert_close(p.grad, g, atol=3e-4, rtol=3e-4)
+    for steps in ((1,), (1.5,), (3,), None):
+        monkeypatch.setattr(packing, "STEPS", steps)
+        if steps is None:
+            monkeypatch.setattr(packing, "choose_packing", lambda *sizes: None)
+        packed = packing.Packer(any_model.config).pack(ROLLOUT, rows)
+        states = internals.response_states(any_model, packed, layer, layer is None)
+        assert packed.tokens.tolist() == [t for r in rows for t in ANSWERS[r]]
+        torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
+        (states * weight).sum().backward()
+        same_gradients(any_model, grads, 3e-4)
+        any_model.zero_grad()
 
 
 def shapes_seen(model):
@@ -196,9 +188,8 @@ def test_a_shared_prompt_runs_once():
     states_of(model, ROLLOUT, [0, 1, 3, 4])
     # prompts of 4 and 1 tokens, answers of 3, 1, 2 and 4, each without its last token
     assert shapes == [(1, 11)]
-    internals.response_states(
-        model, internals.unpacked(ROLLOUT, [0, 1, 3, 4])
-    )  # the plain layout: a line an answer
+    plain = internals.unpacked(ROLLOUT, [0, 1, 3, 4])  # a line an answer
+    internals.response_states(model, plain)
     assert shapes[1] == (4, 6)
 
 
@@ -219,9 +210,8 @@ def test_a_line_by_hand():
     assert tokens.tolist() == [9, 10, 11, 12] + [4, 5, 6] + [13] + [7, 8]
     mask = packing.visible(*owners)
     sees = [row.nonzero().flatten().tolist() for row in mask[0, 0]]
-    assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]] + [
-        *([5], [5, 6], [5, 6, 7], [5, 6, 7, 8])
-    ]
+    assert sees[:5] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]]
+    assert sees[5:] == [[5], [5, 6], [5, 6, 7], [5, 6, 7, 8]]
     assert mask[1, 0].sum() == 9 and bool(mask[1, 0].diagonal().all())  # padding sees itself
 
 
@@ -279,10 +269,8 @@ def test_no_pass_holds_more_tokens_than_asked_for(packed):
             states_of(model, rollout, part)
         else:
             internals.response_states(model, internals.unpacked(rollout, part))
-        real = sum(len(answers[r]) for r in part) + sum(
-            len(prompts[p]) for p in {r // 8 for r in part}
-        )
-        assert real <= 700
+        asked = sum(len(prompts[p]) for p in {r // 8 for r in part})
+        assert sum(len(answers[r]) for r in part) + asked <= 700
     assert sorted(sum(parts, [])) == list(range(96))
     computed = [rows * width for rows, width in shapes]
     assert len(shapes) == len(parts)
@@ -320,13 +308,10 @@ def test_entropies_against_plain_softmax(any_model):
         ours = internal_entropy(any_model, IDS, LEFT, response, batch=2)
         stream = residual_stream(any_model, IDS, LEFT)
         for l in range(3):
-            for mine, part in (
-                (ours.layer[l + 1], stream.hidden[l + 1]),
-                (ours.attention[l], stream.attention[l]),
-                (ours.feed_forward[l], stream.feed_forward[l]),
-                (ours.attention_input[l], stream.attention_input[l]),
-                (ours.feed_forward_input[l], stream.feed_forward_input[l]),
-            ):
+            pairs = [(ours.layer[l + 1], stream.hidden[l + 1])]
+            for name in ("attention", "feed_forward", "attention_input", "feed_forward_input"):
+                pairs.append((getattr(ours, name)[l], getattr(stream, name)[l]))
+            for mine, part in pairs:
                 assert mine.item() == pytest.approx(mean_entropy(part), abs=1e-4)
             middle = stream.hidden[l] + stream.attention[l]
             cosine = torch.cosine_similarity(stream.feed_forward[l], middle, dim=-1)
@@ -357,25 +342,14 @@ def test_blocks_that_add_nothing():
     torch.testing.assert_close(entropy.attention_input, entropy.feed_forward_input)
 
 
-@pytest.mark.parametrize(
-    "change, layer",
-    [
-        ([-1, -2, -3], None),
-        ([1, 2, 3], 3),
-        ([-1, -1, 0.1], 3),
-        ([1, -1, -1], 1),
-        ([1, -1, 1, 0], 3),
-        ([], None),
-    ],
-)
+BOUNDARIES = [([-1, -2, -3], None), ([1, 2, 3], 3), ([-1, -1, 0.1], 3), ([1, -1, -1], 1)]
+BOUNDARIES += [([1, -1, 1, 0], 3), ([], None)]
+
+
+@pytest.mark.parametrize("change, layer", BOUNDARIES)
 def test_boundary_layer(change, layer):
     assert boundary_layer(torch.tensor(change, dtype=torch.float64)) == layer
     assert boundary_layer(change) == layer
-
-
-def test_no_response_token_is_an_error():
-    with pytest.raises(ValueError, match="at least one response token"):
-        internal_entropy(random_model(), IDS, LEFT, torch.zeros_like(LEFT))
 
 
 # ---------------------------------------------------------------------------------------- comparing
@@ -427,10 +401,12 @@ def test_perplexity_is_that_of_the_labels():
 # ---------------------------------------------------------------------------------------- bad input
 
 
-def test_layers_outside_the_model():
+def test_layers_outside_the_model_and_no_response():
     for layer in (0, 4, -1):
         with pytest.raises(ValueError, match=f"layer {layer}: this model has the layers 1 to 3"):
             layer_hidden(random_model(), IDS, LEFT, layer)
+    with pytest.raises(ValueError, match="at least one response token"):
+        internal_entropy(random_model(), IDS, LEFT, torch.zeros_like(LEFT))
 
 
 def test_architectures_without_such_blocks():
@@ -455,37 +431,31 @@ def test_blocks_that_are_not_pre_norm_residual():
         residual_stream(granite, IDS, LEFT)
 
 
-def test_command_line(tmp_path, capsys):
-    model = ["--model", str(TINY)]
-    sizes = "--samples 4 --max-new-tokens 8".split()
-    internal_report.main([*model, *sizes, "--out", str(tmp_path)])
-    record = json.loads((tmp_path / "internals.json").read_text(encoding="utf-8"))[str(TINY)]
-    layers = len(record["feed_forward_change"])
-    assert record["answers"] == 4 and len(record["layer"]) == layers + 1
-    assert record["boundary_layer"] == boundary_layer(record["feed_forward_change"])
-    assert f"boundary layer: {record['boundary_layer']} of {layers}" in capsys.readouterr().out
+def test_command_line(tmp_path, tiny_folder, capsys, monkeypatch):
+    def record(out, *options):
+        model = ["--model", str(tiny_folder), "--out", str(tmp_path / out)]
+        internal_report.main([*model, *map(str, options)])
+        said = (tmp_path / out / "internals.json").read_text(encoding="utf-8")
+        return json.loads(said)[str(tiny_folder)]
+
+    found = record("a", "--samples", 4, "--max-new-tokens", 8)
+    layers = len(found["feed_forward_change"])
+    assert found["answers"] == 4 and len(found["layer"]) == layers + 1
+    assert found["boundary_layer"] == boundary_layer(found["feed_forward_change"])
+    assert f"boundary layer: {found['boundary_layer']} of {layers}" in capsys.readouterr().out
     question = "Use 1, 2, 3 once each with + - * / to make 6. Reply with the expression only."
-    answers = tmp_path / "answers.jsonl"
-    answers.write_text(
-        json.dumps({"question": question, "answer": "1+2+3"}) + "\n", encoding="utf-8"
-    )
-    two = ["--answers", str(answers), "--compare", str(TINY), "--out", str(tmp_path / "b")]
-    internal_report.main([*model, *two])
-    assert (
-        json.loads((tmp_path / "b" / "internals.json").read_text(encoding="utf-8"))[str(TINY)][
-            "tokens"
-        ]
-        == 6
-    )
+    answers, line = tmp_path / "answers.jsonl", {"question": question, "answer": "1+2+3"}
+    answers.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "scripts.internal_figures", None)  # without matplotlib
+    assert record("b", "--answers", answers, "--compare", tiny_folder)["tokens"] == 6
+    assert "for the two figures: pip install matplotlib" in capsys.readouterr().out
     with pytest.raises(UserError, match="--answers .*nowhere: no such file"):
-        internal_report.main([*model, "--answers", "nowhere", "--out", str(tmp_path)])
+        record("c", "--answers", "nowhere")
 
 
 def test_the_responses_of_a_run_are_finished_answers():
-    from scripts.internal_report import question_and_answer
-
     for name in ("response", "answer"):
         line = json.dumps({"question": "1 + 1?", name: "2"}).encode()
-        assert question_and_answer(line, "line 1") == ("1 + 1?", "2")
+        assert internal_report.question_and_answer(line, "line 1") == ("1 + 1?", "2")
     with pytest.raises(UserError, match="line 1: needs a JSON object with question and answer"):
-        question_and_answer(b'{"question": "1 + 1?"}', "line 1")
+        internal_report.question_and_answer(b'{"question": "1 + 1?"}', "line 1")

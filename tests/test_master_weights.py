@@ -1,10 +1,12 @@
 """float32 masters beside bfloat16 weights: their bits, AdamW's steps on them, and a whole run."""
 
 import json
+import shutil
+import sys
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, verdicts
 from safetensors.torch import load_file
 
 import train
@@ -75,52 +77,65 @@ def test_gradients_are_summed_in_float32():
 
 @pytest.fixture
 def coins(monkeypatch):
-    """Every second answer is right, and nothing is evaluated, most of a short run's time."""
-    coin = iter(range(10**6))
+    """Every second answer is right; nothing is evaluated or drawn, most of a short run's time."""
     verdict = lambda right: Grade(right, right)
     mixed = [[Response("", verdict(right), 7, True) for right in (True, False)]] * 2
-    monkeypatch.setattr("train.grade", lambda *a: verdict(next(coin) % 2 == 0))
+    verdicts(monkeypatch, True, False)
+    monkeypatch.setitem(sys.modules, "scripts.curves", None)  # as without matplotlib
     monkeypatch.setattr(report, "evaluate_over", lambda *args: mixed)
 
 
-def options(folder, tiny_folder, *more):
-    sizes = (
-        "--prompts-per-step 2 --num-generations 4 --updates-per-rollout 2 --max-new-tokens 5 "
-        "--difficulty 2 --warmup-steps 1 --device cpu --lr 1e-3 --micro-batch 2 "
-        "--save-total-limit 9"
-    ).split()
-    return [*sizes, "--model", str(tiny_folder), "--out", str(folder), *more]
+SIZES = (
+    "--prompts-per-step 2 --num-generations 4 --updates-per-rollout 2 --max-new-tokens 5 "
+    "--difficulty 2 --warmup-steps 1 --device cpu --lr 1e-3 --micro-batch 2 --no-self-check "
+    "--save-total-limit 9"
+).split()
+
+
+def rows_of(folder):
+    """The lines of metrics.jsonl but the first."""
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()[1:]]
 
 
 @pytest.mark.parametrize("where", ["--split-master", "--offload"])
-def test_a_run_and_its_resume(where, tmp_path, tiny_folder, coins):
-    """One step and one more after a resume are two, bit for bit; the saved weights are float32;
-    before the first update the ratios are exactly 1."""
+def test_a_run_and_its_resume_and_its_reference(where, tmp_path, tiny_folder, coins):
+    """Two steps are one and, after a resume, one more, bit for bit; the saved weights are float32;
+    before the first update the ratios are exactly 1; the reference is the float32 model rounded
+    once, as the policy was, rotary tables in float32, and a resume knows that model again."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.main(options(whole, tiny_folder, where, "--steps", "2"))
-    train.main(options(parts, tiny_folder, where, "--steps", "1"))
-    train.main(["--resume", "--out", str(parts), "--steps", "2"])
+    more = [where, "--kl", "0.1", "--algo", "grpo", "--model", str(tiny_folder), "--steps", "2"]
+    train.main([*SIZES, *more, "--out", str(whole)])
+    later = shutil.ignore_patterns("final", "checkpoint-2")
+    shutil.copytree(whole, parts, ignore=later)
+    resumed = ["--resume", "--out", str(parts), "--steps", "2"]
+    run, step = open_run(parse(resumed, ""), SingleProcess("cpu"))
+    run.lock.lock.release()
+    assert step == 1
+    initial, _ = load_model(tiny_folder)
+    for p, q in zip(run.reference.parameters(), initial.parameters()):
+        assert torch.equal(p, q.to(torch.bfloat16))
+    assert {b.dtype for b in run.reference.buffers()} == {torch.float32}
+    train.main(resumed)
     a, b = (load_file(f / "final" / "model.safetensors") for f in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert {x.dtype for x in a.values()} == {torch.float32}
     assert any((x != x.to(torch.bfloat16).float()).any() for x in a.values())
-    for line in (whole / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1:]:
-        row = json.loads(line)
+    for row in rows_of(whole):
         assert row["updates"] == 2 and row["ratio_off_before_update"] == 0
         assert row["weights_changed"] > 0.9
 
 
 def test_float16_scales_its_loss(tmp_path, tiny_folder, coins):
     """Its first scale, 65536, is right or it is lowered without a fault; weights move."""
-    train.main(options(tmp_path / "run", tiny_folder, "--dtype", "float16", "--steps", "2"))
-    rows = [
-        json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8")
-    ][1:]
-    assert all(row["skipped_updates"] == 0 and row["weights_changed"] > 0.5 for row in rows)
-    assert all(row["updates"] + row.get("rescaled_updates", 0) == 2 for row in rows)
-    state = json.loads(
-        (tmp_path / "run" / "checkpoint-2" / "run.json").read_text(encoding="utf-8")
-    )["scaler"]
+    out = tmp_path / "run"
+    more = ["--dtype", "float16", "--steps", "2", "--model", str(tiny_folder), "--out", str(out)]
+    train.main([*SIZES, *more])
+    for row in rows_of(out):
+        assert row["skipped_updates"] == 0 and row["weights_changed"] > 0.5
+        assert row["updates"] + row.get("rescaled_updates", 0) == 2
+    text = (out / "checkpoint-2" / "run.json").read_text(encoding="utf-8")
+    state = json.loads(text)["scaler"]
     assert state["scale"] <= 65536 and state["_growth_tracker"] >= 0
 
 
@@ -133,19 +148,3 @@ def test_an_overflow_is_no_fault(opened, coins):
     assert bad is None and metrics["rescaled_updates"] == 1 and metrics["skipped_updates"] == 0
     assert run.engine.scaler.get_scale() == 2.0**39
     assert all(torch.equal(p, q) for p, q in zip(run.policy.parameters(), before))
-
-
-@pytest.mark.parametrize("where", ["--split-master", "--offload"])
-def test_the_reference_is_the_policy_it_was(where, tmp_path, tiny_folder, coins):
-    """Both are the float32 model rounded once, rotary tables in float32: before the first update
-    the KL is 0; and a resume knows the initial model again."""
-    more = [where, "--kl", "0.1", "--updates-per-rollout", "1", "--algo", "grpo"]
-    train.main(options(tmp_path / "run", tiny_folder, *more, "--steps", "1"))
-    run, step = open_run(
-        parse(["--resume", "--out", str(tmp_path / "run")], ""), SingleProcess("cpu")
-    )
-    assert step == 1 and run.reference is not None
-    initial, _ = load_model(tiny_folder)
-    for p, q in zip(run.reference.parameters(), initial.parameters()):
-        assert torch.equal(p, q.to(torch.bfloat16))
-    assert {b.dtype for b in run.reference.buffers()} == {torch.float32}

@@ -1,7 +1,5 @@
 """The memory estimate: numbers worked by hand on a small shape, and which option it blames."""
 
-import dataclasses
-import importlib
 import json
 import re
 from types import SimpleNamespace
@@ -18,14 +16,42 @@ from engine.logprobs import LOGIT_CHUNK_BYTES, chunk_of
 from run import option_checks, setup
 from run.batch import rollout_of
 
-STEP = (
-    "--estimate --prompts-per-step 4 --num-generations 2 --updates-per-rollout 2 "
-    "--max-new-tokens 10"
-).split()
+STEP = "--estimate --prompts-per-step 4 --num-generations 2 --updates-per-rollout 2"
+
+
+def once(function):
+    """The same function, which works once for each configuration."""
+    known = {}
+
+    def remembered(config, *more):
+        key = (config.to_json_string(use_diff=False), *more)
+        if key not in known:
+            known[key] = function(config, *more)
+        return known[key]
+
+    return remembered
+
+
+@pytest.fixture(autouse=True, scope="module")
+def parameters_are_counted_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "parameter_count", once(memory.parameter_count))
+        yield
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """benchmarks/gpu.py and fit_table.py; what they replace in train.py is put back."""
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
+    monkeypatch.setattr(train, "grade", train.grade)
+    import fit_table
+    import gpu
+
+    return SimpleNamespace(gpu=gpu, fit_table=fit_table)
 
 
 def some_options(*more):
-    return option_checks.parse([*STEP, *more], "")
+    return option_checks.parse([*STEP.split(), "--max-new-tokens", "10", *more], "")
 
 
 def test_parts_by_hand():
@@ -70,7 +96,10 @@ def test_parts_by_hand():
     # goes through, in a line of its own
     assert needs("--micro-tokens", "55").activations == e.activations
     assert needs("--micro-tokens", "1000").activations == e.activations
-    assert needs("--micro-tokens", "5").activations == 3 * 16 * a_token + 2 * parameters
+    one = 3 * 16 * a_token + 2 * parameters
+    assert (
+        needs("--micro-tokens", "5").activations == needs("--micro-batch", "1").activations == one
+    )
     # answers that are too long for a shared line fill passes up to the limit, however long
     long = needs("--micro-tokens", "2200", "--max-new-tokens", "1050")
     assert long.activations == 3 * 2200 * a_token + 2 * parameters
@@ -79,7 +108,8 @@ def test_parts_by_hand():
 
 
 def test_masters_apart_by_hand():
-    """16 bytes a parameter on the card, or 6 with the rest in main memory; no replica."""
+    """16 bytes a parameter on the card, or 6 with the rest in main memory; no replica. Two
+    processes hold a half each."""
     model = random_model(layers=3, vocab=50, hidden=32)
     parameters = sum(p.numel() for p in model.parameters())
     split = memory.estimate(model.config, some_options("--split-master"))
@@ -87,16 +117,8 @@ def test_masters_apart_by_hand():
     beside = memory.estimate(model.config, some_options("--offload"))
     assert beside.weights == 2 * parameters and beside.gradients == 4 * parameters
     assert beside.moments == split.replica == beside.replica == 0
-
-
-def test_what_makes_it_smaller():
-    config, o = load_config(TINY), some_options("--max-new-tokens", "200")
-    whole = memory.estimate(config, o)
-    changed = lambda **changes: memory.estimate(config, dataclasses.replace(o, **changes))
-    assert changed(gradient_checkpointing=True).activations < whole.activations
-    assert changed(micro_batch=1).activations < whole.activations
-    assert memory.estimate(config, o, world_size=2).weights == whole.weights // 2
-    assert changed(offload=True).moments == 0
+    shared = memory.estimate(model.config, some_options(), world_size=2)
+    assert shared.weights == shared.gradients == 2 * parameters
 
 
 def test_a_chunk_of_logits_has_a_fixed_size():
@@ -111,22 +133,19 @@ def test_a_chunk_of_logits_has_a_fixed_size():
         assert e.logits == rows * 151_936 * 8 + 2 * 4 * 151_936 * config.hidden_size
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        "--micro-batch 8",
-        "--micro-batch 16 --gradient-checkpointing",
-        "--micro-batch 4 --dtype bfloat16",
-        "--micro-batch 8 --split-master",
-    ],
-)
-def test_the_estimate_is_what_the_allocator_sees(more, monkeypatch):
-    """One whole step of a small shape, as benchmarks/gpu.py takes it, on a CPU: within 15 %."""
-    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
-    import gpu
+CASES = [
+    "--micro-batch 8",
+    "--micro-batch 16 --gradient-checkpointing",
+    "--micro-batch 4 --dtype bfloat16",
+    "--micro-batch 8 --split-master",
+]
 
-    monkeypatch.setattr(train, "grade", train.grade)  # put back what the benchmark replaces
-    a = SimpleNamespace(prompts=8, answers=2, answer=32, prompt=32, rehearse=True)
+
+@pytest.mark.parametrize("more", CASES)
+def test_the_estimate_is_what_the_allocator_sees(more, benchmarks, monkeypatch):
+    """One whole step of a small shape, as benchmarks/gpu.py takes it, on a CPU: within 15 %."""
+    gpu = benchmarks.gpu
+    a = SimpleNamespace(prompts=8, answers=2, answer=8, prompt=56, rehearse=True)
     monkeypatch.setitem(gpu.SHAPES, "small", (64, 320, 4, 4, 2, True))
     config, o = gpu.config_of("small"), gpu.step_options(a, more.split())
     config.vocab_size = 2_000
@@ -135,7 +154,9 @@ def test_the_estimate_is_what_the_allocator_sees(more, monkeypatch):
     run.train_examples = [
         (problem, [1] * (a.prompt - len(ids)) + ids) for problem, ids in run.train_examples
     ]
-    gpu.measured_step(1, run)
+    with monkeypatch.context() as patch:  # the first step makes the moments; nobody looks
+        patch.setattr(gpu, "peak_on_cpu", lambda step, *holders: (step(), 0))
+        gpu.measured_step(1, run)
     step, peak = gpu.measured_step(2, run)
     assert step.updates[0].outcome == "applied"
     need = memory.estimate(config, o, a.prompt, 1, cuda=False)
@@ -180,52 +201,38 @@ def test_a_device_that_is_too_small_is_named_with_the_number_to_change(monkeypat
             setup.describe(fake, load_config(TINY), print)
 
 
-def test_the_benchmark_rehearses_and_records(tmp_path, monkeypatch, capsys):
+def test_the_benchmark_rehearses_and_records(tmp_path, benchmarks, monkeypatch, capsys):
     """benchmarks/gpu.py as a user calls it, on a CPU; without a GPU and without --rehearse one
-    line."""
-    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
-    import gpu
-
-    monkeypatch.setattr(train, "grade", train.grade)
+    line. Operators by phase of one step more."""
+    gpu, record = benchmarks.gpu, tmp_path / "gpu.json"
     sizes = "--shape tiny --prompts 2 --answers 4 --answer 8 --prompt 12 --micro-batch 2".split()
-    record = tmp_path / "gpu.json"
-    command = ["gpu.py", *sizes, "--rehearse", "--json", str(record), "--gradient-checkpointing"]
-    monkeypatch.setattr("sys.argv", command)
+    more = ["--steps", "1", "--profile", "--json", str(record), "--gradient-checkpointing"]
+    monkeypatch.setattr("sys.argv", ["gpu.py", *sizes, "--rehearse", *more])
     gpu.main()
     row = json.loads(record.read_text(encoding="utf-8"))
     assert row["options"] == ["--micro-batch", "2", "--gradient-checkpointing"]
     assert row["rows"] == 8 and row["ratio_off"] == 0 and 0 < row["peak_gib"] < 0.1
-    assert row["tokens"] > row["answer_tokens"] > 3 and row["updates"][0] in (
-        "applied",
-        "no_signal",
-    )
-    assert "memory:" in capsys.readouterr().out
+    assert row["tokens"] > row["answer_tokens"] > 3
+    assert row["updates"][0] in ("applied", "no_signal")
+    out = capsys.readouterr().out
+    assert "memory:" in out and "x aten::mm" in out
+    for phase in ("generate", "score", "update"):
+        assert re.search(rf"^{phase}: [1-9]\d* operators, \d+ waits, 0", out, re.M)
     monkeypatch.setattr("sys.argv", ["gpu.py", *sizes])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="needs a CUDA GPU"):
         gpu.main()
 
 
-def test_the_benchmark_decodes_alone_and_profiles(monkeypatch, capsys):
-    """Answers of given lengths, and the bytes that decoding must read, by hand; operators by
-    phase."""
-    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
-    import gpu
-
-    monkeypatch.setattr(train, "grade", train.grade)
+def test_the_benchmark_decodes_alone(benchmarks, monkeypatch, capsys):
+    """Answers of given lengths, and the bytes that decoding must read, by hand."""
+    gpu = benchmarks.gpu
     sizes = "--shape tiny --prompts 2 --answers 4 --answer 8 --prompt 12 --rehearse".split()
     monkeypatch.setattr("sys.argv", ["gpu.py", *sizes, "--decode-alone"])
     gpu.main()
     draw = gpu.random.Random(0)
     lengths = [(draw.randint(10, 64), draw.randint(10, 64)) for _ in range(8)]
     assert f"8 answers, {sum(n for _, n in lengths)} tokens in" in capsys.readouterr().out
-
-    monkeypatch.setattr("sys.argv", ["gpu.py", *sizes, "--profile", "--steps", "1"])
-    gpu.main()
-    out = capsys.readouterr().out
-    for phase in ("generate", "score", "update"):
-        assert re.search(rf"^{phase}: [1-9]\d* operators, \d+ waits, 0", out, re.M)
-    assert "x aten::mm" in out
 
     model = random_model()
     rollout = rollout_of([[1, 2], [3]], [[4, 5, 6], [7]])
@@ -236,17 +243,15 @@ def test_the_benchmark_decodes_alone_and_profiles(monkeypatch, capsys):
     assert gpu.bytes_of_decoding(run, rollout) == expected
 
 
-@pytest.mark.parametrize("name", ["decode", "step_vs_trl"])
-def test_other_benchmarks_call_what_is_there(name, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
-    benchmark = importlib.import_module(name)
-    if name == "decode":
-        work = benchmark.Work(random_model(), [[5, 6], [7]], 2, 6, [3])
-        assert 4 <= benchmark.ours(work, 1.0) <= 24
-    else:
-        monkeypatch.setattr(train, "grade", train.grade)
-        benchmark.random_model(tmp_path)
-        assert len(benchmark.ours(str(tmp_path), "coin", "grpo", 3)) == 1
+def test_other_benchmarks_call_what_is_there(benchmarks, monkeypatch, tmp_path):
+    import decode
+    import step_vs_trl
+
+    work = decode.Work(random_model(), [[5, 6], [7]], 2, 6, [3])
+    assert 4 <= decode.ours(work, 1.0) <= 24
+    monkeypatch.setitem(step_vs_trl.SIZES, "coin", (4, 8))
+    step_vs_trl.random_model(tmp_path)
+    assert len(step_vs_trl.ours(str(tmp_path), "coin", "grpo", 3)) == 1
 
 
 def ways(*more):
@@ -268,28 +273,30 @@ def test_an_estimate_is_of_what_it_names_whatever_the_environment(monkeypatch):
     # one process: bfloat16 weights on the card; torchrun's: gathered layer by layer
     count = memory.parameter_count(config)[0]
     assert need(sharded=False) == 2 * count and need(sharded=True) == 0
-
-
-def test_an_estimate_takes_a_dtype_that_is_named():
     given = ("--max-new-tokens", "300", "--prompts-per-step", "64", "--num-generations", "8")
-    assert ways(*given, "--dtype", "float32")["one"] > 1.2 * ways(*given)["one"]
-    assert ways(*given, "--dtype", "bfloat16") == ways(*given)
+    usual = ways(*given)
+    assert ways(*given, "--dtype", "float32")["one"] > 1.2 * usual["one"]
+    assert ways(*given, "--dtype", "bfloat16") == usual
 
 
 def test_no_way_is_printed_that_a_run_would_refuse():
     torchrun = {"torchrun, 2 processes", "torchrun, 1, --offload"}
-    assert not {*ways("--split-master")} & (torchrun | {"--offload", "--split-master"})
-    assert not {*ways("--dtype", "float16")} & (torchrun | {"--offload", "--split-master"})
-    assert not {*ways("--dtype", "float32")} & {"--offload", "--split-master"}
+    apart = {"--offload", "--split-master"}
+    for given, refused in (
+        ("--split-master", torchrun | apart),
+        ("--dtype float16", torchrun | apart),
+        ("--dtype float32", apart),
+        ("--prompts-per-step 2", {"torchrun, 2 processes"}),
+    ):
+        assert not refused & {*ways(*given.split())}, given
     assert torchrun < {*ways("--dtype", "float32")}
-    assert not {*ways("--prompts-per-step", "2")} & {"torchrun, 2 processes"}
 
 
-def test_the_table_of_cards_is_what_its_command_prints(monkeypatch, capsys):
-    """docs/scaling.md has its lines and settings; a card takes the first setting that fits it."""
-    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
-    import fit_table
-
+def test_the_table_of_cards_is_what_its_command_prints(benchmarks, monkeypatch, capsys):
+    """docs/scaling.md has its lines and settings; a card takes the first setting that fits it. The
+    shapes have the published numbers of parameters."""
+    fit_table = benchmarks.fit_table
+    monkeypatch.setattr(fit_table, "peak_of", once(fit_table.peak_of))
     fit_table.main()
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out in page
@@ -301,19 +308,11 @@ def test_the_table_of_cards_is_what_its_command_prints(monkeypatch, capsys):
     assert peaks["a"] > 0.9 * 40 > peaks["b"] > 0.9 * 12  # GiB
     assert fit_table.cell(config, 40) == f"**b** {peaks['b']:.1f}"
     assert fit_table.cell(config, 4) == "–" and min(peaks.values()) > 0.9 * 4
-
-
-@pytest.mark.parametrize(
-    "name, parameters",
-    [
-        ("Qwen2.5-0.5B", 494_032_768),
-        ("Qwen3-0.6B", 596_049_920),
-        ("Qwen2.5-7B", 7_615_616_512),
-        ("Qwen3-8B", 8_190_735_360),
-    ],
-)
-def test_the_shapes_have_the_published_number_of_parameters(name, parameters, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
-    import fit_table
-
-    assert memory.parameter_count(fit_table.config_of(name))[0] == parameters
+    published = {
+        "Qwen2.5-0.5B": 494_032_768,
+        "Qwen3-0.6B": 596_049_920,
+        "Qwen2.5-7B": 7_615_616_512,
+        "Qwen3-8B": 8_190_735_360,
+    }
+    for name, parameters in published.items():
+        assert memory.parameter_count(fit_table.config_of(name))[0] == parameters, name

@@ -16,9 +16,7 @@ METRICS = [
 def header_of(text):
     start, block, _ = text.split("---\n", 2)
     assert start == ""
-    return {
-        line.partition(": ")[0]: json.loads(line.partition(": ")[2]) for line in block.splitlines()
-    }
+    return {k: json.loads(v) for k, v in (line.split(": ", 1) for line in block.splitlines())}
 
 
 def test_a_default_run(tmp_path):
@@ -38,15 +36,9 @@ def test_a_default_run(tmp_path):
 def test_a_run_of_a_hub_model_on_a_file(tmp_path):
     (tmp_path / "questions.jsonl").touch()
     given = "--estimate --model Qwen/Qwen3-0.6B --algo dapo --bupo-layer 9 --lr 1e-6 --steps 200"
-    more = [
-        "--data",
-        str(tmp_path / "questions.jsonl"),
-        "--instruction",
-        "Say 'it'",
-        "--threads",
-        "1",
-    ]
-    o = option_checks.parse([*given.split(), *more, "--out", str(tmp_path / "run")], "")
+    paths = ["--data", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "run")]
+    more = ["--instruction", "Say 'it'", "--threads", "1"]
+    o = option_checks.parse([*given.split(), *paths, *more], "")
     text = card(o, METRICS)
     header = header_of(text)
     assert header["base_model"] == "Qwen/Qwen3-0.6B" and "datasets" not in header
@@ -62,10 +54,10 @@ def test_a_run_of_a_hub_model_on_a_file(tmp_path):
 
 
 def test_only_options_that_change_the_result_are_listed():
-    words = "--estimate --algo grpo --no-capture --micro-batch 8 --offload --loss-mean token"
-    o = option_checks.parse([*words.split(), "--eval-prompts", "64"], "")
-    assert given(o) == {"algo": "grpo", "loss_mean": "token", "eval_prompts": 64}
-    o = option_checks.parse(
-        ["--estimate", "--no-adaptive-clip", "--temperature-form", "zscore"], ""
+    parse = lambda words: option_checks.parse(["--estimate", *words.split()], "")
+    o = parse(
+        "--algo grpo --no-capture --micro-batch 8 --offload --loss-mean token --eval-prompts 64"
     )
+    assert given(o) == {"algo": "grpo", "loss_mean": "token", "eval_prompts": 64}
+    o = parse("--no-adaptive-clip --temperature-form zscore")
     assert given(o) == {"adaptive_clip": False, "temperature_form": "zscore"}

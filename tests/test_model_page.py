@@ -10,15 +10,11 @@ from conftest import TINY
 
 from common.errors import UserError
 from run.batch import rollout_of
-from scripts import internal_report, model_page, page
+from scripts import internal_report, model_page
 
-
-@pytest.fixture
-def answer():
-    """One sequence: two prompt tokens and three of an answer, all real."""
-    ids = torch.tensor([[5, 9, 11, 7, 30]])
-    mask = torch.ones_like(ids)
-    return ids, mask, torch.tensor([[0, 0, 1, 1, 1]])
+# one sequence: two prompt tokens and three of an answer, all real
+IDS, RESPONSE = torch.tensor([[5, 9, 11, 7, 30]]), torch.tensor([[0, 0, 1, 1, 1]])
+ANSWER = (IDS, torch.ones_like(IDS), RESPONSE)
 
 
 def reference(model, ids, layer, norm):
@@ -32,42 +28,28 @@ def reference(model, ids, layer, norm):
         return (states @ model.get_output_embeddings().weight.T).log_softmax(-1), out.logits[0, 1:4]
 
 
-def test_inner_layers_against_transformers(any_model, answer):
-    any_model.eval()
-    cells = model_page.cells_of(any_model, *answer, vocab_size=64)
-    for layer in (1, 2):  # inner layers of three
-        for norm in (False, True):
-            logp, own = reference(any_model, answer[0], layer, norm)
-            for t, target in enumerate((11, 7, 30)):
-                cell = cells["layer_norm" if norm else "layer"][layer - 1][t]
-                p = logp[t].exp()
-                assert cell["probability"] == pytest.approx(p[target].item(), rel=2e-3, abs=1e-7)
-                assert cell["rank"] == 1 + int((p > p[target]).sum())
-                assert cell["entropy"] == pytest.approx(-(p * logp[t]).sum().item(), rel=2e-3)
-                kl = (p * (logp[t] - own[t].log_softmax(-1))).sum().item()
-                assert cell["kl"] == pytest.approx(kl, rel=2e-3, abs=1e-5)
-                assert cell["top"][0][0] == int(p.argmax()) and len(cell["top"]) == 5
-                assert cell["top"][0][1] == pytest.approx(p.max().item(), rel=1e-3)
-
-
-def test_the_last_layer_is_normed_once(any_model, answer):
-    """With the norm the last layer is the model's own policy; without, it is not; a norm that
-    doubles its input tells one from two."""
+def test_every_layer_against_transformers(any_model):
+    """Inner layers of three; the last one is the model's own policy with its norm, which is applied
+    once, and is not without: a norm that doubles its input tells one from two."""
     any_model.eval()
     with torch.no_grad():
         any_model.base_model.norm.weight.mul_(2)
-    cells = model_page.cells_of(any_model, *answer, vocab_size=64)
-    _, own = reference(any_model, answer[0], 1, False)
-    for t, target in enumerate((11, 7, 30)):
-        p = own[t].softmax(-1)
-        with_norm, without = cells["layer_norm"][-1][t], cells["layer"][-1][t]
-        assert with_norm["probability"] == pytest.approx(p[target].item(), rel=2e-3, abs=1e-7)
-        assert with_norm["kl"] == pytest.approx(0, abs=1e-5) and without["kl"] > 1e-3
-
-
-def test_padding_ids_are_no_candidates(any_model, answer):
-    any_model.eval()
-    cells = model_page.cells_of(any_model, *answer, vocab_size=40)
+    cells = model_page.cells_of(any_model, *ANSWER, vocab_size=64)
+    for layer, norm in ((1, False), (1, True), (2, False), (2, True), (3, True)):
+        logp, own = reference(any_model, IDS, layer, norm and layer < 3)
+        for t, target in enumerate((11, 7, 30)):
+            cell = cells["layer_norm" if norm else "layer"][layer - 1][t]
+            p = logp[t].exp()
+            assert cell["probability"] == pytest.approx(p[target].item(), rel=2e-3, abs=1e-7)
+            assert cell["rank"] == 1 + int((p > p[target]).sum())
+            assert cell["entropy"] == pytest.approx(-(p * logp[t]).sum().item(), rel=2e-3, abs=1e-6)
+            kl = (p * (logp[t] - own[t].log_softmax(-1))).sum().item()
+            assert cell["kl"] == pytest.approx(kl, rel=2e-3, abs=1e-5)
+            assert cell["top"][0][0] == int(p.argmax()) and len(cell["top"]) == 5
+            assert cell["top"][0][1] == pytest.approx(p.max().item(), rel=1e-3)
+            assert layer < 3 or (abs(kl) < 1e-5 < 1e-3 < cells["layer"][-1][t]["kl"])
+    # ids that only pad the vocabulary are no candidates
+    cells = model_page.cells_of(any_model, *ANSWER, vocab_size=40)
     assert all(i < 40 for cell in cells["layer"][0] for i, _ in cell["top"])
     assert cells["layer"][0][0]["entropy"] <= math.log(40) + 1e-3
 
@@ -107,8 +89,3 @@ def test_empty_answers_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(internal_report, "answers_for", lambda *args: (["q"], empty))
     with pytest.raises(UserError, match="its answers are empty"):
         internal_report.main(["--model", str(TINY), "--out", str(tmp_path)])
-
-
-def test_a_script_cannot_end_itself():
-    text = page.in_script({"a": "</script>", "b": "\u2028&"})
-    assert "<" not in text and "\u2028" not in text and json.loads(text)["a"] == "</script>"

@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, SMALL, TINY
 
 from common import devices, hub
 from common.errors import UserError
@@ -19,77 +19,75 @@ from run import checkpoint
 from scripts import follow
 
 HIDDEN = ("fcntl", "resource", "pwd", "grp", "termios", "pty")
-OURS = r"(__main__|train|evaluate|internals|tasks|(run|program|questions|grading|scripts)\..*)$"
-PROGRAM = (
-    "import runpy, sys, warnings\n"
-    f"warnings.filterwarnings('error', category=EncodingWarning, module={OURS!r})\n"
-    "import builtins\n"
-    "usual = builtins.__import__\n"
-    "def without(name, names=None, *more, **how):\n"  # libraries ask for the platform first
-    f"    ours = {str(ROOT)!r} in str((names or {{}}).get('__file__'))\n"
-    "    ours = ours and 'site-packages' not in names['__file__']\n"
-    f"    if ours and name in {HIDDEN!r}: raise ImportError(name)\n"
-    "    return usual(name, names, *more, **how)\n"
-    "builtins.__import__ = without\n"
-    "sys.argv = sys.argv[1:]\n"
-    "sys.path[0] = '.'\n"
-    "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+OURS = (
+    r"(__main__|train|evaluate|internals|tasks|(bridges|common|engine|problems|run|scripts)\..*)$"
 )
-SMALL = (
-    "--prompts-per-step 2 --num-generations 2 --updates-per-rollout 1 --max-new-tokens 4 "
-    "--eval-prompts 2 --device cpu"
-).split()
+PROGRAMS = f"""
+import builtins, json, runpy, sys, warnings
+warnings.filterwarnings("error", category=EncodingWarning, module={OURS!r})
+usual = builtins.__import__
+def without(name, names=None, *more, **how):  # libraries ask for the platform first
+    file = str((names or {{}}).get("__file__"))
+    ours = {str(ROOT)!r} in file and "site-packages" not in file
+    if ours and name in {HIDDEN!r}: raise ImportError(name)
+    return usual(name, names, *more, **how)
+builtins.__import__ = without
+sys.modules["matplotlib"] = None  # no curves: a second each
+sys.path[0] = "."
+for command in json.loads(sys.argv[1]):
+    print("\\n##", flush=True)
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stop:
+        if stop.code: raise
+"""
 
 
-def elsewhere(*command):
-    """A program of the project as it would run without POSIX: every use by our own files of the
-    platform's encoding is an error, and the terminal knows no Greek."""
+def elsewhere(commands, **places):
+    """What programs of the project print, run in turn in one interpreter without POSIX: every use
+    by our own files of the platform's encoding is an error, and the terminal knows no Greek."""
     env = os.environ | {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONIOENCODING": "cp1252"}
-    env["OMP_NUM_THREADS"] = "1"
+    given = [[part.format(**places) for part in command.split()] for command in commands]
+    command = [sys.executable, "-c", PROGRAMS, json.dumps(given)]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *command], cwd=ROOT, env=env, capture_output=True
+        command, cwd=ROOT, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True
     )
-    return done.returncode, done.stdout.decode("cp1252"), done.stderr.decode("cp1252")
+    printed = done.stdout.decode("cp1252")
+    assert done.returncode == 0, printed + done.stderr.decode("cp1252")
+    return printed.split("\n##")[1:]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The shipped model; libraries may read its files as they like, ours may not."""
-    return str(TINY)
-
-
-@pytest.mark.parametrize("program", ["train.py", "evaluate.py", "internals.py", "scripts/page.py"])
-def test_help_needs_no_posix(program):
-    code, out, err = elsewhere(program, "--help")
-    assert code == 0 and "usage" in out, err
-
-
-def test_a_run_its_resume_and_its_evaluation_need_no_posix(tmp_path, model):
-    out, data = str(tmp_path / "run"), tmp_path / "q.csv"
-    data.write_bytes(
-        "question,answer\n".encode()
-        + b"".join(f"\u03c0 \u2248 {n} caf\u00e9 {n}?,{n}\n".encode() for n in range(10))
-    )
-    where = ["--model", model, "--out", out, "--data", str(data)]
-    code, said, err = elsewhere("train.py", *SMALL, *where, "--steps", "1")
-    assert code == 0 and "done: " in said, err
-    code, said, err = elsewhere("train.py", "--resume", "--out", out, "--steps", "2")
-    assert code == 0 and "resuming from " in said, err
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
-    more = ["--limit", "2", "--samples", "1", "--max-new-tokens", "4", "--device", "cpu"]
-    code, said, err = elsewhere("evaluate.py", "--model", f"{out}/final", *more)
-    assert code == 0 and "avg@1" in said, err
-    code, said, err = elsewhere("scripts/page.py", out)
-    assert code == 0 and "open it in a browser" in said, err
+@pytest.mark.programs
+def test_a_run_its_resume_and_its_evaluation_need_no_posix(tmp_path, tiny_folder):
+    out, data = tmp_path / "run", tmp_path / "q.csv"
+    rows = "".join(f"\u03c0 \u2248 {n} caf\u00e9 {n}?,{n}\n" for n in range(10))
+    data.write_bytes(f"question,answer\n{rows}".encode())
+    run = f"train.py {' '.join(SMALL)} --steps 1 --model {{model}} --data {{data}} --out {{out}}"
+    sampled = "--limit 2 --samples 1 --max-new-tokens 4 --device cpu"
+    wanted = {
+        "train.py --help": "usage",
+        "evaluate.py --help": "usage",
+        "internals.py --help": "usage",
+        "scripts/page.py --help": "usage",
+        run: "done: ",
+        "train.py --resume --out {out} --steps 2": "resuming from ",
+        f"evaluate.py --model {{out}}/final {sampled}": "avg@1",
+        "scripts/page.py {out}": "open it in a browser",
+    }
+    printed_by = elsewhere(wanted, model=tiny_folder, data=data, out=out)
+    for (command, said), printed in zip(wanted.items(), printed_by, strict=True):
+        assert said in printed, (command, printed)
+    assert len((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_folders_are_not_flushed_where_they_cannot_be(tmp_path, monkeypatch):
     checkpoint._flush(tmp_path)
-    opened = []
-    monkeypatch.setattr(os, "open", lambda *a: opened.append(a))
-    monkeypatch.setattr(os, "name", "nt")
-    folder = types.SimpleNamespace(is_dir=lambda: True)
-    checkpoint._flush(folder)
+    opened, folder = [], types.SimpleNamespace(is_dir=lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda *a: opened.append(a))
+        patch.setattr(os, "name", "nt")
+        checkpoint._flush(folder)
     assert opened == []
 
 
@@ -113,14 +111,14 @@ def test_devices_are_asked_for_in_one_place(monkeypatch):
     assert [devices.pins_memory(torch.device(d)) for d in devices.KNOWN] == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("kind, chosen", [("xpu", "xpu"), ("mps", "mps"), ("hpu", "cpu")])
-def test_the_accelerator_is_the_default(monkeypatch, kind, chosen):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    there = types.SimpleNamespace(type=kind)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: there)
-    assert devices.default_device() == chosen
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert devices.default_device() == "cpu"
+def test_the_accelerator_is_the_default(monkeypatch):
+    for kind, chosen in (("xpu", "xpu"), ("mps", "mps"), ("hpu", "cpu")):
+        there = types.SimpleNamespace(type=kind)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: there)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        assert devices.default_device() == chosen
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        assert devices.default_device() == "cpu"
 
 
 def test_memory_where_nobody_tells(monkeypatch):
@@ -153,7 +151,7 @@ def test_a_hub_name_without_a_network_is_one_line(monkeypatch, no_proxy):
     monkeypatch.setattr(hub, "SECONDS", 0.05)
 
     def slow(*args):
-        time.sleep(1)
+        time.sleep(0.5)
         return types.SimpleNamespace(close=lambda: None)
 
     monkeypatch.setattr(socket, "create_connection", slow)
@@ -230,19 +228,3 @@ def test_follow_to_a_tool(tmp_path, monkeypatch, capsys):
         follow.main([str(tmp_path / "run"), "--to", "trackio"])
     with pytest.raises(UserError, match="holds no run"):
         follow.main([str(tmp_path), "--to", "wandb"])
-
-
-def test_no_text_file_is_opened_in_the_platforms_encoding():
-    """What no test runs is found by eye: every open and read_text names its encoding."""
-    import ast
-
-    for path in ROOT.rglob("*.py"):
-        if {"runs", ".venv"} & set(path.relative_to(ROOT).parts) or path.parent.name == "pkgs":
-            continue
-        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            name = getattr(getattr(call, "func", None), "attr", "")
-            built_in = getattr(getattr(call, "func", None), "id", "") == "open"
-            if isinstance(call, ast.Call) and (built_in or name in ("read_text", "write_text")):
-                named = {keyword.arg for keyword in call.keywords}
-                binary = built_in and "b" in "".join(ast.unparse(x) for x in call.args[1:])
-                assert binary or "encoding" in named, f"{path}:{call.lineno}"

@@ -2,33 +2,40 @@
 
 import json
 import os
+import shutil
 from decimal import Decimal
 
 import pytest
-from conftest import TINY
+from conftest import SMALL
 from transformers import AutoTokenizer
 
-import train
 from common.errors import UserError
+from engine.engine import SingleProcess
+from run import checkpoint, option_checks
+from run.setup import open_run
 from tasks import load_problems, read_problems
 
 CLOCK = "{% set now = strftime_now('%H:%M:%S.%f') %}"
+SEVEN = "{% if 'is 7 plus' in messages[0].content %}!{% endif %}"
 
 
 @pytest.fixture
-def given(tmp_path):
-    """The options of a short run on a copy of the shipped model, whose tokenizer a test changes."""
-    from common.models import load_model
+def model(tiny_folder, tmp_path):
+    """A copy of the small model, whose tokenizer a test changes."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
 
-    model, tokenizer = load_model(str(TINY))
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    rows = "".join(f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}\n' for i in range(12))
-    (tmp_path / "q.jsonl").write_text(rows, encoding="utf-8")
-    sizes = "--prompts-per-step 4 --num-generations 2 --updates-per-rollout 1 --max-new-tokens 8"
-    more = "--eval-prompts 2 --device cpu --no-self-check --save-total-limit 2"
-    paths = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "q.jsonl")]
-    return [*sizes.split(), *more.split(), *paths, "--out", str(tmp_path / "run")]
+
+@pytest.fixture
+def started(opened, model):
+    """started(*options): a run on the copy, before its first step."""
+    return lambda *more: opened("--model", str(model), *more)
+
+
+def again(run, *more):
+    """(run, step) of a run that is resumed, or opened with these options."""
+    run.lock.lock.release()
+    options = option_checks.parse(["--out", str(run.out), *(more or ["--resume"])], "")
+    return open_run(options, SingleProcess("cpu"))
 
 
 def change_template(folder, change):
@@ -37,65 +44,69 @@ def change_template(folder, change):
     tokenizer.save_pretrained(folder)
 
 
-def test_a_template_that_asks_for_the_clock_is_named_on_resume(given, tmp_path):
-    change_template(tmp_path / "model", lambda text: CLOCK + "{{ now }}" + text)
-    train.main([*given, "--steps", "1"])
-    with pytest.raises(
-        UserError, match="a question has another prompt .*: now '.*asks for the clo"
-    ):
-        train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "2"])
+def test_a_template_that_asks_for_the_clock_is_named_on_resume(started, model):
+    change_template(model, lambda text: CLOCK + "{{ now }}" + text)
+    run = started()
+    checkpoint.save(run, 0)
+    message = "a question has another prompt .*: now '.*asks for the clo"
+    with pytest.raises(UserError, match=message):
+        again(run)
 
 
-def test_a_template_that_has_changed_names_the_row(given, tmp_path):
-    train.main([*given, "--steps", "1"])
-    for folder in (tmp_path / "model", tmp_path / "run" / "checkpoint-1"):
-        change_template(
-            folder, lambda text: "{% if '7 + 1' in messages[0].content %}!{% endif %}" + text
-        )
-    sums = tmp_path / "run" / "checkpoint-1" / "checksums.json"
-    from run.checkpoint import _sha256
-
-    names = [p for p in sums.parent.iterdir() if p.name != "checksums.json"]
-    sums.write_text(json.dumps({p.name: _sha256(p) for p in names}), encoding="utf-8")
+def test_a_template_that_has_changed_names_the_row(started, model):
+    run = started()
+    checkpoint.save(run, 0)
+    saved = run.out / "checkpoint-0"
+    for folder in (model, saved):
+        change_template(folder, lambda text: SEVEN + text)
+    names = [p for p in saved.iterdir() if p.name != "checksums.json"]
+    sums = json.dumps({p.name: checkpoint._sha256(p) for p in names})
+    (saved / "checksums.json").write_text(sums, encoding="utf-8")
     with pytest.raises(UserError, match=r"line 8: now '!.*the chat template or the tokenizer has"):
-        train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "2"])
+        again(run)
 
 
-def test_templates_in_a_folder_are_kept(given, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    tokenizer.chat_template = {"default": tokenizer.chat_template, "tools": "{{ 'x' }}"}
-    tokenizer.save_pretrained(tmp_path / "model")
+def test_templates_in_a_folder_are_kept(started, model):
+    change_template(model, lambda text: {"default": text, "tools": "{{ 'x' }}"})
     inner = os.path.join("additional_chat_templates", "tools.jinja")
-    assert (tmp_path / "model" / inner).is_file()
-    train.main([*given, "--steps", "1"])
-    for folder in ("checkpoint-1", "final"):
-        assert (tmp_path / "run" / folder / inner).read_text(encoding="utf-8") == "{{ 'x' }}"
-    sums = json.loads((tmp_path / "run/checkpoint-1/checksums.json").read_text(encoding="utf-8"))
+    assert (model / inner).is_file()
+    run = started()
+    checkpoint.save(run, 0)
+    run, _ = again(run)
+    checkpoint.save(run, 1)
+    checkpoint.save_model(run, run.out / "final", checkpoint.gather(run)[0])
+    for folder in ("checkpoint-0", "checkpoint-1", "final"):
+        assert (run.out / folder / inner).read_text(encoding="utf-8") == "{{ 'x' }}"
+    sums = json.loads((run.out / "checkpoint-1" / "checksums.json").read_text(encoding="utf-8"))
     assert "additional_chat_templates/tools.jinja" in sums
-    train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "2"])
 
 
-def test_a_fault_of_the_program_is_no_full_disk(given, tmp_path, monkeypatch):
+def test_a_fault_of_the_program_is_no_full_disk(opened, monkeypatch):
     def wrong(run, folder, weights):
         raise IsADirectoryError(21, "Is a directory", str(folder))
 
     monkeypatch.setattr("run.checkpoint.save_model", wrong)
     with pytest.raises(IsADirectoryError):
-        train.main([*given, "--steps", "1"])
+        checkpoint.save(opened(), 0)
 
 
-def test_linked_checkpoints_are_followed_and_only_the_link_is_deleted(given, tmp_path):
-    train.main([*given, "--steps", "2"])
-    run, moved = tmp_path / "run", tmp_path / "moved"
-    (run / "checkpoint-2").rename(moved)
-    (run / "checkpoint-2").symlink_to(moved, target_is_directory=True)
-    train.main(["--resume", "--out", str(run), "--steps", "5"])
-    assert not (run / "checkpoint-2").is_symlink() and (run / "checkpoint-5").is_dir()
+def test_linked_checkpoints_are_followed_and_only_the_link_is_deleted(opened, tmp_path):
+    run, moved = opened("--save-total-limit", "2"), tmp_path / "moved"
+    for step in (1, 2):
+        checkpoint.save(run, step)
+    link = run.out / "checkpoint-2"
+    link.rename(moved)
+    link.symlink_to(moved, target_is_directory=True)
+    run, step = again(run)
+    assert step == 2
+    for step in (3, 4):
+        checkpoint.save(run, step)
+    assert not link.is_symlink() and (run.out / "checkpoint-4").is_dir()
     assert (moved / "run.json").is_file()
-    (run / "checkpoint-6").symlink_to(moved, target_is_directory=True)
-    train.main([*given, "--steps", "1", "--overwrite"])
-    names = {p.name for p in run.glob("checkpoint-*")}
-    assert names == {"checkpoint-0", "checkpoint-1"} and (moved / "run.json").is_file()
+    link.symlink_to(moved, target_is_directory=True)
+    where = ["--model", run.options.model, "--data", run.options.data]
+    again(run, *SMALL, *where, "--overwrite")
+    assert not list(run.out.glob("checkpoint-*")) and (moved / "run.json").is_file()
 
 
 def test_only_exact_repetitions_are_one_question(tmp_path, capsys):
@@ -107,8 +118,11 @@ def test_only_exact_repetitions_are_one_question(tmp_path, capsys):
     assert "1 of 5 rows ask what another does" in capsys.readouterr().out
 
 
+@pytest.mark.optional("pyarrow")
 def test_decimals_and_an_empty_question_beside_a_prompt(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     chat = [{"role": "user", "content": "How many?"}]
     rows = [
         {"question": "", "prompt": chat, "answer": Decimal("7.50")},

@@ -17,6 +17,19 @@ def logits_and_targets():
     return logits, torch.tensor([0, 49, 7, 7, 20, 3])
 
 
+@pytest.fixture
+def compiler(monkeypatch):
+    """compiler(function): what torch.compile does, and rows ask it on the CPU."""
+
+    def use(function):
+        monkeypatch.setattr(torch, "compile", function)
+        monkeypatch.setattr(rows, "COMPILED_ON", {"cpu"})
+        rows._compile.cache_clear(), rows._compiler_works.cache_clear()
+
+    yield use
+    rows._compile.cache_clear(), rows._compiler_works.cache_clear()
+
+
 def test_the_compiled_functions_are_the_eager_ones():
     """Their bodies, as a compiler gets them: the numbers of those that run in place."""
     logits, targets = logits_and_targets()
@@ -32,30 +45,25 @@ def test_the_compiled_functions_are_the_eager_ones():
     torch.testing.assert_close(eager.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_where_there_is_no_compiler_the_eager_way_is_taken(monkeypatch):
+def test_where_there_is_no_compiler_the_eager_way_is_taken(compiler):
     """As on a GPU without Triton: asked once, then never again."""
     asked = []
 
-    def compiler(function, **how):
+    def missing(function, **how):
         asked.append(function)
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(rows, "COMPILED_ON", {"cpu"})
-    monkeypatch.setattr(torch, "compile", compiler)
-    rows._compile.cache_clear(), rows._compiler_works.cache_clear()
+    compiler(missing)
     logits, targets = logits_and_targets()
     logp, _, _ = rows.row_scores(logits.clone(), targets)
     expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     torch.testing.assert_close(logp, expected)
     rows.row_scores(logits.clone(), targets)
     assert len(asked) == 1
-    rows._compile.cache_clear(), rows._compiler_works.cache_clear()
 
 
-def test_what_the_compiler_returns_is_used(monkeypatch):
-    monkeypatch.setattr(rows, "COMPILED_ON", {"cpu"})
-    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
-    rows._compile.cache_clear(), rows._compiler_works.cache_clear()
+def test_what_the_compiler_returns_is_used(compiler):
+    compiler(lambda function, **how: function)
     hidden, weight, targets = torch.randn(9, 4), torch.randn(20, 4), torch.arange(9)
     results = []
     chunked = functools.partial(chunked_logprobs_and_entropy, chunk_tokens=4)
@@ -66,7 +74,6 @@ def test_what_the_compiler_returns_is_used(monkeypatch):
         results.append((logp.detach(), h.grad, w.grad))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    rows._compile.cache_clear(), rows._compiler_works.cache_clear()
 
 
 def test_no_entropy_where_nobody_reads_it(monkeypatch):

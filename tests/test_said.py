@@ -28,15 +28,22 @@ from sampling import NonFinite
 from tasks import load_problems
 
 
+def given(path, rows):
+    """A file of questions, as text of its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def all_right(right, count=2):
+    return [Response("", Grade(right, right), 3, True)] * count
+
+
 def weights_of(run):
     return [p.detach().clone() for p in run.policy.parameters()]
 
 
 def moved(run, before):
     return [not torch.equal(a, b) for a, b in zip(before, run.policy.parameters())]
-
-
-# ------------------------------------------------------------------------------ which groups live
 
 
 def test_a_length_penalty_wakes_no_dead_group(opened, monkeypatch):
@@ -75,11 +82,8 @@ def test_a_nan_reward_is_not_replaced_by_dynamic_sampling(opened, monkeypatch):
     """A reward function that failed: its group has no variance that could be told, and the step is
     refused, whether or not the group would have been replaced."""
     verdicts(monkeypatch, True, False)
-    run, draw, rounds = (
-        opened("--dynamic-sampling", "--max-rounds", "2"),
-        train.generate_and_grade,
-        [],
-    )
+    run, rounds = opened("--dynamic-sampling", "--max-rounds", "2"), []
+    draw = train.generate_and_grade
 
     def with_a_fault(*args):
         batch = draw(*args)
@@ -97,19 +101,14 @@ def test_a_nan_reward_is_not_replaced_by_dynamic_sampling(opened, monkeypatch):
 
 def test_an_update_without_a_token_moves_nothing(opened, monkeypatch):
     """KL and dynamic sampling, all groups dead: no momentum, no decay."""
-    right = [True]
-    monkeypatch.setattr(
-        "train.grade", lambda problem, text, *more: Grade(*[right.pop() or False] * 2)
-    )
+    right = []
+    monkeypatch.setattr("train.grade", lambda *args: Grade(*[right.pop()] * 2))
     run = opened("--kl", "0.1", "--dynamic-sampling", "--max-rounds", "1", "--lr", "1e-2")
     right[:] = [True, False] * 4
     assert train.train_step(1, run).updates[0].outcome == "applied"  # AdamW has its moments
     before, right[:] = weights_of(run), [False] * 8
     assert train.train_step(2, run).updates == [train.Update()]
     assert not any(moved(run, before))
-
-
-# ------------------------------------------------------------------------------------------- steps
 
 
 def test_a_step_with_one_skipped_update_is_a_step(opened, monkeypatch):
@@ -131,18 +130,9 @@ def test_a_step_with_one_skipped_update_is_a_step(opened, monkeypatch):
     assert bad == "no update applied, 2 were not finite"
 
 
-def test_kl_old_is_the_kl_of_old_and_new():
-    """k3 under the old policy's samples: exp(d) - d - 1 with d = new - old has the mean KL(old ||
-    new). By hand over a distribution of three."""
-    old, new = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
-    expected = (old * (old / new).log()).sum().item()
-    estimate = (old * losses.kl_k3(old.log(), new.log())).sum().item()
-    assert estimate == pytest.approx(expected, rel=1e-6)
-    other = (old * losses.kl_k3(new.log(), old.log())).sum().item()
-    assert other != pytest.approx(expected, rel=0.1)
-
-
 def test_kl_old_of_an_update(opened, monkeypatch):
+    """k3 under the old policy's samples, exp(d) - d - 1 with d = new - old, has the mean KL(old ||
+    new)."""
     verdicts(monkeypatch, True, False)
     run = opened("--algo", "dapo")
     batch = train.train_step(1, run).batch
@@ -160,9 +150,6 @@ def test_kl_old_of_an_update(opened, monkeypatch):
     assert counts["outside"] == counts["tokens"] == mask.sum().item()
     ((largest, off),) = report.largest_ratios([update], batch, run)
     assert (largest, off) == pytest.approx((math.exp(0.5), math.exp(0.5) - 1))
-
-
-# -------------------------------------------------------------------------------------------- BuPO
 
 
 def test_the_final_norm_is_applied_and_not_trained(opened, monkeypatch):
@@ -204,25 +191,20 @@ def test_answers_for_a_measurement_are_spread_over_the_batch():
     assert rollout_of([[1], [2]], [[3], [4]]).with_response_mask(64)[0].shape == (2, 2)
 
 
-# ------------------------------------------------------------------------------------- evaluations
-
-
-def test_expected_live_groups_are_counted_not_computed_from_a_mean(opened, monkeypatch):
+def test_expected_live_groups_are_counted_not_computed_from_a_mean(opened, monkeypatch, capsys):
     """Half the prompts always right, half never: no group is live, though 1 - p^G - (1-p)^G says
-    half of them."""
+    half of them. All or none of them right is a warning."""
     run = opened()
-
-    def half(run, problems, *args):
-        groups = [
-            [Response("", Grade(*[i % 2 == 0] * 2), 3, True)] * 2 for i in range(len(problems))
-        ]
-        return groups
-
-    monkeypatch.setattr(report, "evaluate_over", half)
-    report.first_look(run)
-    first = json.loads((run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert first["pass_rate"] == pytest.approx(0.5, abs=0.03)
-    assert first["expected_live_groups"] == 0
+    for right in ([True, False], [True], [False]):
+        half = lambda run, problems, *args: [all_right(right[i % len(right)]) for i in range(24)]
+        monkeypatch.setattr(report, "evaluate_over", half)
+        report.first_look(run)
+    rows = (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row)["pass_rate"] for row in rows] == [0.5, 1, 0]
+    assert [json.loads(row)["expected_live_groups"] for row in rows] == [0, 0, 0]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "is almost" in line]
+    assert ["almost always" in line for line in warnings] == [True, False]
+    assert warnings[1].startswith("warning: the model is almost never correct")
 
 
 def test_the_probe_is_drawn(opened, monkeypatch):
@@ -230,7 +212,7 @@ def test_the_probe_is_drawn(opened, monkeypatch):
 
     def remember(run, problems, *args):
         asked.append([p.question for p in problems])
-        return [[Response("", Grade(True, True), 3, True)]] * 2
+        return [all_right(True, 1)] * 2
 
     monkeypatch.setattr(report, "evaluate_over", remember)
     report.first_look(run)
@@ -242,101 +224,75 @@ def test_the_probe_is_drawn(opened, monkeypatch):
 def test_rows_at_once_change_no_draw(opened):
     run = opened()
     problems = [p for p, _ in run.train_examples[:7]]
-    texts = []
+    args, texts = (run.engine.generate, run.tokenizer), []
     for rows in (2, 6, 100):
-        how = dict(seed=3, rows_at_once=rows)
-        args = (run.engine.generate, run.tokenizer, problems, 2, 6)
-        answers = evaluate.sample_responses(*args, **how)
+        answers = evaluate.sample_responses(*args, problems, 2, 6, seed=3, rows_at_once=rows)
         texts.append([a.text for row in answers for a in row])
     assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 7
     # two processes that share the problems out draw what one draws
-    parts = [
-        evaluate.sample_responses(
-            *args[:2], problems[r::2], *args[3:], seed=3, numbers=range(r, 7, 2)
-        )
-        for r in (0, 1)
-    ]
+    draw = lambda mine, numbers: evaluate.sample_responses(
+        *args, mine, 2, 6, seed=3, numbers=numbers
+    )
+    parts = [draw(problems[r::2], range(r, 7, 2)) for r in (0, 1)]
     merged = [parts[i % 2][i // 2] for i in range(7)]
     assert [a.text for row in merged for a in row] == texts[0]
 
 
 def test_eval_prompts_do_not_change_the_split(tmp_path, opened):
-    path = tmp_path / "many.jsonl"
     rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(100)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    few, many = (opened("--data", str(path), "--eval-prompts", n) for n in ("4", "400"))
+    path = given(tmp_path / "many.jsonl", rows)
+    few, many = (opened("--data", path, "--eval-prompts", n) for n in ("4", "400"))
     assert [p for p, _ in few.train_examples] == [p for p, _ in many.train_examples]
     assert len(few.train_examples) == 80
 
 
-def test_held_out_questions_that_are_trained_on_are_reported(tmp_path, opened, capsys):
-    path = tmp_path / "held.jsonl"
-    rows = [{"question": "What is 3 plus 1?", "answer": "4"}, {"question": "new", "answer": "1"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    opened("--eval-data", str(path))
-    assert "1 of the 2 questions of --eval-data" in capsys.readouterr().out
-
-
-def test_the_rows_of_eval_data_are_drawn(tmp_path, opened):
+def test_the_rows_of_eval_data_are_drawn_and_those_trained_on_reported(tmp_path, opened, capsys):
     """The first --eval-prompts of them are asked, and a file may be sorted by difficulty."""
-    path = tmp_path / "held.jsonl"
     rows = [{"question": f"number {n}?", "answer": n} for n in range(50)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    asked, again = (
-        [int(p.answer) for p in opened("--eval-data", str(path)).held_out] for _ in "ab"
-    )
+    rows[7]["question"] = "What is 3 plus 1?"
+    path = given(tmp_path / "held.jsonl", rows)
+    asked, again = ([int(p.answer) for p in opened("--eval-data", path).held_out] for _ in "ab")
     assert sorted(asked) == list(range(50)) != asked == again
+    assert "1 of the 50 questions of --eval-data" in capsys.readouterr().out
 
 
-def test_evaluate_says_what_was_trained_on(tmp_path, capsys):
-    data, out = tmp_path / "q.jsonl", tmp_path / "run"
+def test_evaluate_says_what_was_trained_on(tmp_path):
     rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(50)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    out.mkdir()
-    config = dict(prompts_per_step=4, data=str(data), eval_data="", task="countdown", difficulty=3)
-    (out / "config.json").write_text(
-        json.dumps(config | {"model": "assets/tiny-qwen3"}), encoding="utf-8"
-    )
+    data, out, later = tmp_path / "q.jsonl", tmp_path / "run", tmp_path / "later"
+    given(data, rows)
+    usual = dict(prompts_per_step=4, eval_data="", task="countdown", difficulty=3, data=str(data))
+
+    def run_in(folder, **more):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(usual | more), encoding="utf-8")
+
+    trained_on = lambda folder, problems: evaluate.trained_on(str(folder / "final"), problems)
+    run_in(out, model="assets/tiny-qwen3")
     problems = tasks.read_problems(data)
-    held_out = load_problems("countdown", str(data))[1]
-    assert "40 of the 50" in evaluate.trained_on(str(out / "final"), problems)
-    assert evaluate.trained_on(str(out / "final"), held_out) is None
+    train_set, held_out = load_problems("countdown", str(data))
+    assert "40 of the 50" in trained_on(out, problems)
+    assert trained_on(out, held_out) is None
     assert evaluate.trained_on(str(tmp_path), problems) is None
     # a run that was started from this one has trained on its questions, too
-    later, own = tmp_path / "later", {"model": str(out / "final"), "data": "", "task": "arithmetic"}
-    later.mkdir()
-    (later / "config.json").write_text(
-        json.dumps(config | own | {"difficulty": 1}), encoding="utf-8"
-    )
-    assert "40 of the 50" in evaluate.trained_on(str(later / "final"), problems)
+    run_in(later, model=str(out / "final"), data="", task="arithmetic", difficulty=1)
+    assert "40 of the 50" in trained_on(later, problems)
     spaced = [tasks.Problem("  0  +  1? ", "1"), tasks.Problem("1 + 1 ?", "2")]
-    train_set = load_problems("countdown", str(data))[0]
     asked = sum(p.question == "0 + 1?" for p in train_set)
-    assert (evaluate.trained_on(str(later / "final"), spaced) or "0 of")[:4] == f"{asked} of"
-    sums = load_problems("arithmetic", difficulty=1)[0]
-    swapped = [
-        tasks.Problem(
-            "What is {4} plus {2}?".format(
-                *p.question.rstrip("?").split(),
-            ),
-            p.answer,
-            p.kind,
-        )
-        for p in sums[:9]
-    ]
-    assert "9 of the 9" in evaluate.trained_on(str(later / "final"), swapped)
-    (out / "config.json").write_text(
-        json.dumps(config | {"model": str(later / "final")}), encoding="utf-8"
-    )
-    assert "40 of the 50" in evaluate.trained_on(str(later / "final"), problems)  # a circle ends
+    assert (trained_on(later, spaced) or "0 of")[:4] == f"{asked} of"
+    swapped = []
+    for p in load_problems("arithmetic", difficulty=1)[0][:9]:
+        _, _, a, _, b = p.question.rstrip("?").split()
+        swapped.append(tasks.Problem(f"What is {b} plus {a}?", p.answer, p.kind))
+    assert "9 of the 9" in trained_on(later, swapped)
+    run_in(out, model=str(later / "final"))
+    assert "40 of the 50" in trained_on(later, problems)  # a circle ends
     data.unlink()
-    assert "cannot tell" in evaluate.trained_on(str(out / "final"), problems)
+    assert "cannot tell" in trained_on(out, problems)
 
 
 def test_evaluate_asks_what_the_run_held_out(tmp_path):
     """And says so: its task and level, or its file; --task and --data come first."""
-    data = tmp_path / "q.jsonl"
-    data.write_text('{"question": "1 + 1?", "answer": 2}\n' * 2, encoding="utf-8")
+    data = given(tmp_path / "q.jsonl", [{"question": "1 + 1?", "answer": 2}] * 2)
     run = dict(task="arithmetic", difficulty=3, data="", eval_data="", instruction="Short.")
     run |= {"max_new_tokens": 9}
     args = dict(task=None, difficulty=None, data=None, instruction=None, max_new_tokens=None)
@@ -354,17 +310,14 @@ def test_evaluate_asks_what_the_run_held_out(tmp_path):
     columns = dict(question_column="q", answer_column="a", data_split="dev")
     assert asked(None, data="f.jsonl", **columns).form == DatasetSpec("dev", "q", "a")
     assert asked(run | columns).form == DatasetSpec("dev", "q", "a")
-    of_file = run | {"data": str(data), "eval_data": str(data)}
+    of_file = run | {"data": data, "eval_data": data}
     assert asked(of_file | columns).form == DatasetSpec("test", "q", "a")
-    assert asked(of_file)[2:4] == (str(data), str(data))
+    assert asked(of_file)[2:4] == (data, data)
     args = types.SimpleNamespace(**args)
     problems = evaluate.held_out_questions(args, evaluate.evaluation_set(args, of_file))
     assert [p.question for p in problems] == ["1 + 1?"] * 2
     problems = evaluate.held_out_questions(args, evaluate.evaluation_set(args, run))
     assert problems == load_problems("arithmetic", difficulty=3)[1]
-
-
-# ------------------------------------------------------------------------------------------ resume
 
 
 @pytest.fixture
@@ -395,27 +348,23 @@ def nudge(folder):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_another_initial_model_is_refused(started, tmp_path):
+def test_another_model_is_refused(started, tmp_path):
+    """With a reference model of the run, and without."""
     out, model, _ = started("--kl", "0.1")
-    same = shutil.copytree(model, tmp_path / "same")
-    assert resumed(out, "--model", same)[1] == 0  # the same model in another place
-    nudge(same)
+    other = shutil.copytree(model, tmp_path / "other")
+    assert resumed(out, "--model", other)[1] == 0  # the same model in another place
+    nudge(other)
     with pytest.raises(UserError, match="its weights are not those that the run"):
-        resumed(out, "--model", same)
+        resumed(out, "--model", other)
+    plain, _, _ = started()
+    with pytest.raises(UserError, match="name that model"):
+        resumed(plain, "--model", other)
+    assert json.loads((plain / "config.json").read_text(encoding="utf-8"))["model"] == str(model)
     nudge(model)
     with pytest.raises(UserError, match="its weights are not those"):
         resumed(out)
-
-
-def test_another_model_is_refused_without_a_reference_too(started, tmp_path):
-    out, model, _ = started()
-    other = shutil.copytree(model, tmp_path / "other")
-    nudge(other)
-    with pytest.raises(UserError, match="name that model"):
-        resumed(out, "--model", other)
-    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["model"] == str(model)
     shutil.rmtree(model)
-    assert resumed(out)[1] == 0  # nothing needs it
+    assert resumed(plain)[1] == 0  # nothing needs it
 
 
 def test_changed_questions_are_refused(started, monkeypatch):
@@ -426,9 +375,6 @@ def test_changed_questions_are_refused(started, monkeypatch):
         resumed(out)
     open(data, "w", encoding="utf-8").write(text)
     assert resumed(out)[1] == 0
-
-
-# ------------------------------------------------------------------------------------- instruction
 
 
 def test_the_instruction_is_asked_saved_and_taken_over(opened, tmp_path):

@@ -26,7 +26,6 @@ from sampling import (
 )
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
-WAYS = dict(argvalues=[True, False], ids=["plain", "fast"])
 
 
 def draws_of(tokens, rows):
@@ -39,7 +38,10 @@ def full_logits(model, ids):
         return model.eval()(torch.tensor([ids])).logits[0].float()
 
 
-@pytest.fixture(params=WAYS["argvalues"], ids=WAYS["ids"])
+both = pytest.fixture(params=[True, False], ids=["plain", "fast"])
+
+
+@both
 def decode(request):
     return sampling.generate if request.param else decoding.generate
 
@@ -47,40 +49,39 @@ def decode(request):
 # ------------------------------------------------------------------------------------------ drawing
 
 
-@pytest.fixture(params=WAYS["argvalues"], ids=WAYS["ids"])
+@both
 def draw(request):
     return sampling.draw if request.param else decoding.Draw()
 
 
-def drawn_with_entropy(draw, *args):
+def draw_with_entropy(draw, *args):
     """The plain draw always measures it."""
     return draw(*args) if draw is sampling.draw else draw(*args, measure_entropy=True)
 
 
-@pytest.fixture(params=WAYS["argvalues"], ids=WAYS["ids"])
+@both
 def invert_cdf(request):
     if request.param:
         return sampling.invert_cdf
     return lambda probs, u: decoding.index_and_shares(probs, u)[0]
 
 
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 200, 384, 4097])
-def test_the_likeliest_id_is_argmax(size):
-    logits = torch.randn(50, size)
-    logits[0], logits[1, size // 2] = -torch.inf, torch.nan
-    assert torch.equal(rows.likeliest(logits), logits.argmax(-1, keepdim=True))
+def test_the_likeliest_id_is_argmax():
+    for size in (1, 63, 64, 65, 200, 384, 4097):
+        logits = torch.randn(50, size)
+        logits[0], logits[1, size // 2] = -torch.inf, torch.nan
+        assert torch.equal(rows.likeliest(logits), logits.argmax(-1, keepdim=True)), size
 
 
-@pytest.mark.parametrize("entropy", [False, True])
-def test_log_probability_of_a_sure_and_of_a_rare_token(draw, entropy):
+def test_log_probability_of_a_sure_and_of_a_rare_token(draw):
     """log p = -log1p(q / p) with q the share of the others: by hand, 1e-9 from certainty too."""
     logits = torch.zeros(2, 100).index_fill(1, torch.tensor([7]), 25.0)
-    draws = torch.tensor([0.5, 0.0])
-    drawn = drawn_with_entropy(draw, logits, 1.0, draws) if entropy else draw(logits, 1.0, draws)
     others = 99 * math.exp(-25)
-    assert drawn.tokens.tolist() == [7, 0]
-    assert drawn.logp[0].item() == pytest.approx(-math.log1p(others), rel=1e-5)
-    assert drawn.logp[1].item() == pytest.approx(-25 - math.log1p(others), rel=1e-6)
+    for function in (draw_with_entropy, lambda draw, *args: draw(*args)):
+        drawn = function(draw, logits, 1.0, torch.tensor([0.5, 0.0]))
+        assert drawn.tokens.tolist() == [7, 0]
+        assert drawn.logp[0].item() == pytest.approx(-math.log1p(others), rel=1e-5)
+        assert drawn.logp[1].item() == pytest.approx(-25 - math.log1p(others), rel=1e-6)
 
 
 def test_draw_by_hand(draw):
@@ -105,25 +106,29 @@ def test_draw_at_a_temperature_is_softmax_of_scaled_logits(draw):
     assert torch.equal(adaptive.tokens, drawn.tokens)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(adaptive.entropy, entropy)
-    measured = drawn_with_entropy(draw, logits, 0.5, uniform)
+    measured = draw_with_entropy(draw, logits, 0.5, uniform)
     assert torch.equal(measured.tokens, drawn.tokens)
     torch.testing.assert_close(measured.entropy, entropy)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 10, 97, 1000])
-def test_inverse_cdf_against_a_loop(size, invert_cdf):
-    probs, uniform = torch.rand(200, size).double().softmax(-1), torch.rand(200).double()
-    probs[:, size // 2] = 0 if size > 2 else probs[:, size // 2]
-    probs = probs / probs.sum(-1, keepdim=True)
-    for row, u, token in zip(probs.tolist(), uniform.tolist(), invert_cdf(probs, uniform).tolist()):
-        below = sum(row[:token])
-        assert below <= u + 1e-12 and u < below + row[token] + 1e-12 and row[token] > 0
+def test_inverse_cdf_against_a_loop(invert_cdf):
+    for size in (1, 2, 3, 10, 97, 1000):
+        probs, uniform = torch.rand(200, size).double().softmax(-1), torch.rand(200).double()
+        probs[:, size // 2] = 0 if size > 2 else probs[:, size // 2]
+        probs = probs / probs.sum(-1, keepdim=True)
+        tokens = invert_cdf(probs, uniform).tolist()
+        for row, u, token in zip(probs.tolist(), uniform.tolist(), tokens):
+            below = sum(row[:token])
+            assert below <= u + 1e-12 and u < below + row[token] + 1e-12 and row[token] > 0
 
 
-def test_a_token_of_probability_zero_is_never_drawn_even_at_the_edge(invert_cdf):
+def test_a_token_of_probability_zero_is_never_drawn_even_at_the_edge(invert_cdf, draw):
     probs = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0, 0.0]])
-    edge = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float32).clamp_max(1 - 2**-24)
+    edge = torch.tensor([1 - 2**-24])  # the largest float32 below 1
     assert invert_cdf(probs, edge).item() == 3 and invert_cdf(probs, torch.zeros(1)).item() == 1
+    masked = torch.tensor([[0.0, 0.0, -torch.inf]])
+    entropy = draw_with_entropy(draw, masked, 1.0, torch.rand(1)).entropy
+    assert entropy.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_frequencies_are_those_of_the_softmax(draw):
@@ -131,12 +136,6 @@ def test_frequencies_are_those_of_the_softmax(draw):
     tokens = draw(logits.expand(200_000, -1), 1.0, torch.rand(200_000)).tokens
     share = torch.bincount(tokens, minlength=30) / 200_000
     assert (share - logits.softmax(-1)[0]).abs().max() < 0.005
-
-
-def test_entropy_of_masked_logits(draw):
-    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
-    entropy = drawn_with_entropy(draw, logits, 1.0, torch.rand(1)).entropy
-    assert entropy.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_the_draw_of_a_later_step_is_a_draw_of_its_own():
@@ -175,12 +174,13 @@ def test_matches_the_full_forward_pass(any_model, decode):
         torch.testing.assert_close(rollout.logp[b, :n], logp, atol=1e-4, rtol=1e-4)
 
 
-def test_greedy_matches_generate(any_model, decode):
-    rollout = decode(any_model, PROMPTS, 1, 8, eos_ids=[3], temperature=0)
+def test_greedy_matches_generate(any_model):
     greedy = dict(do_sample=False, max_new_tokens=8, eos_token_id=3, pad_token_id=0)
-    for prompt, answer in zip(PROMPTS, rollout.responses()):
-        theirs = any_model.eval().generate(torch.tensor([prompt]), **greedy)
-        assert answer == theirs[0, len(prompt) :].tolist()
+    whole = [any_model.eval().generate(torch.tensor([p]), **greedy)[0].tolist() for p in PROMPTS]
+    theirs = [ids[len(prompt) :] for ids, prompt in zip(whole, PROMPTS)]
+    for decode in (sampling.generate, decoding.generate):
+        rollout = decode(any_model, PROMPTS, 1, 8, eos_ids=[3], temperature=0)
+        assert rollout.responses() == theirs
 
 
 class Chain(torch.nn.Module):
@@ -233,22 +233,18 @@ def test_keys_and_values_go_by_the_name_that_the_model_knows():
     assert cache_argument(New) == cache_argument(Wrapped) == "cache"
 
 
-def test_dropping_rows_changes_no_other_row(any_model, decode):
+def test_dropping_rows_changes_no_other_row(decode):
     """With and without an end id that some rows meet: the rows that never meet it draw the same
-    tokens."""
-    draws = torch.rand(10, 12, generator=torch.Generator().manual_seed(1))
-    free = decode(any_model, PROMPTS, 4, 10, eos_ids=[], uniform=draws)
+    tokens. The length cap is not an end."""
+    model, draws = random_model(), draws_of(10, 12)
+    free = decode(model, PROMPTS, 4, 10, eos_ids=[], uniform=draws)
     stop = int(free.tokens[0, 2])
-    dropped = decode(any_model, PROMPTS, 4, 10, eos_ids=[stop], uniform=draws)
+    dropped = decode(model, PROMPTS, 4, 10, eos_ids=[stop], uniform=draws)
     for whole, cut in zip(free.responses(), dropped.responses()):
         end = whole.index(stop) + 1 if stop in whole else len(whole)
         assert cut == whole[:end]
-    assert dropped.finished.any() and not free.finished.any()
-
-
-def test_length_cap_is_not_an_end(any_model, decode):
-    rollout = decode(any_model, [[5]], 2, 3, eos_ids=[])
-    assert rollout.tokens.shape == (2, 3) and rollout.mask.all() and not rollout.finished.any()
+    assert dropped.finished.any() and not dropped.finished.all() and not free.finished.any()
+    assert free.tokens.shape == (12, 10) and free.mask.all()
 
 
 def test_pad_equal_to_eos_is_trained_on():
@@ -271,43 +267,36 @@ def test_padded_vocabulary_is_never_drawn(decode):
     torch.testing.assert_close(logp, rollout.logp[rollout.mask], atol=1e-4, rtol=1e-4)
 
 
-def test_generation_config_does_not_leak(decode):
-    model = random_model()
-    want = decode(model, PROMPTS, 4, 6, uniform=draws_of(6, 12))
-    settings = dict(top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1)
-    model.generation_config = transformers.GenerationConfig(do_sample=True, **settings)
-    got = decode(model, PROMPTS, 4, 6, uniform=draws_of(6, 12))
-    assert torch.equal(got.tokens, want.tokens)
-
-
-def test_training_mode_and_checkpointing_do_not_change_answers(decode):
+def test_generation_config_and_training_mode_do_not_change_answers(decode):
     """model.generate in train() mode with checkpointing drops the cache; ours must not, and must
     put the modes back."""
-    model = random_model(vocab=384)
-    model.eval()
-    want = decode(model, PROMPTS, 4, 10, uniform=draws_of(10, 12))
+    model, draws = random_model().eval(), draws_of(10, 12)
+    want = decode(model, PROMPTS, 4, 10, uniform=draws)
+    settings = dict(top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1)
+    model.generation_config = transformers.GenerationConfig(do_sample=True, **settings)
+    assert torch.equal(decode(model, PROMPTS, 4, 10, uniform=draws).tokens, want.tokens)
     checkpoint_layers(model)
     model.train()
     model.model.norm.eval()
-    got = decode(model, PROMPTS, 4, 10, uniform=draws_of(10, 12))
+    got = decode(model, PROMPTS, 4, 10, uniform=draws)
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logp, want.logp)
     assert model.training and not model.model.norm.training
     assert model.model.layers[0].gradient_checkpointing and torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("rows", [1, 5, 300])
-def test_the_product_for_few_rows_is_the_product(rows, monkeypatch):
+def test_the_product_for_few_rows_is_the_product(monkeypatch):
     monkeypatch.setattr(onednn, "LEAST_WEIGHTS", 1)
     net = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 40, bias=False))
     net.requires_grad_(False)
-    x = torch.randn(rows, 1, 30)
-    want = net(x)
-    with onednn.onednn_linear(net, rows):
-        assert all("forward" in vars(m) for m in net)
-        torch.testing.assert_close(net(x), want, atol=1e-5, rtol=1e-5)
-    assert not any("forward" in vars(m) for m in net)
+    for count in (1, 5, 300):
+        x = torch.randn(count, 1, 30)
+        want = net(x)
+        with onednn.onednn_linear(net, count):
+            assert all("forward" in vars(m) for m in net)
+            torch.testing.assert_close(net(x), want, atol=1e-5, rtol=1e-5)
+        assert not any("forward" in vars(m) for m in net)
     net.double()
-    with onednn.onednn_linear(net, rows):  # oneDNN's product is for float32
+    with onednn.onednn_linear(net, count):  # oneDNN's product is for float32
         assert not any("forward" in vars(m) for m in net)
 
 
@@ -344,9 +333,8 @@ def test_select_and_join_keep_rows_together():
 def test_micro_batches_cover_every_row_once():
     lengths = (1, 9, 2, 8, 3, 7)
     rollout = rollout_of([[1, 1]] * 6, [[5] * n for n in lengths])
-    split = lambda rows, size: Engine.micro_batches(
-        SimpleNamespace(options=SimpleNamespace(micro_batch=size)), rollout, rows
-    )
+    engine = lambda size: SimpleNamespace(options=SimpleNamespace(micro_batch=size))
+    split = lambda rows, size: Engine.micro_batches(engine(size), rollout, rows)
     assert split(slice(0, 6), 4) == [slice(0, 4), slice(4, 6)]
     assert split(slice(2, 6), 0) == [slice(2, 6)]
     parts = split_by_tokens(rollout, slice(0, 6), 20, packed=False)
@@ -359,17 +347,11 @@ def test_micro_batches_cover_every_row_once():
 
 def test_every_rank_makes_the_same_number_of_passes():
     """A rank with two passes where another has four cuts its longest ones in two."""
-
-    class Other:
-        def all_reduce_max(self, count):
-            return max(count, 4)
-
+    other = SimpleNamespace(all_reduce_max=lambda count: max(count, 4))
     rollout = rollout_of([[1]] * 6, [[5]] * 6)
-    parts = equal_counts([[0, 2, 1, 3, 4], [5]], Other())
-    parts = [rollout.row_list(part) for part in parts]
+    parts = [rollout.row_list(part) for part in equal_counts([[0, 2, 1, 3, 4], [5]], other)]
     assert len(parts) == 4 and sorted(sum(parts, [])) == list(range(6)) and all(parts)
-    found = equal_counts([[0, 1, 2, 3]], Other())
-    assert found == [slice(i, i + 1) for i in range(4)]
+    assert equal_counts([[0, 1, 2, 3]], other) == [slice(i, i + 1) for i in range(4)]
 
 
 # --------------------------------------------------------------------------- transformers' generate
@@ -381,7 +363,7 @@ def test_logits_processor_samples_the_same_distribution():
     scaled = AdaptiveTemperature(rule)(torch.zeros(len(logits), 1).long(), logits)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(scaled, logits / rule(entropy, None)[:, None])
-    model, rule = random_model().eval(), lambda entropy, position: 0.1 * entropy
+    model, rule = random_model(layers=1).eval(), lambda entropy, position: 0.1 * entropy
     ids, processors = torch.tensor([[5, 6]]).repeat(5_000, 1), [AdaptiveTemperature(rule)]
     how = dict(do_sample=True, top_k=0, max_new_tokens=1, pad_token_id=0)
     drawn = model.generate(ids, **how, logits_processor=processors)[:, -1]
@@ -393,15 +375,11 @@ def test_logits_processor_samples_the_same_distribution():
 
 
 def test_eos_ids_come_from_everywhere():
-    model = random_model()
+    model, tokenizer = random_model(layers=1), SimpleNamespace(eos_token_id=11)
     model.generation_config.eos_token_id, model.config.eos_token_id = [3, 9], 4
-
-    class Tokenizer:
-        eos_token_id = 11
-
-    assert eos_ids_of(model, Tokenizer()) == [3, 4, 9, 11]
-    model.generation_config.eos_token_id = model.config.eos_token_id = Tokenizer.eos_token_id = None
-    assert eos_ids_of(model, Tokenizer()) == []
+    assert eos_ids_of(model, tokenizer) == [3, 4, 9, 11]
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    assert eos_ids_of(model, SimpleNamespace(eos_token_id=None)) == []
 
 
 def test_the_token_behind_a_turn_ends_an_answer():
@@ -411,14 +389,13 @@ def test_the_token_behind_a_turn_ends_an_answer():
     model.generation_config.eos_token_id = model.config.eos_token_id = text
     tokenizer.eos_token = "<|endoftext|>"
     assert eos_ids_of(model, tokenizer) == sorted([text, turn])
-    template = tokenizer.chat_template
-    tokenizer.chat_template = template.replace("<|im_end|>", "\n\n")  # words are no end
-    assert eos_ids_of(model, tokenizer) == [text]
+    words = tokenizer.chat_template.replace("<|im_end|>", "\n\n")  # words are no end
+    raises = "{{ raise_exception('users only') if messages[1] }}"
+    for template in (words, raises, None):
+        tokenizer.chat_template = template
+        assert eos_ids_of(model, tokenizer) == [text], template
+    tokenizer.chat_template = words
     tokenizer.add_tokens(["\n\n"])  # nor is whitespace with an entry of its own
-    assert eos_ids_of(model, tokenizer) == [text]
-    tokenizer.chat_template = "{{ raise_exception('users only') if messages[1] }}"
-    assert eos_ids_of(model, tokenizer) == [text]
-    tokenizer.chat_template = None
     assert eos_ids_of(model, tokenizer) == [text]
 
 
@@ -430,11 +407,8 @@ def test_the_logits_processor_counts_positions_from_the_prompt():
         seen.append(positions.tolist())
         return torch.ones_like(entropy)
 
-    processors = [AdaptiveTemperature(rule)]
+    how = dict(do_sample=True, top_k=0, max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+    processors = [AdaptiveTemperature(rule)]  # one for all calls
     for width in (3, 2, 7):
-        ids = torch.full((2, width), 5)
-        model.generate(
-            ids, do_sample=True, top_k=0, max_new_tokens=4, min_new_tokens=4, pad_token_id=0,
-            logits_processor=processors,
-        )  # fmt: skip
+        model.generate(torch.full((2, width), 5), **how, logits_processor=processors)
     assert seen == [[t, t] for t in range(4)] * 3

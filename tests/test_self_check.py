@@ -11,9 +11,8 @@ from transformers import AutoTokenizer
 from common.errors import UserError
 from common.models import check_logits, load_model, vocab_size_of
 from engine import decoding, self_check
-from engine.engine import SingleProcess
 from problems.prompts import context_of, fit_context
-from run import option_checks, setup
+from run import setup
 from tasks import Problem
 
 SIZES = dict(
@@ -51,21 +50,21 @@ def saved(tmp_path):
 
 
 @pytest.fixture
-def opened_on(tmp_path):
-    """opened_on(folder, *options): a run on a model, opened as train.py does."""
-    (tmp_path / "q.jsonl").write_text(
-        "".join(f'{{"question": "{i} + 1?", "answer": "{i + 1}"}}\n' for i in range(8)),
-        encoding="utf-8",
-    )
-    given = "--max-new-tokens 8 --prompts-per-step 4 --num-generations 2 --updates-per-rollout 1"
+def opened_on(opened):
+    """opened_on(folder, *options): a run on a model, opened with its self-check."""
+    return lambda folder, *more: opened("--model", str(folder), "--self-check", *more)
 
-    def open_run(folder, *more):
-        data = ["--data", str(tmp_path / "q.jsonl"), "--device", "cpu"]
-        out = ["--model", str(folder), "--out", str(tmp_path / "run")]
-        options = option_checks.parse([*given.split(), *data, *out, *more], "")
-        return setup.open_run(options, SingleProcess("cpu"))[0]
 
-    return open_run
+@pytest.fixture
+def hooked(monkeypatch):
+    """hooked(change): the first layer of a model that is opened gives change(output, module)."""
+
+    def use(change):
+        hook = lambda module, args, out: change(out, module)
+        install = lambda policy, *more: policy.model.layers[0].register_forward_hook(hook)
+        monkeypatch.setattr(setup, "check_blocks", install)
+
+    return use
 
 
 @pytest.mark.parametrize("more", ["", "--plain", "--temperature 0.7", "--dtype bfloat16"])
@@ -73,47 +72,37 @@ def test_a_model_that_agrees_passes(opened_on, more):
     opened_on(TINY, *more.split())
 
 
-@pytest.mark.parametrize(
-    "name, more",
-    [
-        ("Starcoder2", {"residual_dropout": 0.3, "embedding_dropout": 0.3}),
-        ("SeedOss", {"residual_dropout": 0.3, "attention_dropout": 0.2}),
-        ("Mixtral", {"router_jitter_noise": 0.3, "num_local_experts": 4}),
-    ],
-)
+NOISY = {
+    "Starcoder2": {"residual_dropout": 0.3, "embedding_dropout": 0.3},
+    "SeedOss": {"residual_dropout": 0.3, "attention_dropout": 0.2},
+    "Mixtral": {"router_jitter_noise": 0.3, "num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
 def test_dropout_and_noise_that_a_configuration_names_are_switched_off(
-    saved, opened_on, monkeypatch, name, more
+    saved, opened_on, monkeypatch, name
 ):
-    folder = saved(name, **more)
+    folder = saved(name, **NOISY[name])
     opened_on(folder)
     monkeypatch.setattr(setup, "no_dropout", lambda policy: None)
-    with pytest.raises(
-        UserError, match="a second pass in training mode differs .* by up to .*; lik"
-    ):
-        opened_on(folder, "--overwrite", "--out", str(folder / "other"))
+    message = "a second pass in training mode differs .* by up to .*; lik"
+    with pytest.raises(UserError, match=message):
+        opened_on(folder)
 
 
-def test_noise_that_nothing_names_is_refused(opened_on, monkeypatch):
-    def noisy(policy, options, dist):
-        policy.model.layers[0].register_forward_hook(
-            lambda module, args, out: out + 0.1 * torch.randn_like(out) * module.training
-        )
-
-    monkeypatch.setattr(setup, "check_blocks", noisy)
+def test_noise_that_nothing_names_is_refused(opened_on, hooked, tmp_path):
+    hooked(lambda out, module: out + 0.1 * torch.randn_like(out) * module.training)
+    out = tmp_path / "run"
     with pytest.raises(UserError, match="a second pass in training mode differs") as error:
-        opened_on(TINY)
+        opened_on(TINY, "--out", str(out))
     assert "\n" not in str(error.value) and "(--no-self-check skips" in str(error.value)
-    assert not (setup.pathlib.Path(str(error.value)) / "run").exists()
+    assert not out.exists()
     opened_on(TINY, "--no-self-check")
 
 
-def test_a_row_that_depends_on_the_others_is_refused(opened_on, monkeypatch):
-    def mixing(policy, options, dist):
-        policy.model.layers[0].register_forward_hook(
-            lambda module, args, out: out + 0.1 * out.mean(0, keepdim=True) * (len(out) > 2)
-        )
-
-    monkeypatch.setattr(setup, "check_blocks", mixing)
+def test_a_row_that_depends_on_the_others_is_refused(opened_on, hooked):
+    hooked(lambda out, module: out + 0.1 * out.mean(0, keepdim=True) * (len(out) > 2))
     with pytest.raises(UserError, match="a pass over several rows differs"):
         opened_on(TINY, "--plain")
 
@@ -156,17 +145,16 @@ def test_a_decoder_that_draws_from_something_else_is_refused(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name, more",
-    [
-        ("Granite", {"logits_scaling": 8.0}),
-        ("Gemma2", {"final_logit_softcapping": 5.0, "head_dim": 8}),
-        ("Cohere", {}),
-    ],
-)
-def test_logits_that_are_more_than_a_product_are_refused(saved, name, more):
-    with pytest.raises(UserError, match="logits are more than hidden states times the output emb"):
-        load_model(str(saved(name, **more)))
+def test_logits_that_are_more_than_a_product_are_refused(saved):
+    more = {
+        "Granite": {"logits_scaling": 8.0},
+        "Gemma2": {"final_logit_softcapping": 5.0, "head_dim": 8},
+        "Cohere": {},
+    }
+    for name in more:
+        folder = saved(name, **more[name])
+        with pytest.raises(UserError, match="logits are more than hidden states times the output"):
+            load_model(str(folder))
 
 
 def test_logits_with_a_bias_are_refused():
@@ -193,9 +181,8 @@ def test_heads_of_two_sizes_train_with_the_readable_decoder(saved, opened_on):
     more = dict(v_head_dim=8, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2)
     moe = dict(moe_intermediate_size=16, n_group=1, topk_group=1, first_k_dense_replace=1)
     folder = saved("DeepseekV3", **sizes, **more, **moe)
-    with pytest.raises(
-        UserError, match="the sampler fails on it .* with --plain all agree: add it"
-    ):
+    message = "the sampler fails on it .* with --plain all agree: add it"
+    with pytest.raises(UserError, match=message):
         opened_on(folder)
     opened_on(folder, "--plain")
 
@@ -212,13 +199,12 @@ def test_longrope_ends_at_its_original_context():
         fit_context([Problem("What is 1 + 1?", "2")], tokenizer, config, 39)
 
 
-def test_tokens_beyond_the_embedding_are_never_drawn(saved, opened_on, tmp_path):
+def test_tokens_beyond_the_embedding_are_never_drawn(saved, opened_on):
     folder = saved("Qwen3", head_dim=8)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     size = max(tokenizer.get_vocab().values()) + 1
-    tokenizer.add_tokens(
-        [f"<pad-{i}>" for i in range(300 - size)] + ["<image>"], special_tokens=True
-    )
+    padding = [f"<pad-{i}>" for i in range(300 - size)]
+    tokenizer.add_tokens([*padding, "<image>"], special_tokens=True)
     tokenizer.save_pretrained(folder)
     assert tokenizer.convert_tokens_to_ids("<image>") == 300
     run = opened_on(folder)

@@ -1,24 +1,21 @@
 """The signal: entropies one can trust, first ratios of one, whole steps against a naive one."""
 
 import copy
-import json
 import math
 import zlib
 
 import pytest
 import torch
-from conftest import TINY, changed_scores, drawn, given_batch, verdicts
+from conftest import changed_scores, drawn, given_batch, random_model, sharpened, verdicts
 
 import losses
 import sampling
 import train
 from common.errors import UserError
 from engine import decoding, forward
-from engine.engine import SingleProcess
 from engine.logprobs import chunked_logprobs_and_entropy
 from problems.grading import Grade
 from run import baselines, option_checks, report
-from run.setup import open_run
 
 # --------------------------------------------------------------------------- entropies, row by row
 
@@ -44,17 +41,6 @@ def exact(logits, targets):
     return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
-SCORERS = {False: chunked_logprobs_and_entropy, True: losses.token_logprobs_and_entropy}
-
-
-def eye_scores(plain):
-    def scores(logits, targets):
-        eye = torch.eye(logits.shape[1])
-        return SCORERS[plain](logits, eye, targets)
-
-    return scores
-
-
 def sampled(draw):
     def scores(logits, targets):
         # u picks the likeliest id, which is the target here
@@ -64,9 +50,10 @@ def sampled(draw):
     return scores
 
 
+SCORERS = (chunked_logprobs_and_entropy, losses.token_logprobs_and_entropy)
 WAYS = {
-    "scorer": eye_scores(False),
-    "plain scorer": eye_scores(True),
+    "scorer": lambda z, targets: SCORERS[0](z, torch.eye(z.shape[1]), targets),
+    "plain scorer": lambda z, targets: SCORERS[1](z, torch.eye(z.shape[1]), targets),
     "sampler": sampled(lambda *args: decoding.Draw()(*args, measure_entropy=True)),
     "plain sampler": sampled(sampling.draw),
 }
@@ -84,14 +71,14 @@ def test_entropies_from_nothing_to_everything(way):
     assert (entropy >= 0).all()
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_entropies_under_autocast_are_those_of_its_own_logits(plain):
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_entropies_under_autocast_are_those_of_its_own_logits(scorer):
     """bfloat16 products, and nothing else in bfloat16."""
     hidden, weight = torch.randn(300, 32), torch.randn(500, 32)
     hidden *= torch.linspace(0.1, 4, 300)[:, None]
     targets = torch.randint(0, 500, (300,))
     with torch.autocast("cpu", torch.bfloat16):
-        got = SCORERS[plain](hidden, weight, targets, 0.8)
+        got = scorer(hidden, weight, targets, 0.8)
         logits = hidden @ weight.T
     assert logits.dtype == torch.bfloat16 and got[1].dtype == torch.float32
     logp, entropy = exact(logits.float() / 0.8, targets)
@@ -112,28 +99,22 @@ def test_rows_without_a_choice(way):
         assert (logp == 0).all() and (entropy == 0).all()
 
 
-@pytest.mark.parametrize("draw", [decoding.Draw(), sampling.draw], ids=["fast", "plain"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_logit_shows(draw, bad):
-    """It must not travel: `generate` looks at what is drawn and names the position."""
-    logits = torch.randn(3, 9)
-    logits[1, 4] = bad
-    logp = draw(logits, 1.0, torch.full((3,), 0.3)).logp
-    assert logp.isfinite().tolist() == [True, False, True]
-
-
-def test_the_drawn_log_probability_is_exact():
+@pytest.mark.parametrize("make", [decoding.Draw, lambda: sampling.draw], ids=["fast", "plain"])
+def test_a_bad_logit_shows_and_a_drawn_log_probability_is_exact(make):
+    """NaN must not travel: `generate` looks at what is drawn and names the position."""
+    for bad in (math.nan, math.inf):
+        logits = torch.randn(3, 9)
+        logits[1, 4] = bad
+        logp = make()(logits, 1.0, torch.full((3,), 0.3)).logp
+        assert logp.isfinite().tolist() == [True, False, True]
     logits = rows_of_entropy()
-    for draw in (decoding.Draw(), sampling.draw):
-        one = draw(logits, 0.7, torch.full((len(logits),), 1e-9))
-        expected, _ = exact(logits / 0.7, one.tokens)
-        assert ((one.logp - expected).abs() / expected.abs()).max() < 1e-4
+    one = make()(logits, 0.7, torch.full((len(logits),), 1e-9))
+    expected, _ = exact(logits / 0.7, one.tokens)
+    assert ((one.logp - expected).abs() / expected.abs()).max() < 1e-4
 
 
 def test_a_low_precision_replica_is_sampled_at_its_products():
     """A bfloat16 model's logits in the sampler: hidden states times unembedding, float32."""
-    from conftest import random_model
-
     model = random_model().bfloat16().eval()
     ids = torch.tensor([[5, 6, 7]])
     cache, position = sampling.DynamicCache(), torch.arange(3)[None]
@@ -158,46 +139,23 @@ def test_a_wild_log_ratio_neither_overflows_nor_leaves_a_nan():
     assert losses.kl_k3(torch.tensor(-100.0), torch.tensor(0.0)).isfinite()
 
 
-SMALL = (
-    "--prompts-per-step 2 --num-generations 6 --updates-per-rollout 1 --max-new-tokens 12 "
-    "--eval-prompts 4 --steps 9 --warmup-steps 1 --lr 1e-3 --grad-clip 1e6 --device cpu"
-).split()
-
-
 @pytest.fixture
-def opened(tmp_path, monkeypatch):
-    """opened(*options): a run on the shipped model, its verdicts invented."""
-    game = "Use {0}, {1}, 2 once each with + - * / to make {2}. Reply with the expression only."
-    rows = [
-        {"question": game.format(a, b, a * b % 9 + 1), "answer": str(a)}
-        for a in range(1, 7)
-        for b in range(7, 12)
-    ]
-    (tmp_path / "q.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-    )
-    monkeypatch.setattr(
-        "train.grade", lambda p, text, *more: Grade(*[zlib.crc32(text.encode()) % 3 == 0] * 2)
-    )
-
-    def open_one(*more):
-        where = ["--out", str(tmp_path / str(len(list(tmp_path.iterdir()))))]
-        where += ["--model", str(TINY), "--data", str(tmp_path / "q.jsonl")]
-        return open_run(option_checks.parse([*SMALL, *where, *more], ""), SingleProcess("cpu"))[0]
-
-    return open_one
+def opened(opened, monkeypatch):
+    """opened(*options): a run on a random model with sharp logits, its verdicts invented."""
+    verdict = lambda problem, text, *more: Grade(*[zlib.crc32(text.encode()) % 3 == 0] * 2)
+    monkeypatch.setattr("train.grade", verdict)
+    sizes = "--prompts-per-step 2 --num-generations 6 --max-new-tokens 8 --grad-clip 1e6 --lr 1e-4"
+    return lambda *more: sharpened(opened(*sizes.split(), *more))
 
 
-PASSES = ["", "--micro-batch 6", "--micro-tokens 120", "--gradient-checkpointing", "--plain"]
-PASSES += ["autocast", "autocast --micro-tokens 120"]
+PASSES = """ | --micro-batch 6 | --micro-tokens 120 | --gradient-checkpointing | --plain
+ | --dtype bfloat16 | --dtype bfloat16 --micro-tokens 120""".replace("\n", "").split(" | ")
 
 
 @pytest.mark.parametrize("more", PASSES)
 def test_the_first_ratios_are_exactly_one(opened, monkeypatch, more):
-    low = "autocast" in more
-    run = opened(*more.removeprefix("autocast").split())
-    if low:
-        run.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    verdicts(monkeypatch, True, False)
+    run = opened(*more.split())
     for number in (1, 2):
         step = train.train_step(number, run)
         metrics = report.step_metrics(step, report.weight_sample(run), run)
@@ -216,12 +174,10 @@ def test_the_first_ratios_of_several_updates(opened):
 
 def test_ratios_beyond_the_limit_are_counted(opened, monkeypatch):
     run = opened("--algo", "dapo")
-    less = lambda scores, model: scores._replace(logp=scores.logp - 30.0)
-    changed_scores(monkeypatch, run, less)
+    changed_scores(monkeypatch, run, lambda s, model: s._replace(logp=s.logp - 30.0))
     step = train.train_step(1, run)
-    (update,) = step.updates
-    counts = report.clip_counts([update], step.batch)
-    assert counts["clamped"] == counts["tokens"] > 0 and update.outcome == "applied"
+    counts = report.clip_counts(step.updates, step.batch)
+    assert counts["clamped"] == counts["tokens"] > 0 and step.updates[0].outcome == "applied"
 
 
 # ------------------------------------------------------------------- a whole step, against a naive
@@ -283,10 +239,10 @@ def naive_loss(run, batch, noise, layer):
     logp, entropy = naive_scores(policy, rollout, o.temperature, layer, run.vocab_size)
     old = logp.detach() + noise[: len(logp), : logp.shape[1]]
     mask, loss_mask = rollout.mask, rollout.mask & batch.in_loss[:, None]
-    hapo = o.algo == "hapo"
-    advantages = naive_advantages(batch.rewards.double(), loss_mask, G, hapo, o.released)
+    by_token = o.algo == "hapo"
+    advantages = naive_advantages(batch.rewards.double(), loss_mask, G, by_token, o.released)
     ratio, low, high = (logp - old).exp(), o.clip_low, o.clip_high
-    if hapo:
+    if o.algo == "hapo":
         full = entropy
         if layer:  # in BuPO's phase 1 the full policy's entropy steers
             full = naive_scores(policy, rollout, 1.0, None, run.vocab_size)[1]
@@ -311,26 +267,15 @@ def naive_loss(run, batch, noise, layer):
     return loss.item(), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
 
 
-SETTINGS = [
-    "--algo grpo",
-    "--algo dapo",
-    "--algo hapo",
-    "--algo hapo --temperature 0.8",
-    "--algo hapo --temperature 1.3",
-    "--algo hapo --released",
-    "--algo hapo --micro-batch 3",
-    "--algo hapo --micro-tokens 150",
-    "--algo hapo --gradient-checkpointing",
-    "--algo grpo --dynamic-sampling --max-rounds 2",
-    "--algo dapo --kl 0.3",
-    "--algo grpo --bupo-layer 2 --bupo-steps 3",
-    "--algo hapo --bupo-layer 3 --bupo-steps 3",
-]
+SETTINGS = """grpo | dapo | hapo | hapo --temperature 0.8 | hapo --temperature 1.3
+ | hapo --released | hapo --micro-batch 3 | hapo --micro-tokens 150
+ | hapo --gradient-checkpointing | grpo --dynamic-sampling --max-rounds 2 | dapo --kl 0.3
+ | grpo --bupo-layer 1 --bupo-steps 2 | hapo --bupo-layer 2 --bupo-steps 2"""
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS.replace("\n", "").split(" | "))
 def test_a_whole_step_against_a_naive_one(opened, monkeypatch, setting):
-    run, seen = opened(*setting.split()), {}
+    run, seen = opened("--algo", *setting.split()), {}
     noise = 0.25 * torch.randn(48, 12, generator=torch.Generator().manual_seed(5))
     if run.reference is not None:
         with torch.no_grad():
@@ -360,36 +305,28 @@ def test_a_whole_step_against_a_naive_one(opened, monkeypatch, setting):
         assert (gradients[name] == 0).all()
 
 
-# ------------------------------------------------------------------------- statistics and sampler
-
-
-@pytest.mark.parametrize("T", [0.6, 1.0, 1.3])
-def test_a_fifth_of_the_tokens_is_heated_at_any_temperature(opened, T):
+def test_a_fifth_of_the_tokens_is_heated_at_any_temperature(opened):
     """The sampler compares entropies of raw logits with statistics of entropies of raw logits."""
-    run = opened("--temperature", str(T), "--prompts-per-step", "16", "--lr", "0")
-    train.train_step(1, run)
-    rollout = train.train_step(2, run).batch.rollout
-    heated = (rollout.temperature > T)[rollout.mask].float().mean().item()
-    assert 0.14 < heated < 0.26
+    for T in (0.6, 1.3):
+        run = opened("--temperature", str(T), "--prompts-per-step", "16", "--lr", "0")
+        train.train_step(1, run)
+        rollout = train.train_step(2, run).batch.rollout
+        heated = (rollout.temperature > T)[rollout.mask].float().mean().item()
+        assert 0.14 < heated < 0.26, T
 
 
-def test_the_statistics_are_logged(opened):
+def test_statistics_are_logged_and_the_sampler_against_scorer(opened):
     run = opened()
     step = train.train_step(1, run)
-    metrics = report.step_metrics(step, report.weight_sample(run), run)
-    x = step.batch.full.entropy[step.batch.rollout.mask].clamp_min(1e-8).log()
+    rollout, sample = step.batch.rollout, report.weight_sample(run)
+    metrics = report.step_metrics(step, sample, run)
+    x = step.batch.full.entropy[rollout.mask].clamp_min(1e-8).log()
     assert metrics["h_max"] == pytest.approx((x.max() - metrics["pivot"]).item(), rel=1e-5)
     assert metrics["h_min"] == pytest.approx((x.min() - metrics["pivot"]).item(), rel=1e-5)
     assert 0 <= metrics["at_floor"] <= 1 and metrics["sigma"] > 0
-
-
-def test_sampler_against_scorer(opened, monkeypatch):
-    run = opened("--algo", "dapo")
-    step = train.train_step(1, run)
-    metrics = report.step_metrics(step, report.weight_sample(run), run)
     assert metrics["sampler_off"] < 1e-4 and abs(metrics["sampler_kl"]) < 1e-8
-    step.batch.rollout.logp -= 0.1 * step.batch.rollout.mask  # a sampler that is off by 0.1 nats
-    metrics = report.step_metrics(step, report.weight_sample(run), run)
+    rollout.logp -= 0.1 * rollout.mask  # a sampler that is off by 0.1 nats
+    metrics = report.step_metrics(step, sample, run)
     assert metrics["sampler_off"] == pytest.approx(0.1, rel=1e-3)
     assert metrics["sampler_kl"] == pytest.approx(math.exp(0.1) - 1.1, rel=1e-2)
 
@@ -408,9 +345,7 @@ def test_the_correction_weighs_tokens(opened, monkeypatch):
             (update,) = train.train_step(1, run).updates
         assert update.loss == pytest.approx(-weight, rel=1e-5)
     with pytest.raises(UserError, match="--sampler-correction True: the sampler does not"):
-        option_checks.parse(
-            "--estimate --sampler-correction --algo dapo --bupo-layer 1".split(), ""
-        )
+        option_checks.parse("--estimate --sampler-correction --bupo-layer 1".split(), "")
 
 
 def test_the_correction_undoes_the_sampler_s_heat(opened):
@@ -430,14 +365,13 @@ def test_the_correction_undoes_the_sampler_s_heat(opened):
 
 
 def test_cudnn_attention_is_off():
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert (
-        torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
-    )
+    cuda = torch.backends.cuda
+    assert not cuda.cudnn_sdp_enabled()
+    assert cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled()
 
 
 def test_no_comparison_wakes_a_dead_group(opened, monkeypatch):
-    monkeypatch.setattr("train.grade", lambda problem, text, *more: Grade(False, False))
+    verdicts(monkeypatch, False)
     for arm in ("entropy-advantage", "edge", "forking", "archer"):
         run = opened("--algo", "dapo", "--baseline", arm, "--temperature", "0.8")
         assert train.train_step(1, run).updates == [train.Update()]

@@ -1,9 +1,9 @@
 """The parts of a step: batches, group rules, denominators, the reference model, records, curves."""
 
 import dataclasses
+import functools
 import hashlib
-import json
-import math
+import inspect
 import os
 import runpy
 import subprocess
@@ -11,8 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, changed_scores, drawn, given_batch, verdicts
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import ROOT, Asks, changed_scores, drawn, given_batch, verdicts
 
 import bupo
 import hapo
@@ -20,6 +19,7 @@ import internals
 import losses
 import train
 from common.errors import UserError
+from common.threads import use_threads
 from engine.engine import SingleProcess
 from run import baselines, checkpoint, option_checks, report, setup
 from run.batch import join, rollout_of, select
@@ -109,9 +109,6 @@ def test_the_verdict_stays_apart_from_the_reward(opened, monkeypatch):
     assert report.tally(batch)["rewards"] == pytest.approx(batch.rewards.sum().item())
 
 
-# ------------------------------------------------------------------------------------- group rules
-
-
 def test_rloo_by_hand():
     # rewards 1, 0, 0: each less the mean of the two others; equal rewards give exactly 0
     rewards = torch.tensor([1.0, 0, 0, 0.1, 0.1, 0.1])
@@ -123,19 +120,17 @@ def test_rloo_by_hand():
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_a_rule_reaches_every_arm(opened, monkeypatch, name):
     verdicts(monkeypatch, True, False, False, False, True, True, False, False)
-    rule = {"grpo": losses.grpo_advantages, "rloo": losses.rloo_advantages}[name]
     for arm in ("none", "entropy-advantage", "edge"):
         run = opened("--algo", "dapo", "--advantage", name, "--baseline", arm)
-        step = train.train_step(1, run)
-        expected = rule(step.batch.rewards, 2)[:, None] * step.batch.loss_mask
-        if arm == "entropy-advantage":
-            expected = baselines.entropy_advantage(expected, step.batch.full.entropy)
+        batch = train.train_step(1, run).batch
+        mask, entropy = batch.loss_mask, batch.full.entropy
+        advantages = getattr(losses, f"{name}_advantages")(batch.rewards, 2)
         if arm == "edge":
-            mask = step.batch.loss_mask
-            entropy = (step.batch.full.entropy * mask).sum(1) / mask.sum(1)
-            per_answer = rule(step.batch.rewards, 2) * baselines.edge_weight(entropy, 2)
-            expected = per_answer[:, None] * mask
-        torch.testing.assert_close(step.batch.advantages, expected)
+            advantages *= baselines.edge_weight((entropy * mask).sum(1) / mask.sum(1), 2)
+        expected = advantages[:, None] * mask
+        if arm == "entropy-advantage":
+            expected = baselines.entropy_advantage(expected, entropy)
+        torch.testing.assert_close(batch.advantages, expected)
 
 
 def test_a_rule_beside_hapos_own_is_one_line():
@@ -160,9 +155,6 @@ def test_the_share_of_needed_tokens_by_hand(opened, monkeypatch):
     assert report.useful_token_fraction([], step.batch, run) == 1
 
 
-# -------------------------------------------------------------------------------- A's statistics
-
-
 def test_under_dynamic_sampling_as_statistics_are_of_all_responses_drawn(opened, monkeypatch):
     """Two rounds of four groups, of which one has variance: the step trains on four groups, and the
     next sampler's statistics are of all eight."""
@@ -178,15 +170,11 @@ def test_under_dynamic_sampling_as_statistics_are_of_all_responses_drawn(opened,
     torch.testing.assert_close(torch.stack(run.sampler_stats), torch.stack(expected))
 
 
-# ------------------------------------------------------------------------------------ denominators
-
-
 @pytest.mark.parametrize("mean", ["token", "sequence", "fixed"])
 def test_groups_that_stayed_dead_are_not_in_the_denominator(opened, monkeypatch, mean):
     """One live group of four: the update's loss is that group's alone, whatever the mean."""
-    alive = "--loss-mean", mean, "--algo", "dapo", "--dynamic-sampling", "--max-rounds", "1"
     verdicts(monkeypatch, True, False, *[False] * 6)
-    run = opened(*alive)
+    run = opened(*f"--loss-mean {mean} --algo dapo --dynamic-sampling --max-rounds 1".split())
     batch = drawn(run)
     assert report.tally(batch)["zero_std"] == 3
     batch.rollout.mask[0, 4:] = False  # a shorter response: the three means differ
@@ -194,23 +182,16 @@ def test_groups_that_stayed_dead_are_not_in_the_denominator(opened, monkeypatch,
     shift = 0.1 * torch.arange(8)[:, None]  # so that the loss is not 0
     changed_scores(monkeypatch, run, lambda s, model: s._replace(logp=s.logp + shift))
     step = train.train_step(1, run)
-    batch, (everything,) = step.batch, step.updates
+    batch, (update,) = step.batch, step.updates
     assert batch.in_loss.tolist() == [True, True] + [False] * 6
-    counts = report.clip_counts([everything], batch)
-    assert everything.outcome == "applied" and counts["tokens"] == batch.rollout.lengths[:2].sum()
-
+    counts = report.clip_counts([update], batch)
+    assert update.outcome == "applied" and counts["tokens"] == batch.rollout.lengths[:2].sum()
     ratio = torch.exp(-0.1 * torch.arange(2.0))[:, None]
-    per_token = losses.clipped_surrogate(ratio, batch.advantages[:2], 0.2, 0.28)
-    mask = batch.loss_mask[:2]
-    expected = {
-        "token": lambda: losses.masked_mean(per_token, mask),
-        "sequence": lambda: losses.sequence_mean(per_token, mask),
-        "fixed": lambda: losses.fixed_length_mean(per_token, mask, 6),
-    }[mean]().item()
-    assert everything.loss == pytest.approx(expected, rel=1e-4) and abs(expected) > 1e-3
-
-
-# --------------------------------------------------------------------------------- reference model
+    of_live = losses.clipped_surrogate(ratio, batch.advantages[:2], 0.2, 0.28), batch.loss_mask[:2]
+    means = dict(token=losses.masked_mean, sequence=losses.sequence_mean)
+    means["fixed"] = functools.partial(losses.fixed_length_mean, length=6)
+    expected = means[mean](*of_live).item()
+    assert update.loss == pytest.approx(expected, rel=1e-4) and abs(expected) > 1e-3
 
 
 def test_without_kl_there_is_no_reference_and_a_dead_update_moves_nothing(opened, monkeypatch):
@@ -237,25 +218,22 @@ def test_kl_adds_its_term_and_wakes_an_update_whose_groups_are_dead(opened, monk
     assert step.updates[0].loss == pytest.approx(expected, rel=1e-3)
 
 
-# --------------------------------------------------------------------------------- runs and curves
-
-
 def test_a_run_of_an_older_version_is_one_line(opened, tmp_path):
     """A new option has its default; a checkpoint that lacks something is refused."""
+
+    def change(file, old, new):
+        text = file.read_text(encoding="utf-8")
+        assert old in text
+        file.write_text(text.replace(old, new), encoding="utf-8")
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
     run = opened()
     checkpoint.save(run, 0)
     run.lock.lock.release()
-    config = run.out / "config.json"
-    config.write_text(
-        config.read_text(encoding="utf-8").replace('"plain": false,', ""), encoding="utf-8"
-    )
+    change(run.out / "config.json", '"plain": false,', "")
     old = run.out / "checkpoint-0" / "run.json"
-    old.write_text(
-        old.read_text(encoding="utf-8").replace("sampler_stats", "stats"), encoding="utf-8"
-    )
-    sums = json.loads((old.parent / "checksums.json").read_text(encoding="utf-8"))
-    sums["run.json"] = hashlib.sha256(old.read_bytes()).hexdigest()
-    (old.parent / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
+    before = hashlib.sha256(old.read_bytes()).hexdigest()
+    change(old.parent / "checksums.json", before, change(old, "sampler_stats", "stats"))
     again = option_checks.parse(["--resume", "--out", str(run.out)], "")
     assert again.plain is False
     with pytest.raises(UserError, match="older version of this code .no sampler_stats") as error:
@@ -263,44 +241,38 @@ def test_a_run_of_an_older_version_is_one_line(opened, tmp_path):
     assert "\n" not in str(error.value)
 
 
-ROWS = [
-    {"step": 0, "eval_accuracy": 0.1, "eval_greedy": 0.2, "eval_error": None},
-    {"step": 1, "phase": "internal", "pivot": -1.0, "h_max": 1.0, "h_min": -3.0}
-    | {"phase": "internal", "layer": 2, "internal_entropy": 0.3, "reward": 0.5}
-    | {"entropy": 0.4, "response_length": 9, "grad_norm": 1.5, "zero_std_groups": 1, "groups": 4},
-    {"step": 2, "phase": "full", "reward": None, "entropy": math.nan, "response_length": 8}
-    | {"grad_norm": 2.5, "zero_std_groups": 2, "groups": 4},
-]
+ROWS = """
+{"step": 0, "eval_accuracy": 0.1, "eval_greedy": 0.2, "eval_error": null}
+{"step": 1, "phase": "internal", "layer": 2, "pivot": -1, "h_max": 1, "h_min": -3, "reward": 0.5,\
+ "internal_entropy": 0.3, "entropy": 0.4, "response_length": 9, "grad_norm": 1.5,\
+ "zero_std_groups": 1, "groups": 4}
+{"step": 2, "phase": "full", "reward": null, "entropy": null, "response_length": 8,\
+ "grad_norm": 2.5, "zero_std_groups": 2, "groups": 4}
+"""
 
 
-def test_every_panel_is_drawn(tmp_path):
-    """PANELS by name, each on its own; numbers that are missing or NaN leave a gap."""
-    pytest.importorskip("matplotlib")
+@pytest.mark.optional("matplotlib")
+def test_every_panel_is_drawn(tmp_path, monkeypatch):
+    """Numbers that are missing leave a gap; more runs than colours have each their own."""
     import matplotlib.pyplot as plt
 
     from scripts import curves
 
-    text = "".join(json.dumps(row).replace("NaN", "null") + "\n" for row in ROWS)
-    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    for title, draw in curves.PANELS:
-        figure, panel = plt.subplots()
-        draw(panel, rows[1:], rows[:1], "run", "black")
-        assert panel.lines, title
-        plt.close(figure)
-    assert curves.plot([tmp_path]).stat().st_size > 10_000
-    # more runs than matplotlib has colours: each in its own
-    figures, close = [], plt.close
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(plt, "close", figures.append)
-        curves.plot([tmp_path] * 12, tmp_path / "twelve.png")
-    lengths = figures[0].axes[2].lines
-    assert len({str(line.get_color()) for line in lengths}) == len(lengths) == 12
-    close(figures[0])
+    (tmp_path / "metrics.jsonl").write_text(ROWS.strip(), encoding="utf-8")
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    monkeypatch.setitem(plt.rcParams, "axes.prop_cycle", plt.cycler(color=["blue", "red"]))
+    picture = curves.plot([tmp_path] * 3)
+    assert picture == tmp_path / "curves.png" and picture.stat().st_size > 10_000
+    for (title, _), panel in zip(curves.PANELS, figures[0].axes):
+        assert panel.get_title() == title and panel.lines, title
+    assert len({str(line.get_color()) for line in figures[0].axes[2].lines}) == 3
+    monkeypatch.undo()
+    plt.close(figures[0])
 
 
+@pytest.mark.optional("matplotlib")
 def test_stretches_of_steps():
-    pytest.importorskip("matplotlib")
     from scripts.curves import spans
 
     assert spans([1, 2, 3, 7, 10, 11]) == [(1, 3), (7, 7), (10, 11)] and spans([]) == []
@@ -315,21 +287,21 @@ def test_curves_without_matplotlib_say_what_to_install(monkeypatch, capsys):
         runpy.run_path(str(ROOT / "scripts" / "curves.py"), run_name="scripts.curves")
 
 
-# -------------------------------------------------------------------------- one run, one writer
+HOLD = f"""
+import filelock, os, pathlib, sys, time
+LOCK, WRITER = {setup.LOCK!r}, {setup.WRITER!r}
+{inspect.getsource(setup.lock)}
+held = lock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
 
-HOLD = "import sys, time; from run.setup import lock; lock_file = lock(__import__('pathlib').Path"
-HOLD += "(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
-
-def test_a_folder_has_one_writer(tmp_path, opened):
+@pytest.mark.programs
+def test_a_folder_has_one_writer(tmp_path):
     """Another process's lock is refused by name, and is gone once that process is killed."""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]  # without run.setup's other imports
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"process {holder.pid} is writing to this folder"):
@@ -339,15 +311,14 @@ def test_a_folder_has_one_writer(tmp_path, opened):
         holder.wait()
     with setup.lock(tmp_path):
         assert (tmp_path / ".writer").read_text(encoding="utf-8") == f"{os.getpid()}\n"
-        with pytest.raises(UserError, match="is writing to this folder"):
-            setup.lock(tmp_path)
-    setup.lock(tmp_path).lock.release()
 
 
-def test_a_run_holds_the_lock_of_its_folder(opened):
+def test_a_run_holds_the_lock_of_its_folder_until_it_ends(opened):
     run = opened()
     with pytest.raises(UserError, match=f"process {os.getpid()} is writing to this folder"):
         open_run(dataclasses.replace(run.options, resume=True), SingleProcess("cpu"))
+    run.lock.lock.release()
+    setup.lock(run.out).lock.release()
 
 
 def test_the_reference_is_scored_without_an_entropy(opened, monkeypatch):
@@ -364,9 +335,7 @@ def test_the_reference_is_scored_without_an_entropy(opened, monkeypatch):
     assert asked == [(False, True), (True, False), (False, False)]
 
 
-# ------------------------------------------------------------------------------------------ threads
-
-
+@pytest.mark.programs
 def test_threads_spin_briefly_unless_told_otherwise():
     """Set before torch is imported, and only where the user has set nothing."""
     for program in ("train", "evaluate", "internals"):
@@ -374,47 +343,25 @@ def test_threads_spin_briefly_unless_told_otherwise():
         assert text.index("import common.threads") < text.index("\nimport torch")
     say = "import os, common.threads; print(os.environ.get('GOMP_SPINCOUNT'))"
     base = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    cases = [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
-    for given, expected in cases:
+    for given, expected in (
+        ({}, "4000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ):
         command = [sys.executable, "-c", say]
-        done = subprocess.run(
-            command, cwd=ROOT, env=base | given, capture_output=True, text=True, encoding="utf-8"
-        )
+        done = subprocess.run(command, cwd=ROOT, env=base | given, capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr
 
 
 def test_a_busy_machine_is_named(monkeypatch):
-    from common.threads import use_threads
-
-    said = []
+    """Not where it is idle, nor where one thread waits for nobody."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.2, 0, 0), raising=False)
-    use_threads(None, said.append)
-    assert not said
-    monkeypatch.setattr(os, "getloadavg", lambda: (2.1, 0, 0), raising=False)
-    use_threads(None, said.append)
-    assert len(said) == 1 and "--threads 1" in said[0]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    use_threads(None, said.append)  # one thread waits for nobody
-    assert len(said) == 1
-
-
-# ------------------------------------------------------------------------------- waits for a device
-
-
-class Asks(TorchDispatchMode):
-    """Counts what would make Python wait for a GPU: numbers read one by one, masks as indices."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        masked = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
-        self.count += masked or name in ("_local_scalar_dense", "nonzero", "masked_select")
-        return function(*args, **(kwargs or {}))
+    for threads, load, named in ((2, 0.2, False), (2, 2.1, True), (1, 2.1, False)):
+        said = []
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0), raising=False)
+        use_threads(None, said.append)
+        assert ["--threads 1" in text for text in said] == [True] * named, (threads, load)
 
 
 def test_waits_do_not_grow_with_the_passes(opened, monkeypatch):
@@ -454,19 +401,17 @@ def test_processes_diagnose_as_many_answers_as_the_widest_allows(opened, monkeyp
 # What torch leaves open: the gradient of these at a bound, or among equal values, is not documented
 # and has changed from version to version.
 OPEN = "Clamp Maximum Minimum Amax Amin Max Min Sort Topk Kthvalue Quantile Median".split()
+STEPS = """
+--dual-clip 3 --kl 0.1
+--plain --dual-clip 3
+--algo dapo --baseline gspo
+--algo dapo --baseline cispo
+--algo dapo --baseline entropy-advantage
+--bupo-layer 2 --bupo-steps 1
+"""
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        "--dual-clip 3 --kl 0.1",
-        "--plain --dual-clip 3",
-        "--algo dapo --baseline gspo",
-        "--algo dapo --baseline cispo",
-        "--algo dapo --baseline entropy-advantage",
-        "--bupo-layer 2 --bupo-steps 1",
-    ],
-)
+@pytest.mark.parametrize("options", STEPS.strip().splitlines())
 def test_no_gradient_passes_an_operation_whose_ties_torch_leaves_open(opened, monkeypatch, options):
     """Of all operations between the weights and the loss of a step, none is one of OPEN."""
     verdicts(monkeypatch, True, False)

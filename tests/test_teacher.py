@@ -2,7 +2,6 @@
 
 import random
 
-import pytest
 from conftest import TINY
 
 import evaluate
@@ -55,12 +54,12 @@ def test_an_answer_without_its_mark_is_not_strict():
     assert grade(problem, "7+8=15,4+3+1=8 so it is 385") == (False, True)
 
 
-@pytest.mark.parametrize("temperature, low, high", [(1.0, 0.2, 0.4), (0.0, 0.1, 0.25)])
-def test_the_shipped_model_blurts(temperature, low, high):
+def test_the_shipped_model_blurts():
     """Seldom right, and most of its answers bare: what the default run starts from."""
     model, tokenizer = load_model(str(TINY))
-    problems = load_problems("addition")[1][:256]
+    problems = load_problems("addition")[1][:128]
     draw = evaluate.decoder_of(model, tokenizer)
-    rows = evaluate.sample_responses(draw, tokenizer, problems, 1, 40, temperature)
-    assert low < evaluate.summarise(rows).strict < high
-    assert sum("####" in row[0].text for row in rows) / len(rows) < 0.4
+    for temperature, low, high in ((1.0, 0.2, 0.4), (0.0, 0.1, 0.25)):
+        rows = evaluate.sample_responses(draw, tokenizer, problems, 1, 40, temperature)
+        assert low < evaluate.summarise(rows).strict < high, temperature
+        assert sum("####" in row[0].text for row in rows) / len(rows) < 0.4
