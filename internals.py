@@ -85,6 +85,32 @@ def unembedding(model: nn.Module) -> Tensor:
     return model.get_output_embeddings().weight
 
 
+@torch.no_grad()
+def check_logits(model: nn.Module, name: str) -> None:
+    """Raise ValueError unless the logits are hidden states times the output embedding.
+
+    Entropies and internal policies are computed from that product. A model that scales or caps its
+    logits, or adds a bias, would be scored as another one. `name` begins the message.
+    """
+    ids = torch.tensor([[1, 2, 3]], device=model.device)  # 0 may be padding, with states of 0
+    training = model.training
+    model.eval()
+    logits = model(ids, use_cache=False).logits.float()
+    states = model.base_model(ids, use_cache=False).last_hidden_state
+    model.train(training)
+    product = (states @ unembedding(model).T).float()
+    if not logits.isfinite().all():
+        return  # the first response will name it
+    largest = (logits - product).abs().max().item()
+    allowed = 1e-4 if states.dtype == torch.float32 else 0.05
+    if not largest <= allowed * (1 + product.abs().max().item()):
+        raise ValueError(
+            f"{name}: its logits are more than hidden states times the output embedding (they "
+            f"differ by {largest:.2g}: scaled, capped or with a bias); scoring would disagree with "
+            "sampling"
+        )
+
+
 # ----------------------------------------------------------------------------------- forward passes
 
 

@@ -18,9 +18,16 @@ the one it overrides. One rollout runs them in this order:
         _get_per_token_logps_...         compute new log-probabilities; C: change the advantages,
                                          which TRL reads after this call
 
-Mechanism A works with transformers' own `generate` and `generate_batch`, not with vLLM. If T_base
-is not 1, all entropies are those of logits / T_base. With top_k or top_p, mechanism A's entropies
-are those of the remaining ids.
+Mechanism A runs in transformers' `generate` and `generate_batch`, and in vLLM (use_vllm=True) by
+bridges/vllm_temperature.py, whose entry point must be installed: pip install -e . in this folder.
+In transformers, if T_base is not 1, its entropies are those of logits / T_base; with top_k or
+top_p, those of the remaining ids. In vLLM they are those of the raw logits.
+
+TRL can weigh every token by pi_old / pi_sampler. With mechanism A that weight divides A's
+temperatures out again, and on top of it come the rounding differences of two engines. The ratio
+that HAPO clips has the trainer's own old log-probabilities in its denominator, as in the paper's
+Eq. 3: the tokens that A has heated are what the policy learns from. So the default of HAPOConfig is
+vllm_importance_sampling_correction=False.
 
 Shapes: B responses of this process, S positions of prompts and responses, T positions of responses,
 padded as in TRL.
@@ -38,15 +45,13 @@ import bupo
 import hapo
 import internals
 import losses
-from common.errors import UserError
-from common.models import check_logits, vocabulary
-from sampling import AdaptiveTemperature
+from sampling import AdaptiveTemperature, vocabulary
 
 try:
     from trl import GRPOConfig, GRPOTrainer
 except (ImportError, RuntimeError) as error:  # RuntimeError: a package that TRL needs is missing
     reason = str(error).splitlines()[-1]
-    raise UserError(f"this needs TRL ({reason}); pip install 'trl>=1.0'") from error
+    raise ImportError(f"this needs TRL ({reason}); pip install 'trl>=1.0'") from error
 
 SCORE = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
 IDLE = (
@@ -72,6 +77,8 @@ class HAPOConfig(GRPOConfig):
     rho: float = opt(0.8, "rho, quantile of the entropy pivot")
     tau: float | None = opt(None, "tau of the adaptive temperature; default 0.05, zscore 0.1")
     temperature_form: str = opt("bounded", "form of Eq. 8: bounded or zscore")
+    released: bool = opt(False, "follow HAPO's released code where it differs from the paper")
+    vllm_importance_sampling_correction: bool = opt(False, "True would divide A out again")
     exact_entropy: bool = opt(True, "False: TRL's own, log Z - E[logit], off by some 1e-6 nats")
     bupo_layer: str | None = opt(None, "align this layer's policy first: 1 ... L, or auto")
     bupo_steps: int = opt(30, "s_inter, rollouts of the first phase")
@@ -93,9 +100,13 @@ class HAPOConfig(GRPOConfig):
             (not token, f"importance_sampling_level {self.importance_sampling_level}: only token"),
             (self.loss_type not in CLIPPED, f"loss_type {self.loss_type}: only {CLIPPED}"),
             (not named, f"bupo_layer {layer}: must be auto or a layer from 1 to the last"),
+            (
+                self.released and self.temperature_form == "zscore",
+                "temperature_form zscore: the released code has only the bounded form",
+            ),
         ):
             if wrong:
-                raise UserError(why)
+                raise ValueError(why)
 
 
 def text_of(batch):
@@ -126,19 +137,17 @@ class Bridge:
     _layer = None  # layer whose policy this rollout trains; None: the model's own
 
     def __init__(self, model, reward_funcs, args=None, *more, **kwargs):
-        bottom_up, hapo = isinstance(self, BuPO), isinstance(self, HAPO)
+        bottom_up = isinstance(self, BuPO)
         if not isinstance(args, HAPOConfig):
-            raise UserError(f"{type(self).__name__}: args must be a HAPOConfig")
+            raise ValueError(f"{type(self).__name__}: args must be a HAPOConfig")
         if bottom_up != (args.bupo_layer is not None):
             wants = "a bupo_layer: 1 ... L, or auto" if bottom_up else "no bupo_layer"
-            raise UserError(f"{type(self).__name__} takes {wants}, not {args.bupo_layer}")
-        if hapo and args.use_vllm and args.adaptive_temperature:
-            raise UserError("adaptive_temperature True: vLLM has one temperature; set it to False")
+            raise ValueError(f"{type(self).__name__} takes {wants}, not {args.bupo_layer}")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self.add_callback(Kept)
         whole = self._causal_lm(self.model)
         if whole.get_input_embeddings().weight.numel():  # DeepSpeed's stage 3 has divided it
-            check_logits(whole, type(self).__name__)
+            internals.check_logits(whole, type(self).__name__)
         a = self.args
         if a.num_iterations == 1 and a.steps_per_generation <= a.gradient_accumulation_steps:
             self.accelerator.print(IDLE)
@@ -177,6 +186,38 @@ class HAPO(Bridge):
     _scored = None  # while a rollout is scored: list of entropies of the model being trained
     _redistribute = None  # while a loss is computed: function of its log-probabilities, for C
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.use_vllm and self.args.adaptive_temperature:
+            self._check_vllm()
+
+    def _check_vllm(self):
+        """Raise ValueError unless TRL's vLLM applies mechanism A. Say if it samples in 16 bits."""
+        from bridges import vllm_temperature
+
+        vllm = self.vllm_generation
+        if self.args.vllm_mode == "server":
+            if self.accelerator.is_main_process:
+                drawn = []
+                for probe in vllm_temperature.probe_requests():
+                    probe["generation_kwargs"] = {"vllm_xargs": probe.pop("extra_args")}
+                    answers = vllm.vllm_client.generate([[1, 2, 3]], **probe)["completion_ids"]
+                    drawn.append([ids[0] for ids in answers])
+                vllm_temperature.check_draws(*drawn)
+            return
+        asleep = self.args.vllm_enable_sleep_mode
+        if asleep:
+            vllm.llm.wake_up()
+        vllm_temperature.check_engine(vllm.llm)
+        if asleep:
+            vllm.llm.sleep(level=2)
+        engine, own = vllm.llm.llm_engine.vllm_config.model_config.dtype, self.model.dtype
+        if engine != own:
+            self.accelerator.print(
+                f"note: vLLM samples in {engine}, the policy is trained in {own}: responses come "
+                "from a slightly different policy (TRL passes no dtype to vLLM)"
+            )
+
     def _generate_and_score_completions(self, inputs):
         if not self.model.training:  # held-out responses are drawn at the base temperature
             return super()._generate_and_score_completions(inputs)
@@ -188,10 +229,11 @@ class HAPO(Bridge):
         masks, rho = self._everywhere(mask), self.args.rho
         stats = hapo.entropy_stats(self._everywhere(entropy), masks, rho)
         self._kept.stats = torch.stack(stats).tolist()
-        batch["h"] = h = hapo.modulation(entropy, stats, mask)
+        batch["h"] = h = hapo.modulation(entropy, stats, mask, self.args.released)
         if self.args.token_group_average:  # Eq. 9 of a R + b is that of R: use TRL's advantages
             shares = self._everywhere(batch["advantages"])
-            shares = hapo.token_group_advantages(shares, masks, self.num_generations)
+            how = (self.num_generations, self.args.released)
+            shares = hapo.token_group_advantages(shares, masks, *how)
             first = self.accelerator.process_index * len(mask)
             batch["advantages"] = shares[first : first + len(mask), : mask.shape[1]]
         seen = {**stats._asdict(), "h": h[mask.bool()].mean()}
@@ -206,13 +248,17 @@ class HAPO(Bridge):
 
     @contextlib.contextmanager
     def _heated(self):
-        """While open, make transformers divide each row's logits by mechanism A's temperature."""
+        """While open, responses are drawn at mechanism A's temperatures."""
         a, stats = self.args, self._kept.stats
         if not a.adaptive_temperature or stats is None:
             yield
             return
         stats = hapo.EntropyStats(*torch.tensor(stats, device=self.accelerator.device))
-        how = dict(stats=stats, tau=a.tau, form=a.temperature_form)
+        if a.use_vllm:
+            with self._statistics_in_requests(stats):
+                yield
+            return
+        how = dict(stats=stats, tau=a.tau, form=a.temperature_form, released=a.released)
         rule = lambda entropy, positions: hapo.adaptive_temperature(entropy, **how)
         processor = AdaptiveTemperature(rule)
         processor.supports_continuous_batching = True
@@ -229,6 +275,22 @@ class HAPO(Bridge):
             yield
         finally:
             del model._get_logits_processor
+
+    @contextlib.contextmanager
+    def _statistics_in_requests(self, stats):
+        """While open, every request to vLLM carries the statistics of the last rollout."""
+        from bridges.vllm_temperature import request_arguments
+
+        vllm, a = self.vllm_generation, self.args
+        name = "vllm_xargs" if a.vllm_mode == "server" else "extra_args"
+        plain = vllm.generation_kwargs
+        form = "released" if a.released else a.temperature_form
+        given = plain.get(name, {}) | request_arguments(stats, a.tau, form)
+        vllm.generation_kwargs = plain | {name: given}
+        try:
+            yield
+        finally:
+            vllm.generation_kwargs = plain
 
     @torch.no_grad()
     def _old_entropy(self, batch):
@@ -290,22 +352,24 @@ class HAPO(Bridge):
     def _compute_loss(self, model, inputs):
         if "h" not in inputs:
             return super()._compute_loss(model, inputs)
-        inputs, low, high = dict(inputs), self.epsilon_low, self.epsilon_high
+        inputs, base = dict(inputs), (self.epsilon_low, self.epsilon_high)
         advantages, h = inputs["advantages"].view(len(inputs["h"]), -1), inputs["h"]
+        bounds = hapo.adaptive_clip(h, *base) if self.args.adaptive_clip else base
+        zone = bounds if self.args.released else base  # the released code takes D's bounds
 
         def redistribute(logp):  # TRL reads the advantages after it has scored
             ratio = losses.likelihood_ratio(logp, inputs.get("old_per_token_logps", logp))
-            moved = hapo.redistribute_advantages(advantages, h, ratio, low, high)
-            inputs["advantages"] = moved
+            inputs["advantages"] = hapo.redistribute_advantages(
+                advantages, h, ratio, *zone, self.args.released
+            )
 
         if self.args.advantage_redistribution:
             self._redistribute = redistribute
-        if self.args.adaptive_clip:
-            self.epsilon_low, self.epsilon_high = hapo.adaptive_clip(h, low, high)
+        self.epsilon_low, self.epsilon_high = bounds
         try:
             return super()._compute_loss(model, inputs)
         finally:
-            self.epsilon_low, self.epsilon_high, self._redistribute = low, high, None
+            (self.epsilon_low, self.epsilon_high), self._redistribute = base, None
 
 
 class BuPO(Bridge):
@@ -315,10 +379,7 @@ class BuPO(Bridge):
         super().__init__(*args, **kwargs)
         if self.args.bupo_layer not in (None, bupo.AUTO):
             body = self._causal_lm(self.model)
-            try:
-                internals.check_layer(body, int(self.args.bupo_layer), "bupo_layer")
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            internals.check_layer(body, int(self.args.bupo_layer), "bupo_layer")
 
     def _generate_and_score_completions(self, inputs):
         if self.model.training:

@@ -62,6 +62,7 @@ LAYER = "bupo_layer"  # travels with a batch: 0 for the model's own policy
 MEASURE = "bupo_measure"  # travels with a batch whose pass measures the boundary layer
 CHANGE = "ffn_entropy_change"  # (rows, L + 1): sums of dH_ffn over tokens, and their number
 STATISTICS = "hapo_statistics"  # travels with a prompt: JSON of vLLM's extra_args
+OTHER_ROLLOUTS = ("sglang", "trtllm", "hf")  # those of verl without Eq. 8
 MEASURED = 64  # responses on which the boundary layer is measured
 
 
@@ -340,7 +341,7 @@ def check_configuration(config, settings) -> None:
             "out again; leave rollout_is and rollout_rs out",
         ),
         (
-            heats and rollout.name != "vllm",
+            heats and rollout.name in OTHER_ROLLOUTS,
             f"rollout.name={rollout.name}: mechanism A runs in vLLM; leave "
             "agent.default_agent_loop=hapo_agent out",
         ),

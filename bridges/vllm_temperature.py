@@ -18,7 +18,7 @@ renewed:
 
 Requests without them, and greedy requests, are divided by exactly 1. An engine that has not loaded
 the class ignores them without a word, and so does one with speculative decoding: call check_engine
-once, or check_draws with the draws that a server has returned for probe_request.
+once, or check_draws with what a server has drawn for probe_requests.
 
 Shapes: R rows of a decoding step, V vocabulary.
 """
@@ -203,20 +203,24 @@ class AdaptiveTemperature(*interfaces()):
 
 # ------------------------------------------------------------------- does an engine apply it?
 
-# T is a millionth of T_base whatever the entropy: every draw is the likeliest id. Without this
-# processor the draws at T_base 100 come from a nearly uniform distribution.
-_COLD = hapo.EntropyStats(*torch.tensor([100.0, 1.0, 1.0, -1.0]))
-PROBE = {"n": 16, "temperature": 100.0, "max_tokens": 1, "extra_args": None}
+# Two requests at T_base 2. At a millionth of it every draw is the likeliest id; at ten times it the
+# draws are scattered. Without this processor both have one distribution, and cannot do both.
+_COLD = hapo.EntropyStats(*torch.tensor([100.0, 1.0, 1.0, -1.0]))  # h = -1 whatever the entropy
+_HOT = hapo.EntropyStats(*torch.tensor([-100.0, 1.0, 1.0, -1.0]))  # z > 80 whatever the entropy
+_PROBE = {"n": 64, "temperature": 2.0, "max_tokens": 1}
+_SCATTERED = 8  # different ids among the hot request's draws
 
 
-def probe_request() -> dict:
-    """Return the settings of a request whose draws show whether A is applied."""
-    return PROBE | {"extra_args": request_arguments(_COLD, tau=1 - 1e-6)}
+def probe_requests() -> list[dict]:
+    """Return the settings of two requests, cold and hot, whose draws show whether A is applied."""
+    cold = request_arguments(_COLD, tau=1 - 1e-6)
+    hot = request_arguments(_HOT, tau=1.0, form="zscore")
+    return [_PROBE | {"extra_args": cold}, _PROBE | {"extra_args": hot}]
 
 
-def check_draws(tokens: list[int]) -> None:
-    """Raise ValueError unless the first tokens that probe_request has drawn are all the same."""
-    if len(tokens) < 2 or len(set(tokens)) > 1:
+def check_draws(cold: list, hot: list) -> None:
+    """Raise ValueError unless the first tokens drawn for probe_requests are those of Eq. 8."""
+    if len(set(cold)) != 1 or len(set(hot)) < _SCATTERED:
         raise ValueError(
             "this vLLM engine does not apply HAPO's adaptive temperature: install the entry point "
             "(pip install -e . in the project's folder) before the engine starts, and leave "
@@ -228,6 +232,7 @@ def check_engine(llm, prompt: tuple = (1, 2, 3)) -> None:
     """Raise ValueError unless a vLLM engine applies mechanism A. prompt: ids of any text."""
     from vllm import SamplingParams
 
-    asked = {"prompt_token_ids": list(prompt)}
-    (answer,) = llm.generate([asked], SamplingParams(**probe_request()), use_tqdm=False)
-    check_draws([output.token_ids[0] for output in answer.outputs])
+    asked = [{"prompt_token_ids": list(prompt)}] * 2
+    settings = [SamplingParams(**probe) for probe in probe_requests()]
+    answers = llm.generate(asked, settings, use_tqdm=False)
+    check_draws(*([output.token_ids[0] for output in answer.outputs] for answer in answers))

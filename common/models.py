@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import internals
 from common.attention import install_mask_hook
 from common.errors import UserError
 from common.hub import check_model_name, check_network
@@ -135,30 +136,12 @@ def _check_vocabulary(name, model, tokenizer):
         )
 
 
-@torch.no_grad()
 def check_logits(model, name):
-    """Raise UserError unless the logits are hidden states times the output embedding.
-
-    Entropies and internal policies are computed from that product. A model that scales or caps its
-    logits, or adds a bias, would be scored as another one.
-    """
-    ids = torch.tensor([[1, 2, 3]], device=model.device)  # 0 may be padding, with states of 0
-    training = model.training
-    model.eval()
-    logits = model(ids, use_cache=False).logits.float()
-    states = model.base_model(ids, use_cache=False).last_hidden_state
-    model.train(training)
-    product = (states @ model.get_output_embeddings().weight.T).float()
-    if not logits.isfinite().all():
-        return  # the first response will name it
-    largest = (logits - product).abs().max().item()
-    allowed = 1e-4 if states.dtype == torch.float32 else 0.05
-    if not largest <= allowed * (1 + product.abs().max().item()):
-        raise UserError(
-            f"{name}: its logits are more than hidden states times the output embedding (they "
-            f"differ by {largest:.2g}: scaled, capped or with a bias); scoring would disagree with "
-            "sampling"
-        )
+    """As internals.check_logits, with a UserError."""
+    try:
+        internals.check_logits(model, name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def vocab_size_of(model, tokenizer):

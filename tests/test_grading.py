@@ -203,6 +203,8 @@ wrong: \boxed{x=1,y=2} | \boxed{1;2} | \boxed{x^2=2} | \boxed{2x=2} | \boxed{-x=
 wrong: \boxed{\sin x=2}
 gold x^2 (latex)
 wrong: -\boxed{x^2} | \boxed{x^2}+1 | \boxed{x^2}\text{ or }2x | \boxed{2x = x^2} | $2x$; $x^2$
+wrong: It is $2x$ or $x^2$ | It is $2x$, $x^2$ | It is not $x^2$ | \boxed{\text{maybe } x^2}
+wrong: \boxed{x^2 \text{ or not}} | \boxed{\text{not } x^2} | \boxed{x^2 \text{ or } x^2}
 gold a \equiv 1 \pmod 3 (latex)
 wrong: \boxed{a \equiv 2 \pmod 3}
 gold 0.\overline{3} (latex)

@@ -21,6 +21,7 @@ LEVELS = [
     {"hapo", "sampling"},
     {"internals"},
     {"bupo"},
+    {"bridges"},
     {"common"},
     {"problems", "scripts/page"},
     {"tasks", "engine"},
@@ -28,7 +29,6 @@ LEVELS = [
     {"evaluate"},
     {"run"},
     {"train"},
-    {"bridges"},
 ]
 CONCEPTS = ("losses", "hapo", "sampling", "internals", "bupo")
 LIBRARIES = {"losses": {"torch"}, "hapo": {"torch"}}  # the other three: transformers and tqdm, too

@@ -193,19 +193,20 @@ def test_a_malformed_request_is_named_in_one_line(bridge, given, message):
     assert bridge.read_request(request()) == bridge.NO_CHANGE
 
 
-def test_the_probe_is_cold(bridge):
-    """Every draw is the likeliest id at a hundred times its temperature; without A none is."""
-    probe = bridge.probe_request()
+def test_the_probe_by_hand(bridge):
+    """At T_base 2: one id alone when cold, nearly all ids when hot; neither without A."""
     processor = bridge.AdaptiveTemperature(an_engine(tokenizer=None), torch.device("cpu"))
-    processor.add_request(0, request(probe["extra_args"]["hapo"], probe["temperature"]))
-    logits = torch.randn(1, V)
-    warm = (logits / probe["temperature"]).softmax(-1)
-    cold = (processor.apply(logits.clone()) / probe["temperature"]).softmax(-1)
-    assert cold.max() > 0.999 and cold.argmax() == logits.argmax() and warm.max() < 0.1
-    bridge.check_draws([3] * probe["n"])
-    for draws in ([3] * 15 + [4], [3], []):
+    logits, ends = 4 * torch.randn(1, V), []
+    for probe in bridge.probe_requests():
+        processor.add_request(0, request(probe["extra_args"]["hapo"], probe["temperature"]))
+        heated = processor.apply(logits.clone()) / probe["temperature"]
+        ends.append(heated.softmax(-1).max().item())
+    assert ends[0] > 0.999 and ends[1] < 0.1 < (logits / 2).softmax(-1).max() < 0.9
+    many = list(range(8)) * 8
+    bridge.check_draws([3] * 64, many)
+    for cold, hot in (([3] * 63 + [4], many), ([3] * 64, [3] * 57 + many[:7]), ([], many)):
         with pytest.raises(ValueError, match="does not apply HAPO's adaptive temperature"):
-            bridge.check_draws(draws)
+            bridge.check_draws(cold, hot)
 
 
 def test_without_vllm_it_says_what_to_install(monkeypatch):

@@ -29,7 +29,7 @@ exec "$PYTHON" -m verl.trainer.main_ppo \
     $actor.ppo_mini_batch_size=8 $actor.ppo_micro_batch_size_per_gpu=16 $actor.optim.lr=2e-4 \
     $rollout.name=toy $rollout.n=8 $rollout.log_prob_micro_batch_size_per_gpu=32 \
     $rollout.tensor_model_parallel_size=1 $rollout.load_format=auto $rollout.free_cache_engine=False \
-    $rollout.agent.num_workers=1 reward.num_workers=1 \
+    $rollout.agent.num_workers=1 $rollout.agent.default_agent_loop=hapo_agent reward.num_workers=1 \
     transfer_queue.backend.SimpleStorage.num_data_storage_units=1 \
     reward.custom_reward_function.path="$here/verl_addition.py" \
     trainer.device=cpu trainer.n_gpus_per_node="$ranks" trainer.nnodes=1 \

@@ -1,8 +1,8 @@
 """Train the shipped model on additions inside TRL, in about two minutes on a CPU.
 
-    python bridges/trl_addition.py                     HAPO
-    python bridges/trl_addition.py --lora              HAPO, training only LoRA adapters
-    python bridges/trl_addition.py --trainer grpo      TRL's own GRPO (or bupo, hapo-bupo)
+    python scripts/trl_addition.py                     HAPO
+    python scripts/trl_addition.py --lora              HAPO, training only LoRA adapters
+    python scripts/trl_addition.py --trainer grpo      TRL's own GRPO (or bupo, hapo-bupo)
 
 The settings are those of `python train.py`: 32 prompts, 8 responses to each, 4 updates. The script
 prints held-out accuracy of sampled responses before and after training. It needs trl and datasets;
