@@ -40,6 +40,7 @@ FORMS = ("bounded", "zscore", "released")  # released: bounded, with the sign of
 FIELDS = (*hapo.EntropyStats._fields, "tau", "form")  # what a request carries, in this order
 NO_CHANGE = (0.0, 1.0, 1.0, -1.0, 0.0, 0.0)  # tau 0: the factor is 1
 TAU = FIELDS.index("tau")
+CHUNK = (2**24, 2**18)  # logits at a time: on a GPU; on a CPU, whose cache they fit
 GREEDY = 1e-5  # vLLM draws greedily below this temperature
 # vLLM has two model runners, each with an interface of its own
 INTERFACES = (
@@ -84,32 +85,41 @@ def read_request(params) -> tuple:
 # ---------------------------------------------------------------------------------------- Eq. 8
 
 
-def temperature_factors(logits: Tensor, rows: Tensor, vocab_size: int | None = None) -> Tensor:
+def temperature_factors(
+    logits: Tensor, rows: Tensor, vocab_size: int | None = None, forms: tuple = FORMS
+) -> Tensor:
     """Return T / T_base of each row, Eq. 8: (R, V) raw logits, (R, 6) numbers -> (R,).
 
-    Ids from vocab_size on only pad the vocabulary; they are left out of the entropy.
+    Ids from vocab_size on only pad the vocabulary; they are left out of the entropy. forms: those
+    that any row has.
     """
     entropy = row_entropy(logits[:, :vocab_size])
     *numbers, tau, form = rows.unbind(1)
-    how = {"stats": hapo.EntropyStats(*numbers), "tau": tau}
-    factors = hapo.adaptive_temperature(entropy, **how)
-    zscore = hapo.adaptive_temperature(entropy, form="zscore", **how)
-    released = hapo.adaptive_temperature(entropy, released=True, **how)
-    factors = torch.where(form == FORMS.index("zscore"), zscore, factors)
-    factors = torch.where(form == FORMS.index("released"), released, factors)
+    stats, factors = hapo.EntropyStats(*numbers), torch.ones_like(entropy)
+    for name in forms:
+        how = {"form": "zscore"} if name == "zscore" else {"released": name == "released"}
+        found = hapo.adaptive_temperature(entropy, stats, tau=tau, **how)
+        factors = torch.where(form == FORMS.index(name), found, factors)
     return torch.where(tau == 0, 1.0, factors)
 
 
 def row_entropy(logits: Tensor) -> Tensor:
     """Return each row's entropy H = log1p(s) + sum p (-z) in nats, (R, V) -> (R,).
 
-    It is that of losses.row_logprobs_and_entropy, in half the passes over the logits: s, the sum of
-    e^z over all ids but the likeliest, is a sum in float64, whose largest term is exactly 1.
+    It is that of losses.row_logprobs_and_entropy, in buffers that are used again: on a CPU fresh
+    memory for every intermediate result would take longer than the arithmetic.
     """
-    z = (logits - logits.amax(-1, keepdim=True)).clamp_min_(NEVER)  # 0 at the likeliest id
-    weights = z.exp()
-    s = weights.sum(-1, dtype=torch.float64) - 1
-    return (torch.log1p(s) - weights.mul_(z).sum(-1) / (1 + s)).float()
+    size = max(1, CHUNK[logits.device.type == "cpu"] // logits.shape[1])
+    buffers = torch.empty(2, min(size, len(logits)), logits.shape[1], device=logits.device)
+    entropies = []
+    for rows in logits.split(size):
+        z, p = buffers[:, : len(rows)]
+        top = rows.argmax(-1, keepdim=True)
+        torch.sub(rows, rows.gather(-1, top), out=z).clamp_min_(NEVER)
+        torch.exp(z, out=p).scatter_(-1, top, 0.0)  # e^z of all ids but the likeliest
+        s = p.sum(-1)
+        entropies.append(torch.log1p(s) - p.mul_(z).sum(-1) / (1 + s))
+    return torch.cat(entropies)
 
 
 # --------------------------------------------------------------------------- vLLM's two interfaces
@@ -156,7 +166,7 @@ class AdaptiveTemperature(*interfaces()):
         most = vllm_config.scheduler_config.max_num_seqs
         most = getattr(device_or_slots, "max_num_reqs", most)
         self.numbers = torch.tensor(NO_CHANGE).repeat(most, 1)  # by place or by slot
-        self.on_device = None  # a copy of self.numbers; None where they have changed
+        self.on_device, self.forms = None, ()  # a copy of self.numbers, None where they changed
         self.vocab_size = tokenizer_ids(vllm_config.model_config)
 
     @classmethod
@@ -190,15 +200,18 @@ class AdaptiveTemperature(*interfaces()):
         return self.acts and bool(self.numbers[req_idx, TAU] > 0)
 
     def apply(self, logits: Tensor, context=None) -> Tensor:
-        if not self.acts or not bool((self.numbers[:, TAU] > 0).any()):
-            return logits
-        if self.on_device is None:
+        if self.acts and self.on_device is None:
+            heated = self.numbers[self.numbers[:, TAU] > 0]
+            self.forms = tuple(FORMS[int(n)] for n in heated[:, -1].unique())
             self.on_device = self.numbers.to(self.device, copy=True)
+        if not self.acts or not self.forms:
+            return logits
         if context is None:
             rows = self.on_device[: len(logits)]
         else:
             rows = self.on_device[context.expanded_idx_mapping]
-        return logits.div_(temperature_factors(logits, rows, self.vocab_size)[:, None])
+        factors = temperature_factors(logits, rows, self.vocab_size, self.forms)
+        return logits.div_(factors[:, None])
 
 
 # ------------------------------------------------------------------- does an engine apply it?

