@@ -207,6 +207,18 @@ def test_loss_and_gradient_are_those_of_our_step(made, folder, tmp_path, setting
     same_gradients(gradients, ours, 1e-5)
 
 
+def test_the_neutral_zone_is_of_the_base_bounds_and_in_the_release_of_d_s(made, monkeypatch):
+    zones, rule = [], hapo.redistribute_advantages
+    spy = lambda A, h, ratio, *zone: (zones.append((h, *zone)), rule(A, h, ratio, *zone))[1]
+    monkeypatch.setattr(trl_trainers.hapo, "redistribute_advantages", spy)
+    for released in (False, True):
+        trainer = made(released=released)
+        moved(trainer, drawn(trainer))
+    (_, *base), (h, low, high, flag) = zones
+    assert base == [0.2, 0.28, False] and flag and (high > 0.3).any()
+    assert all(map(torch.equal, (low, high), hapo.adaptive_clip(h, 0.2, 0.28)))
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo"])
 def test_all_off_is_trl_bit_for_bit(made, loss_type):
     """Responses, loss, gradients and metrics."""

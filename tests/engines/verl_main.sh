@@ -11,6 +11,7 @@ mkdir -p "$folder"
 export VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_cpu,bridges.verl_hapo,verl_rollout
 export PYTHONPATH=$here:$project OMP_NUM_THREADS=1 TOY_WEIGHTS=$folder/weights.pt
 export HF_HUB_OFFLINE=1 RAY_AUTH_MODE=disabled RAY_DEDUP_LOGS=0 RAY_USAGE_STATS_ENABLED=0 WANDB_MODE=offline
+unset CUDA_VISIBLE_DEVICES  # Ray takes an empty list for no processor at all
 rm -f "$TOY_WEIGHTS"
 cd "$folder"
 "$PYTHON" "$here/verl_addition.py" train.parquet 512
@@ -28,6 +29,7 @@ exec "$PYTHON" -m verl.trainer.main_ppo \
     +$actor.fsdp_config.mixed_precision.reduce_dtype=fp32 \
     $actor.ppo_mini_batch_size=8 $actor.ppo_micro_batch_size_per_gpu=16 $actor.optim.lr=2e-4 \
     $rollout.name=toy $rollout.n=8 $rollout.log_prob_micro_batch_size_per_gpu=32 \
+    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=32 \
     $rollout.tensor_model_parallel_size=1 $rollout.load_format=auto $rollout.free_cache_engine=False \
     $rollout.agent.num_workers=1 $rollout.agent.default_agent_loop=hapo_agent reward.num_workers=1 \
     transfer_queue.backend.SimpleStorage.num_data_storage_units=1 \
