@@ -336,6 +336,11 @@ def check_configuration(config, settings) -> None:
             "layer's, not the sampler's; leave rollout_is and rollout_rs out",
         ),
         (
+            settings.layer and config.algorithm.use_kl_in_reward,
+            "algorithm.use_kl_in_reward=True: in BuPO's phase 1 it would compare a layer with the "
+            "reference; use actor.use_kl_loss, which is off in that phase",
+        ),
+        (
             heats and weights,
             "algorithm.rollout_correction: its weights would divide mechanism A's temperatures "
             "out again; leave rollout_is and rollout_rs out",

@@ -211,8 +211,11 @@ def test_the_probe_by_hand(bridge):
             bridge.check_draws(cold, hot)
 
 
-def test_without_vllm_it_says_what_to_install(monkeypatch):
+def test_a_client_without_vllm_makes_requests(monkeypatch):
+    """As a trainer does whose engine runs elsewhere."""
     monkeypatch.delitem(sys.modules, "bridges.vllm_temperature", raising=False)
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match="pip install vllm"):
-        importlib.import_module("bridges.vllm_temperature")
+    module = importlib.import_module("bridges.vllm_temperature")
+    given = [-1.0, 2.0, 0.5, -3.0, pytest.approx(0.1), "zscore"]
+    assert module.request_arguments(STATS, 0.1, "zscore") == {"hapo": given}
+    sys.modules.pop("bridges.vllm_temperature", None)

@@ -74,7 +74,7 @@ def trl_config(task, steps, config):
 
 
 def trl(folder, task, steps, hapo=False):
-    """Run TRL's steps. Return the seconds of each, without the first two."""
+    """Run TRL's steps. Return the seconds of each and of each rollout, without the first two."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -104,9 +104,18 @@ def trl(folder, task, steps, hapo=False):
         processing_class=tokenizer,
         callbacks=[Clock()],
     )
+    rollout, rollouts = trainer._generate_and_score_completions, []
+
+    def timed(inputs):  # drawn, rewarded and scored
+        started = time.perf_counter()
+        batch = rollout(inputs)
+        rollouts.append(time.perf_counter() - started)
+        return batch
+
+    trainer._generate_and_score_completions = timed
     trainer.train()
     cycles = times[::4]  # TRL generates once for four optimizer steps
-    return [b - a for a, b in zip(cycles, cycles[1:])][2:]
+    return [b - a for a, b in zip(cycles, cycles[1:])][2:], rollouts[2:]
 
 
 def random_model(folder):
@@ -129,10 +138,12 @@ def main():
         else:
             folder = TINY
         names = ("TRL GRPOTrainer", "TRL with HAPO", "ours, grpo", "ours, hapo")
-        seconds = {name: [] for name in names}
+        seconds, alone = {name: [] for name in names}, {name: [] for name in names[:2]}
         for _ in range(args.rounds):
             for name, hapo in (("TRL GRPOTrainer", False), ("TRL with HAPO", True)):
-                seconds[name].append(median(trl(folder, args.task, args.steps, hapo)))
+                steps, rollouts = trl(folder, args.task, args.steps, hapo)
+                seconds[name].append(median(steps))
+                alone[name].append(median(rollouts))
             for algo in ("grpo", "hapo"):
                 times = ours(folder, args.task, algo, args.steps)
                 seconds[f"ours, {algo}"].append(median(times))
@@ -145,6 +156,11 @@ def main():
         print(
             f"{name:16s} {median(values):.3f} s a step ({min(values):.3f} to {max(values):.3f}), "
             f"{ratio(seconds, 'TRL GRPOTrainer', name)} x TRL's steps per second"
+        )
+    for name, values in alone.items():
+        print(
+            f"{name:16s} {median(values):.3f} s a rollout alone, "
+            f"{ratio(alone, 'TRL GRPOTrainer', name)} x TRL's rollouts per second"
         )
 
 

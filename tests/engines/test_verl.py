@@ -128,6 +128,10 @@ def test_groups_of_any_size_and_order():
         ("algorithm.rollout_correction.bypass_mode=True", "bypass_mode=True: it scores no old"),
         ("+bupo.layer=2 actor_rollout_ref.actor.strategy=fsdp", "strategy=fsdp: its flat"),
         ("+bupo.layer=2 algorithm.rollout_correction.rollout_is=token", "BuPO's phase 1 the old"),
+        (
+            "+bupo.layer=2 algorithm.use_kl_in_reward=True",
+            "use_kl_in_reward=True: in BuPO's phase 1",
+        ),
         ("+bupo.layer=first", "bupo.layer=first: must be auto or a layer"),
         ("+hapo.rhoo=0.5", "hapo.rhoo: no such setting; known: rho, advantage_redistribution"),
         (
