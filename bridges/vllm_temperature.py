@@ -126,7 +126,7 @@ def row_entropy(logits: Tensor) -> Tensor:
 
 
 def interfaces() -> list[type]:
-    """Return the base classes that this vLLM has; none where only requests are made, without vLLM."""
+    """Return the base classes that this vLLM has; none where it is not installed."""
     found = []
     for name in INTERFACES:
         try:
