@@ -20,8 +20,8 @@ the one it overrides. One rollout runs them in this order:
 
 Mechanism A runs in transformers' `generate` and `generate_batch`, and in vLLM (use_vllm=True) by
 bridges/vllm_temperature.py, whose entry point must be installed: pip install -e . in this folder.
-In transformers, if T_base is not 1, its entropies are those of logits / T_base; with top_k or
-top_p, those of the remaining ids. In vLLM they are those of the raw logits.
+If T_base is not 1, all entropies are those of logits / T_base. With top_k or top_p, those that
+transformers' `generate` heats by are of the remaining ids.
 
 TRL can weigh every token by pi_old / pi_sampler. With mechanism A that weight divides A's
 temperatures out again, and on top of it come the rounding differences of two engines. The ratio
@@ -100,6 +100,15 @@ class HAPOConfig(GRPOConfig):
             (not token, f"importance_sampling_level {self.importance_sampling_level}: only token"),
             (self.loss_type not in CLIPPED, f"loss_type {self.loss_type}: only {CLIPPED}"),
             (not named, f"bupo_layer {layer}: must be auto or a layer from 1 to the last"),
+            (not 0 <= self.rho <= 1, f"rho {self.rho}: must lie in [0, 1]"),
+            (
+                self.temperature_form not in ("bounded", "zscore"),
+                f"temperature_form {self.temperature_form}: must be bounded or zscore",
+            ),
+            (
+                self.tau < 0 or (self.temperature_form == "bounded" and self.tau >= 1),
+                f"tau {self.tau}: must be at least 0, and below 1 in the bounded form",
+            ),
             (
                 self.released and self.temperature_form == "zscore",
                 "temperature_form zscore: the released code has only the bounded form",
@@ -205,12 +214,17 @@ class HAPO(Bridge):
                     drawn.append([ids[0] for ids in answers])
                 vllm_temperature.check_draws(*drawn)
             return
-        asleep = self.args.vllm_enable_sleep_mode
-        if asleep:
-            vllm.llm.wake_up()
-        vllm_temperature.check_engine(vllm.llm)
-        if asleep:
-            vllm.llm.sleep(level=2)
+        if self.args.vllm_enable_sleep_mode:  # asleep until TRL hands it the weights again
+            generate = vllm.llm.generate
+
+            def checked(*args, **kwargs):
+                vllm.llm.generate = generate
+                vllm_temperature.check_engine(vllm.llm)
+                return generate(*args, **kwargs)
+
+            vllm.llm.generate = checked
+        else:
+            vllm_temperature.check_engine(vllm.llm)
         engine, own = vllm.llm.llm_engine.vllm_config.model_config.dtype, self.model.dtype
         if engine != own:
             self.accelerator.print(
@@ -285,7 +299,8 @@ class HAPO(Bridge):
         name = "vllm_xargs" if a.vllm_mode == "server" else "extra_args"
         plain = vllm.generation_kwargs
         form = "released" if a.released else a.temperature_form
-        given = plain.get(name, {}) | request_arguments(stats, a.tau, form)
+        given = request_arguments(stats, a.tau, form, self.temperature)
+        given = plain.get(name, {}) | given
         vllm.generation_kwargs = plain | {name: given}
         try:
             yield
@@ -386,7 +401,9 @@ class BuPO(Bridge):
             every, passes = self.args.steps_per_generation, self.args.gradient_accumulation_steps
             passed = self.state.global_step * passes + self._step % passes
             rollout = passed // (every * self.num_iterations) + 1
-            layer = self._kept.layer or self.args.bupo_layer
+            layer = self.args.bupo_layer
+            if layer == bupo.AUTO:
+                layer = self._kept.layer or layer
             layer = layer if layer in (None, bupo.AUTO) else int(layer)
             self._layer = bupo.target_layer(rollout, self.args.bupo_steps, layer)
             if self.args.bupo_norm:  # phase 1 leaves the final norm's weights unchanged

@@ -82,10 +82,24 @@ class Settings:
     def __post_init__(self):
         if self.tau is None:
             self.tau = 0.1 if self.temperature_form == "zscore" else 0.05
-        if self.layer is not None:
-            self.layer = str(self.layer)
-            if self.layer != bupo.AUTO and not self.layer.isdecimal():
-                raise ValueError(f"bupo.layer={self.layer}: must be auto or a layer from 1 to L")
+        self.layer = None if self.layer is None else str(self.layer)
+        named = self.layer in (None, bupo.AUTO) or (self.layer.isdecimal() and int(self.layer) > 0)
+        bounded = self.temperature_form == "bounded"
+        for wrong, why in (
+            (not named, f"bupo.layer={self.layer}: must be auto or a layer from 1 to L"),
+            (self.steps < 1, f"bupo.steps={self.steps}: must be at least 1"),
+            (not 0 <= self.rho <= 1, f"hapo.rho={self.rho}: must lie in [0, 1]"),
+            (
+                self.temperature_form not in ("bounded", "zscore"),
+                f"hapo.temperature_form={self.temperature_form}: must be bounded or zscore",
+            ),
+            (
+                self.tau < 0 or (bounded and self.tau >= 1),
+                f"hapo.tau={self.tau}: must be at least 0, and below 1 in the bounded form",
+            ),
+        ):
+            if wrong:
+                raise ValueError(why)
 
     @classmethod
     def of(cls, config):
@@ -171,6 +185,13 @@ def policy_loss(
 class HAPOAgentLoop(SingleTurnAgentLoop):
     """verl's single-turn responses, drawn at mechanism A's temperatures by a vLLM server."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.config.trainer.v1.trainer_mode != "hapo":
+            raise ValueError(
+                "agent.default_agent_loop=hapo_agent needs trainer.v1.trainer_mode=hapo"
+            )
+
     async def run(self, sampling_params, **prompt):
         statistics = prompt.pop(STATISTICS, None)
         if statistics:  # validation carries none
@@ -214,7 +235,9 @@ class HAPOTrainer(PPOTrainerSync):
     @property
     def layer(self) -> int | str | None:
         """The policy that this step trains: layer l, AUTO until measured, None for the model's."""
-        layer = self.boundary or self.settings.layer
+        layer = self.settings.layer
+        if layer == bupo.AUTO:
+            layer = self.boundary or layer
         layer = layer if layer in (None, bupo.AUTO) else int(layer)
         return bupo.target_layer(self.global_steps, self.settings.steps, layer)
 
@@ -227,10 +250,16 @@ class HAPOTrainer(PPOTrainerSync):
 
     def _next_train_batch(self, *args, **more):
         batch = super()._next_train_batch(*args, **more)
+        if self.heats and "agent_name" in batch:
+            raise ValueError(
+                "the data have a column agent_name, which comes before agent.default_agent_loop: "
+                "mechanism A would heat nothing; drop the column"
+            )
         if self.heats and self.stats is not None:
             from bridges.vllm_temperature import request_arguments
 
-            how = (self.settings.tau, self.settings.temperature_form)
+            base = self.config.actor_rollout_ref.rollout.temperature  # verl scores logits / base
+            how = (self.settings.tau, self.settings.temperature_form, base)
             tu.assign_non_tensor_data(
                 batch, STATISTICS, json.dumps(request_arguments(self.stats, *how))
             )
@@ -253,14 +282,20 @@ class HAPOTrainer(PPOTrainerSync):
         return {LAYER: self.layer or 0, "bupo_norm": self.settings.norm}
 
     def measured(self, batch) -> int:
-        """Return the boundary layer, measured on some 64 responses spread over the batch."""
-        multiple = self._get_required_batch_multiple(self.actor_rollout_wg.world_size)
-        count = max(multiple, min(MEASURED, len(batch)) // multiple * multiple)
-        rows = [i * len(batch) // count for i in range(count)]
+        """Return the boundary layer, measured on some 64 responses spread over the batch.
+
+        Every process gets as many of them, one a forward pass. Rows that only pad are left out.
+        """
+        processes = self.actor_rollout_wg.world_size
+        real = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
+        real = real if len(real) >= processes else list(range(len(batch)))
+        count = max(processes, min(MEASURED, len(real)) // processes * processes)
+        rows = [real[i * len(real) // count] for i in range(count)]
         some = dataclasses.replace(
             batch, keys=[batch.keys[i] for i in rows], tags=[batch.tags[i] for i in rows]
         )
         some.extra_info = {MEASURE: True, "calculate_entropy": False, "compute_loss": False}
+        some.extra_info |= {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1}
         self.actor_rollout_wg.compute_log_prob(some)
         sums = torch.stack(list(self.read(some, CHANGE)[CHANGE].unbind())).double().sum(0)
         change = sums[:-1] / sums[-1]
@@ -288,25 +323,32 @@ class HAPOTrainer(PPOTrainerSync):
         metrics["bupo/layer"] = self.layer or 0
         return super()._update_actor(batch, metrics)
 
-    def _state_path(self):
-        folder = os.path.join(self.config.trainer.default_local_dir, "hapo")
-        return os.path.join(folder, f"global_step_{self.global_steps}.json")
+    def _state_path(self, resumed=False):
+        """Return the file of the statistics and the boundary layer, in verl's own checkpoint."""
+        trainer = self.config.trainer
+        folder = os.path.join(trainer.default_local_dir, f"global_step_{self.global_steps}")
+        if resumed and trainer.resume_mode == "resume_path":
+            folder = trainer.resume_from_path
+        return os.path.join(folder, "hapo.json")
 
     def _save_checkpoint(self):
-        super()._save_checkpoint()
         stats = None if self.stats is None else [float(x) for x in self.stats]
         os.makedirs(os.path.dirname(self._state_path()), exist_ok=True)
         with open(self._state_path(), "w", encoding="utf-8") as file:
             json.dump({"stats": stats, "boundary": self.boundary}, file)
+        super()._save_checkpoint()  # which marks the checkpoint as complete
 
     def _load_checkpoint(self):
         super()._load_checkpoint()
-        if self.global_steps and os.path.isfile(self._state_path()):
-            with open(self._state_path(), encoding="utf-8") as file:
+        path = self._state_path(resumed=True)
+        if self.global_steps and os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
                 state = json.load(file)
             self.boundary = state["boundary"]
             if state["stats"] is not None:
                 self.stats = hapo.EntropyStats(*torch.tensor(state["stats"]))
+        elif self.global_steps:
+            print(f"note: {path}: no such file; A's statistics and auto's layer are measured anew")
 
 
 def check_configuration(config, settings) -> None:
@@ -316,6 +358,9 @@ def check_configuration(config, settings) -> None:
     weights = correction.get("rollout_is") or correction.get("rollout_rs")
     heats = rollout.agent.default_agent_loop == "hapo_agent"
     uses_h = actor.policy_loss.loss_mode == "hapo"
+    ulysses = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
+    ulysses = [ulysses, ulysses.replace("actor.ulysses", "actor.fsdp_config.ulysses")]
+    ulysses = max(OmegaConf.select(config, name, default=1) for name in ulysses)
     exact = config.actor_rollout_ref.model.use_remove_padding and not (
         config.actor_rollout_ref.model.get("use_fused_kernels", False)
     )
@@ -339,6 +384,15 @@ def check_configuration(config, settings) -> None:
             settings.layer and config.algorithm.use_kl_in_reward,
             "algorithm.use_kl_in_reward=True: in BuPO's phase 1 it would compare a layer with the "
             "reference; use actor.use_kl_loss, which is off in that phase",
+        ),
+        (
+            settings.layer == bupo.AUTO and ulysses > 1,
+            "bupo.layer=auto: is not measured under Ulysses sequence parallelism; give the layer "
+            "as a number",
+        ),
+        (
+            heats and OmegaConf.select(config, "actor_rollout_ref.model.mtp.enable_rollout"),
+            "model.mtp.enable_rollout=True: vLLM drafts tokens then, and may ignore mechanism A",
         ),
         (
             heats and weights,
@@ -414,7 +468,7 @@ class Engine(FSDPEngineWithLMHead):
         """
         masks = (x.to(get_device_id()) for x in padded(micro_batch))
         ids, seen, response = masks
-        with whole_root(self.module), torch.no_grad():
+        with whole_embeddings(self.module, self.engine_config), torch.no_grad():
             entropy = internals.internal_entropy(
                 causal_lm(self.module), ids, seen, response, self.vocab_size(), batch=len(ids)
             )
@@ -434,28 +488,33 @@ def causal_lm(module):
 
 
 @contextlib.contextmanager
-def whole_root(module):
-    """While open, FSDP2 keeps the weights outside the blocks gathered, E_u among them."""
-    if not hasattr(module, "set_reshard_after_forward"):
-        yield
-        return
-    module.set_reshard_after_forward(False, recurse=False)
-    module.unshard()
+def whole_embeddings(module, engine_config):
+    """While open, FSDP2 keeps the weights outside the blocks gathered, E_u among them.
+
+    verl shards an untied output embedding as a unit of its own.
+    """
+    units = [module, causal_lm(module).get_output_embeddings()]
+    units = [unit for unit in units if hasattr(unit, "set_reshard_after_forward")]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
     try:
         yield
     finally:
-        module.set_reshard_after_forward(True, recurse=False)
-        module.reshard()
+        for unit in units:
+            unit.set_reshard_after_forward(engine_config.reshard_after_forward, recurse=False)
+            unit.reshard()
 
 
 def padded(micro_batch):
     """Return (ids, attention mask, response mask) of a micro-batch, padded on the right."""
     ids = micro_batch["input_ids"].to_padded_tensor(0)
-    lengths = micro_batch["input_ids"].offsets().diff()
-    ends = micro_batch["responses"].offsets().diff()
-    places = torch.arange(ids.shape[1], device=ids.device)[None]
-    seen = places < lengths[:, None]
-    return ids, seen.long(), (seen & (places >= (lengths - ends)[:, None])).long()
+    response, seen = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, mask in enumerate(micro_batch["response_mask"].unbind()):
+        length = len(micro_batch["input_ids"][row])
+        seen[row, :length] = 1
+        response[row, length - len(mask) : length] = mask.long()  # tools' tokens are 0 in it
+    return ids, seen, response
 
 
 def exact_entropy(logits, chunk_size=2048, vocab_size=None):

@@ -11,14 +11,14 @@ An engine learns of the class when it starts, in one of three ways:
     LLM(model, logits_processors=["bridges.vllm_temperature:AdaptiveTemperature"])
 
 The statistics of the last rollout travel with each request, so a worker holds nothing that must be
-renewed:
+renewed (at: the temperature of their entropies, 1 for raw logits):
 
     SamplingParams(temperature=T_base, extra_args=request_arguments(stats, tau=0.05))
     {"temperature": T_base, "vllm_xargs": request_arguments(stats, tau=0.05)}       over HTTP
 
 Requests without them, and greedy requests, are divided by exactly 1. An engine that has not loaded
-the class ignores them without a word, and so does one with speculative decoding: call check_engine
-once, or check_draws with what a server has drawn for probe_requests.
+the class ignores them without a word, and so does the first model runner with speculative decoding:
+call check_engine once, or check_draws with what a server has drawn for probe_requests.
 
 Shapes: R rows of a decoding step, V vocabulary.
 """
@@ -37,9 +37,10 @@ from sampling import vocabulary
 
 KEY = "hapo"  # of SamplingParams.extra_args
 FORMS = ("bounded", "zscore", "released")  # released: bounded, with the sign of HAPO's release
-FIELDS = (*hapo.EntropyStats._fields, "tau", "form")  # what a request carries, in this order
-NO_CHANGE = (0.0, 1.0, 1.0, -1.0, 0.0, 0.0)  # tau 0: the factor is 1
-TAU = FIELDS.index("tau")
+# what a request carries, in this order; `at`: the temperature of the statistics' entropies
+FIELDS = (*hapo.EntropyStats._fields, "tau", "at", "form")
+NO_CHANGE = (0.0, 1.0, 1.0, -1.0, 0.0, 1.0, 0.0)  # tau 0: the factor is 1
+TAU, AT = FIELDS.index("tau"), FIELDS.index("at")
 CHUNK = (2**24, 2**18)  # logits at a time: on a GPU; on a CPU, whose cache they fit
 GREEDY = 1e-5  # vLLM draws greedily below this temperature
 # vLLM has two model runners, each with an interface of its own
@@ -52,13 +53,19 @@ INTERFACES = (
 # ---------------------------------------------------------------------------------------- requests
 
 
-def request_arguments(stats: hapo.EntropyStats, tau: float = 0.05, form: str = "bounded") -> dict:
-    """Return extra_args of a request, {"hapo": list}: plain numbers, as vllm_xargs allows."""
-    return {KEY: [*(float(x) for x in stats), float(tau), form]}
+def request_arguments(
+    stats: hapo.EntropyStats, tau: float = 0.05, form: str = "bounded", at: float = 1.0
+) -> dict:
+    """Return extra_args of a request, {"hapo": list}: plain numbers, as vllm_xargs allows.
+
+    at: the temperature at which the entropies of `stats` were computed; the row's entropy is
+    computed at the same.
+    """
+    return {KEY: [*(float(x) for x in stats), float(tau), float(at), form]}
 
 
 def read_request(params) -> tuple:
-    """Return the six numbers of a vLLM request, NO_CHANGE where it has none or is greedy.
+    """Return the seven numbers of a vLLM request, NO_CHANGE where it has none or is greedy.
 
     ValueError names what is wrong with them.
     """
@@ -71,10 +78,10 @@ def read_request(params) -> tuple:
     *numbers, form = given
     number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
     if form not in FORMS or not all(map(number, numbers)):
-        raise ValueError(f"{wrong}: five finite numbers and one of {', '.join(FORMS)}")
-    _, sigma, h_max, h_min, tau = numbers
-    if sigma <= 0 or h_max <= 0 or h_min >= 0:
-        raise ValueError(f"{wrong}: sigma and h_max must be above 0, h_min below 0")
+        raise ValueError(f"{wrong}: six finite numbers and one of {', '.join(FORMS)}")
+    _, sigma, h_max, h_min, tau, at = numbers
+    if sigma <= 0 or h_max <= 0 or h_min >= 0 or at <= 0:
+        raise ValueError(f"{wrong}: sigma, h_max and at must be above 0, h_min below 0")
     if tau < 0 or (form != "zscore" and tau >= 1):
         raise ValueError(f"{wrong}: tau must be at least 0, and below 1 in the bounded form")
     if params.temperature < GREEDY:
@@ -88,13 +95,13 @@ def read_request(params) -> tuple:
 def temperature_factors(
     logits: Tensor, rows: Tensor, vocab_size: int | None = None, forms: tuple = FORMS
 ) -> Tensor:
-    """Return T / T_base of each row, Eq. 8: (R, V) raw logits, (R, 6) numbers -> (R,).
+    """Return T / T_base of each row, Eq. 8: (R, V) raw logits, (R, 7) numbers -> (R,).
 
     Ids from vocab_size on only pad the vocabulary; they are left out of the entropy. forms: those
     that any row has.
     """
-    entropy = row_entropy(logits[:, :vocab_size])
-    *numbers, tau, form = rows.unbind(1)
+    *numbers, tau, at, form = rows.unbind(1)
+    entropy = row_entropy(logits[:, :vocab_size], at)
     stats, factors = hapo.EntropyStats(*numbers), torch.ones_like(entropy)
     for name in forms:
         how = {"form": "zscore"} if name == "zscore" else {"released": name == "released"}
@@ -103,8 +110,8 @@ def temperature_factors(
     return torch.where(tau == 0, 1.0, factors)
 
 
-def row_entropy(logits: Tensor) -> Tensor:
-    """Return each row's entropy H = log1p(s) + sum p (-z) in nats, (R, V) -> (R,).
+def row_entropy(logits: Tensor, at: Tensor) -> Tensor:
+    """Return the entropies H = log1p(s) + sum p (-z) of logits / at in nats, (R, V), (R,) -> (R,).
 
     It is that of losses.row_logprobs_and_entropy, in buffers that are used again: on a CPU fresh
     memory for every intermediate result would take longer than the arithmetic.
@@ -112,10 +119,10 @@ def row_entropy(logits: Tensor) -> Tensor:
     size = max(1, CHUNK[logits.device.type == "cpu"] // logits.shape[1])
     buffers = torch.empty(2, min(size, len(logits)), logits.shape[1], device=logits.device)
     entropies = []
-    for rows in logits.split(size):
+    for rows, divisor in zip(logits.split(size), at.split(size)):
         z, p = buffers[:, : len(rows)]
         top = rows.argmax(-1, keepdim=True)
-        torch.sub(rows, rows.gather(-1, top), out=z).clamp_min_(NEVER)
+        torch.sub(rows, rows.gather(-1, top), out=z).div_(divisor[:, None]).clamp_min_(NEVER)
         torch.exp(z, out=p).scatter_(-1, top, 0.0)  # e^z of all ids but the likeliest
         s = p.sum(-1)
         entropies.append(torch.log1p(s) - p.mul_(z).sum(-1) / (1 + s))
@@ -160,12 +167,13 @@ class AdaptiveTemperature(*interfaces()):
 
     def __init__(self, vllm_config, device_or_slots, is_pin_memory=None):
         self.acts = self._acting.setdefault(id(vllm_config), self) is self
-        self.device = getattr(device_or_slots, "device", device_or_slots)
+        self.device = torch.device(getattr(device_or_slots, "device", device_or_slots))
+        self.pinned = self.device.type == "cuda"
         most = vllm_config.scheduler_config.max_num_seqs
         most = getattr(device_or_slots, "max_num_reqs", most)
         self.numbers = torch.tensor(NO_CHANGE).repeat(most, 1)  # by place or by slot
         self.on_device, self.forms = None, ()  # a copy of self.numbers, None where they changed
-        self.vocab_size = tokenizer_ids(vllm_config.model_config)
+        self.model_config, self.vocab_size = vllm_config.model_config, None
 
     @classmethod
     def validate_params(cls, sampling_params) -> None:
@@ -197,13 +205,19 @@ class AdaptiveTemperature(*interfaces()):
         self.on_device = None
         return self.acts and bool(self.numbers[req_idx, TAU] > 0)
 
+    def on_gpu(self) -> Tensor:
+        """Return the numbers on the device. Nothing waits: the pinned copy is changed by nobody."""
+        return self.numbers.clone().pin_memory().to(self.device, non_blocking=True)
+
     def apply(self, logits: Tensor, context=None) -> Tensor:
         if self.acts and self.on_device is None:
             heated = self.numbers[self.numbers[:, TAU] > 0]
             self.forms = tuple(FORMS[int(n)] for n in heated[:, -1].unique())
-            self.on_device = self.numbers.to(self.device, copy=True)
+            self.on_device = self.on_gpu() if self.pinned else self.numbers.clone()
         if not self.acts or not self.forms:
             return logits
+        if self.vocab_size is None:  # only an engine that is asked to heat reads its tokenizer
+            self.vocab_size = tokenizer_ids(self.model_config) or logits.shape[1]
         if context is None:
             rows = self.on_device[: len(logits)]
         else:

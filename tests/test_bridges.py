@@ -417,11 +417,11 @@ def test_a_heats_by_the_rollout_before(made, monkeypatch):
 
 def test_vllm_s_requests_carry_the_statistics(made, monkeypatch):
     """Of the last rollout, in training alone; what a user has set for vLLM stays."""
-    trainer = made(tau=0.3)
+    trainer = made(tau=0.3, temperature=0.9)
     trainer.args.use_vllm, own = True, {"seed": 3, "extra_args": {"other": 1}}
     trainer.vllm_generation = types.SimpleNamespace(generation_kwargs=own)
     stand_in = types.SimpleNamespace(
-        request_arguments=lambda stats, tau, form: {"hapo": [*map(float, stats), tau, form]}
+        request_arguments=lambda stats, *more: {"hapo": [*map(float, stats), *more]}
     )
     monkeypatch.setitem(sys.modules, "bridges.vllm_temperature", stand_in)
     monkeypatch.setattr(bridges, "vllm_temperature", stand_in, raising=False)
@@ -435,7 +435,7 @@ def test_vllm_s_requests_carry_the_statistics(made, monkeypatch):
         trainer.args.vllm_mode, trainer.args.released = mode, released
         with trainer._heated():
             given = trainer.vllm_generation.generation_kwargs
-            assert given == own | {name: kept | {"hapo": [-1.0, 2.0, 0.5, -3.0, 0.3, form]}}
+            assert given == own | {name: kept | {"hapo": [-1.0, 2.0, 0.5, -3.0, 0.3, form, 0.9]}}
         assert trainer.vllm_generation.generation_kwargs is own
     assert HAPOConfig("x", use_cpu=True, bf16=False).vllm_importance_sampling_correction is False
 
@@ -463,6 +463,9 @@ REFUSED = [
     (dict(loss_type="cispo"), "loss_type cispo: only"),
     (dict(bupo_layer="first"), "bupo_layer first: must be auto or a layer"),
     (dict(bupo_layer=4), "bupo_layer 4: this model has the layers 1 to 3"),
+    (dict(rho=1.5), "rho 1.5: must lie in"),
+    (dict(tau=1.0), "tau 1.0: must be at least 0, and below 1"),
+    (dict(temperature_form="hot"), "temperature_form hot: must be bounded or zscore"),
     (dict(released=True, temperature_form="zscore"), "zscore: the released code has only"),
     (dict(bupo_layer=None), "HAPOBuPOTrainer takes a bupo_layer"),
     (dict(kind=HAPOTrainer, bupo_layer=2), "HAPOTrainer takes no bupo_layer"),

@@ -60,14 +60,15 @@ def an_engine(slots=6, tokenizer=str(TINY)):
     return Config(scheduler_config=scheduler, model_config=model)
 
 
-def expected(logits, **rule):
-    """Eq. 8's temperatures of rows of logits, from entropies in float64."""
-    p = logits.double().softmax(-1)
+def expected(logits, at=1.0, **rule):
+    """Eq. 8's temperatures of rows of logits, from entropies of logits / at in float64."""
+    p = (logits.double() / at).softmax(-1)
     entropy = -(p * p.log()).sum(-1).float()
     return hapo.adaptive_temperature(entropy, STATS, **rule)
 
 
 FORMS = [
+    dict(tau=0.3, at=0.7),
     dict(tau=0.05),
     dict(tau=0.6),
     dict(tau=0.3, form="zscore"),
@@ -82,7 +83,8 @@ def test_both_interfaces_divide_by_eq_8(bridge, rule):
     broken = logits[:4].clone()
     broken[1, 5] = torch.inf  # of a plain row: its entropy is NaN, its factor is 1
     form = "released" if rule.get("released") else rule.get("form", "bounded")
-    hot = request(bridge.request_arguments(STATS, rule["tau"], form)["hapo"])
+    given = bridge.request_arguments(STATS, rule["tau"], form, rule.get("at", 1.0))
+    hot = request(given["hapo"])
     cold = request(hot.extra_args["hapo"], temperature=0.0)
     T = expected(logits, **rule)
     assert (T - 1).abs().max() > 0.01
@@ -134,13 +136,16 @@ def test_requests_leave_move_and_change_places(bridge):
 def test_ids_that_pad_the_vocabulary_are_not_in_the_entropy(bridge):
     """The shipped tokenizer knows 284 ids; one of the others has by far the largest logit here."""
     processor = bridge.AdaptiveTemperature(an_engine(), torch.device("cpu"))
-    assert processor.vocab_size == 284
     params = request(bridge.request_arguments(STATS, 0.5)["hapo"])
+    processor.add_request(0, request())
+    processor.apply(torch.randn(1, 320))
+    assert processor.vocab_size is None  # an engine that heats nothing reads no tokenizer
     processor.add_request(0, params)
     logits = torch.randn(1, 320)
     logits[0, 284] = 50
     T = expected(logits[:, :284], tau=0.5)
     torch.testing.assert_close(processor.apply(logits.clone()), logits / T[:, None])
+    assert processor.vocab_size == 284
 
 
 def test_entropies_are_exact(bridge):
@@ -150,7 +155,9 @@ def test_entropies_are_exact(bridge):
     logits[:, 3] = -torch.inf
     wide = logits.double()
     _, exact = row_logprobs_and_entropy(wide, wide.argmax(-1))
-    found = bridge.row_entropy(logits)
+    found = bridge.row_entropy(logits, torch.ones(200))
+    cooler = bridge.row_entropy(3 * logits, torch.full((200,), 3.0))  # of logits / at
+    torch.testing.assert_close(cooler, found)
     assert exact.min() < 1e-7 and exact.max() > 2
     assert ((found - exact).abs() / exact).max() < 1e-4
 
@@ -169,19 +176,20 @@ def test_loaded_twice_it_acts_once(bridge):
     assert bridge.AdaptiveTemperature(config, torch.device("cpu")).acts
 
 
-GOOD = [-1.0, 2.0, 0.5, -3.0, 0.05, "bounded"]
+GOOD = [-1.0, 2.0, 0.5, -3.0, 0.05, 1.0, "bounded"]
 WRONG = [
-    ([1, 2], "must be a list of pivot, sigma, h_max, h_min, tau, form, not"),
+    ([1, 2], "must be a list of pivot, sigma, h_max, h_min, tau, at, form, not"),
     ({"pivot": 1}, "must be a list"),
     ("hot", "must be a list"),
-    ([*GOOD[:5], "warm"], "one of bounded, zscore"),
-    ([math.nan, *GOOD[1:]], "five finite numbers"),
-    (["-1", *GOOD[1:]], "five finite numbers"),
-    ([True, *GOOD[1:]], "five finite numbers"),
-    ([-1.0, 0.0, *GOOD[2:]], "sigma and h_max must be above 0"),
+    ([*GOOD[:6], "warm"], "one of bounded, zscore"),
+    ([math.nan, *GOOD[1:]], "six finite numbers"),
+    (["-1", *GOOD[1:]], "six finite numbers"),
+    ([True, *GOOD[1:]], "six finite numbers"),
+    ([-1.0, 0.0, *GOOD[2:]], "sigma, h_max and at must be above 0"),
     ([-1.0, 2.0, 0.5, 3.0, *GOOD[4:]], "h_min below 0"),
-    ([*GOOD[:4], -0.1, "bounded"], "tau must be at least 0"),
-    ([*GOOD[:4], 1.0, "bounded"], "below 1 in the bounded form"),
+    ([*GOOD[:4], -0.1, 1.0, "bounded"], "tau must be at least 0"),
+    ([*GOOD[:5], 0.0, "bounded"], "sigma, h_max and at must be above 0"),
+    ([*GOOD[:4], 1.0, 1.0, "bounded"], "below 1 in the bounded form"),
 ]
 
 
@@ -216,6 +224,6 @@ def test_a_client_without_vllm_makes_requests(monkeypatch):
     monkeypatch.delitem(sys.modules, "bridges.vllm_temperature", raising=False)
     monkeypatch.setitem(sys.modules, "vllm", None)
     module = importlib.import_module("bridges.vllm_temperature")
-    given = [-1.0, 2.0, 0.5, -3.0, pytest.approx(0.1), "zscore"]
-    assert module.request_arguments(STATS, 0.1, "zscore") == {"hapo": given}
+    given = [-1.0, 2.0, 0.5, -3.0, 0.1, 0.7, "zscore"]
+    assert module.request_arguments(STATS, 0.1, "zscore", 0.7) == {"hapo": given}
     sys.modules.pop("bridges.vllm_temperature", None)

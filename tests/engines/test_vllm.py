@@ -197,7 +197,8 @@ def test_other_requests_are_untouched_to_the_last_bit(engine, reference, monkeyp
 
 
 @pytest.mark.parametrize(
-    "given", [[1, 2], {"pivot": 1}, "hot", [0, 1, 1, -1, 0.1, "warm"], [0, 1, 1, 1, 0.1, "bounded"]]
+    "given",
+    [[1, 2], {"pivot": 1}, "hot", [0, 1, 1, -1, 0.1, 1, "warm"], [0, 1, 1, 1, 0.1, 1, "bounded"]],
 )
 def test_a_malformed_request_is_refused_and_the_engine_lives_on(engine, given):
     settings = dict(temperature=1.0, max_tokens=2, extra_args={"hapo": given})

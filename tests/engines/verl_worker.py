@@ -142,9 +142,6 @@ class OneWorker(verl_hapo.HAPOTrainer):
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         worker.set_loss_fn(self.loss_function(actor))
 
-    def _get_required_batch_multiple(self, processes):
-        return processes
-
     def put(self, order, prompts, answers, rewards):
         """Store responses, rows in a given order; return the batch."""
         size, ids = len(answers) // len(prompts), lambda x: torch.tensor(x)
