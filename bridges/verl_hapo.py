@@ -353,42 +353,19 @@ class HAPOTrainer(PPOTrainerSync):
 
 def check_configuration(config, settings) -> None:
     """Raise ValueError with one line for what would train something else than the papers."""
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    correction = OmegaConf.select(config, "algorithm.rollout_correction", default=None) or {}
-    weights = correction.get("rollout_is") or correction.get("rollout_rs")
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     heats = rollout.agent.default_agent_loop == "hapo_agent"
-    uses_h = actor.policy_loss.loss_mode == "hapo"
-    ulysses = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
-    ulysses = [ulysses, ulysses.replace("actor.ulysses", "actor.fsdp_config.ulysses")]
-    ulysses = max(OmegaConf.select(config, name, default=1) for name in ulysses)
-    exact = config.actor_rollout_ref.model.use_remove_padding and not (
-        config.actor_rollout_ref.model.get("use_fused_kernels", False)
-    )
+    uses_h = config.actor_rollout_ref.actor.policy_loss.loss_mode == "hapo"
+    correction = OmegaConf.select(config, "algorithm.rollout_correction", default=None) or {}
+    bypass = correction.get("bypass_mode", False)
+    weights = bool(correction.get("rollout_is") or correction.get("rollout_rs"))
+    if settings.layer:
+        check_bupo(config, settings, weights)
     for wrong, why in (
         (
-            correction.get("bypass_mode", False) and (uses_h or heats or settings.layer),
+            bypass and (uses_h or heats or settings.layer),
             "algorithm.rollout_correction.bypass_mode=True: it scores no old policy, so HAPO has "
             "no entropies and BuPO no layer's log-probabilities; set it to False",
-        ),
-        (
-            settings.layer and actor.strategy == "fsdp",
-            "actor.strategy=fsdp: its flat parameters would decay the layers above BuPO's layer; "
-            "set actor_rollout_ref.actor.strategy=fsdp2",
-        ),
-        (
-            settings.layer and weights,
-            "algorithm.rollout_correction: in BuPO's phase 1 the old log-probabilities are a "
-            "layer's, not the sampler's; leave rollout_is and rollout_rs out",
-        ),
-        (
-            settings.layer and config.algorithm.use_kl_in_reward,
-            "algorithm.use_kl_in_reward=True: in BuPO's phase 1 it would compare a layer with the "
-            "reference; use actor.use_kl_loss, which is off in that phase",
-        ),
-        (
-            settings.layer == bupo.AUTO and ulysses > 1,
-            "bupo.layer=auto: is not measured under Ulysses sequence parallelism; give the layer "
-            "as a number",
         ),
         (
             heats and OmegaConf.select(config, "actor_rollout_ref.model.mtp.enable_rollout"),
@@ -404,19 +381,52 @@ def check_configuration(config, settings) -> None:
             f"rollout.name={rollout.name}: mechanism A runs in vLLM; leave "
             "agent.default_agent_loop=hapo_agent out",
         ),
-        (
-            settings.layer and actor.strategy not in ("fsdp", "fsdp2"),
-            f"actor.strategy={actor.strategy}: BuPO cuts models of verl's FSDP2 engine alone",
-        ),
     ):
         if wrong:
             raise ValueError(why)
+    exact = model.use_remove_padding and not model.get("use_fused_kernels", False)
     if (uses_h or heats) and not exact:
         print(
             "note: with padding or fused kernels h comes from verl's own entropies, log Z - "
             "E[logit]: off by some 1e-3 in float32 and 0.2 in bfloat16; set "
             "model.use_remove_padding=True and model.use_fused_kernels=False for exact ones"
         )
+
+
+def check_bupo(config, settings, weights) -> None:
+    """Raise ValueError for what BuPO cannot run with. weights: of verl's rollout correction."""
+    actor = config.actor_rollout_ref.actor
+    ulysses = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
+    ulysses = [ulysses, ulysses.replace("actor.ulysses", "actor.fsdp_config.ulysses")]
+    ulysses = max(OmegaConf.select(config, name, default=1) for name in ulysses)
+    for wrong, why in (
+        (
+            actor.strategy == "fsdp",
+            "actor.strategy=fsdp: its flat parameters would decay the layers above BuPO's layer; "
+            "set actor_rollout_ref.actor.strategy=fsdp2",
+        ),
+        (
+            actor.strategy not in ("fsdp", "fsdp2"),
+            f"actor.strategy={actor.strategy}: BuPO cuts models of verl's FSDP2 engine alone",
+        ),
+        (
+            weights,
+            "algorithm.rollout_correction: in BuPO's phase 1 the old log-probabilities are a "
+            "layer's, not the sampler's; leave rollout_is and rollout_rs out",
+        ),
+        (
+            config.algorithm.use_kl_in_reward,
+            "algorithm.use_kl_in_reward=True: in BuPO's phase 1 it would compare a layer with the "
+            "reference; use actor.use_kl_loss, which is off in that phase",
+        ),
+        (
+            settings.layer == bupo.AUTO and ulysses > 1,
+            "bupo.layer=auto: is not measured under Ulysses sequence parallelism; give the layer "
+            "as a number",
+        ),
+    ):
+        if wrong:
+            raise ValueError(why)
 
 
 # ------------------------------------------------------------------------------------- the engine

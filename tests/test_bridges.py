@@ -440,6 +440,26 @@ def test_vllm_s_requests_carry_the_statistics(made, monkeypatch):
     assert HAPOConfig("x", use_cpu=True, bf16=False).vllm_importance_sampling_correction is False
 
 
+def test_a_sleeping_vllm_is_checked_at_its_first_request(made, monkeypatch):
+    """TRL's engine has no weights before; a note names the dtype at once."""
+    trainer, done = made(), []
+    stand_in = types.SimpleNamespace(check_engine=lambda llm: done.append("checked"))
+    monkeypatch.setitem(sys.modules, "bridges.vllm_temperature", stand_in)
+    monkeypatch.setattr(bridges, "vllm_temperature", stand_in, raising=False)
+    config = types.SimpleNamespace(model_config=types.SimpleNamespace(dtype=torch.float32))
+    llm = types.SimpleNamespace(
+        llm_engine=types.SimpleNamespace(vllm_config=config),
+        generate=lambda *args, **kwargs: done.append(args),
+    )
+    trainer.vllm_generation = types.SimpleNamespace(llm=llm)
+    trainer.args.vllm_enable_sleep_mode = True
+    trainer._check_vllm()
+    assert done == []
+    llm.generate(1)
+    llm.generate(2)
+    assert done == ["checked", (1,), (2,)]
+
+
 def test_evaluation_is_trl_s(made):
     """Held-out responses are drawn at T_base and scored by the whole policy, in phase 1, too."""
     found = []
