@@ -35,8 +35,14 @@ PROCESSORS = {
     "entry": {},
 }
 SIZES = dict(dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=16, seed=1)
-SIZES |= dict(block_size=32, disable_log_stats=False, logprobs_mode="processed_logprobs")
+SIZES |= dict(
+    gpu_memory_utilization=0.3,
+    block_size=32,
+    disable_log_stats=False,
+    logprobs_mode="processed_logprobs",
+)
 TOLERANCE = 5e-5
+ROOM = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB for keys and values, of engines in other processes
 
 
 @pytest.fixture(scope="session")
@@ -232,7 +238,7 @@ from bridges.vllm_temperature import check_engine
 if __name__ == "__main__":
     ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8,
-              speculative_config=ngram | {"prompt_lookup_min": 2})
+              gpu_memory_utilization=0.3, speculative_config=ngram | {"prompt_lookup_min": 2})
     try:
         check_engine(llm)
     except ValueError as error:
@@ -242,7 +248,7 @@ if __name__ == "__main__":
 
 def test_an_engine_with_speculative_decoding_is_refused(folder, tmp_path):
     (tmp_path / "speculative.py").write_text(SPECULATIVE, encoding="utf-8")
-    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(ROOT)}
+    env = os.environ | ROOM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, tmp_path / "speculative.py", str(folder)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert "refused: this vLLM engine does not apply" in done.stdout, done.stderr[-2000:]
@@ -255,7 +261,10 @@ def server(folder):
     command += ["--model", str(folder), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "256", "--max-num-seqs", "16"]
     command += ["--logprobs-mode", "processed_logprobs"]
-    process, address = subprocess.Popen(command, cwd="/"), "http://127.0.0.1:8123"
+    command += ["--gpu-memory-utilization", "0.3"]
+    spawned = ROOM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    process = subprocess.Popen(command, cwd="/", env=os.environ | spawned)
+    address = "http://127.0.0.1:8123"
     for _ in range(300):
         try:
             urllib.request.urlopen(f"{address}/health")

@@ -84,8 +84,10 @@ class ToyServer:
         for (base, given), asked in by_settings.items():
             temperature = base
             if given is not None:
-                stats = hapo.EntropyStats(*torch.tensor(given[:4]))
-                how = dict(stats=stats, base=base, tau=given[4], form=given[5])
+                *stats, tau, at, form = given
+                assert at == base == 1  # this sampler's entropies are those of raw logits
+                stats = hapo.EntropyStats(*torch.tensor(stats))
+                how = dict(stats=stats, base=base, tau=tau, form=form)
                 temperature = lambda H, t, how=how: hapo.adaptive_temperature(H, **how)
             prompts = [list(prompt) for prompt, _ in asked]
             drawn = sampling.generate(self.model, prompts, 1, self.length, [self.eos], temperature)
