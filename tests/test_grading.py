@@ -311,10 +311,14 @@ def test_the_table_is_long_and_no_response_stands_twice():
     assert len(rows) == len(set(rows)) >= 600
 
 
-@pytest.mark.parametrize("gold, kind, rows", BLOCKS, ids=[block[0] for block in BLOCKS])
+def needs(latex):
+    return pytest.mark.optional("math_verify") if latex else ()
+
+
+@pytest.mark.parametrize(
+    "gold, kind, rows", [pytest.param(*b, id=b[0], marks=needs(b[1] == "latex")) for b in BLOCKS]
+)
 def test_hard_answers(gold, kind, rows):
-    if kind == "latex":
-        pytest.importorskip("math_verify")
     problem = problem_of(gold)
     assert problem.kind == kind
     assert [row for row in rows if verdict_of(problem, row[1]) != row[0]] == []
@@ -433,11 +437,15 @@ WORDS_AND_SYMBOLS = (
 )
 
 
-@pytest.mark.parametrize("latex", [False, True], ids=["words", "formulas"])
+@pytest.mark.parametrize(
+    "latex",
+    [
+        pytest.param(x, id=name, marks=needs(x))
+        for x, name in ((False, "words"), (True, "formulas"))
+    ],
+)
 def test_signs_and_doubts_are_part_of_an_answer(latex):
     assert len(set(WORDS_AND_SYMBOLS.split("|"))) >= 40
-    if latex:
-        pytest.importorskip("math_verify")
     for gold in WORDS_AND_SYMBOLS.split("|"):
         problem = problem_of(gold)
         if (problem is None or problem.kind == "latex") != latex:
@@ -494,8 +502,8 @@ def pairs_of(table):
     return [tuple(pair.split("|")) for pair in pairs]
 
 
+@pytest.mark.optional("math_verify")
 def test_a_response_is_right_for_one_of_two_answers_alone():
-    pytest.importorskip("math_verify")
     assert len(pairs_of(OTHERS)) == 96
     for one, other in pairs_of(OTHERS):
         for gold, stated in ((one, other), (other, one)):
@@ -503,8 +511,8 @@ def test_a_response_is_right_for_one_of_two_answers_alone():
                 assert not any(grade(problem_of(gold), form.format(stated))), (gold, form)
 
 
+@pytest.mark.optional("math_verify")
 def test_other_ways_to_state_an_answer():
-    pytest.importorskip("math_verify")
     assert len(pairs_of(SAME)) == 53
     for gold, stated in pairs_of(SAME):
         for form in STATED:
@@ -565,8 +573,8 @@ def test_thinking_may_begin_in_the_prompt_and_has_several_names():
 # -------------------------------------------------------------------------------------------- costs
 
 
+@pytest.mark.optional("math_verify")
 def test_degenerate_formulas_cost_their_time_once(monkeypatch):
-    pytest.importorskip("math_verify")
     assert grade(problem_of(r"\pi"), r"\boxed{\pi}").strict  # the process has started
     monkeypatch.setattr("problems.latex.LATEX_SECONDS", 0.3)
     text, asked, ask = r"\boxed{9^{9^{9^{9}}}}", [], LATEX.apart.ask

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, named_beside_equations
 
 NOT_OURS = {"runs", *(p.parent.name for p in ROOT.glob("*/pyvenv.cfg"))}  # environments
@@ -205,10 +206,16 @@ def test_no_text_file_is_opened_in_the_platforms_encoding():
                 assert binary or "encoding" in named, f"{path}:{call.lineno}"
 
 
-def test_what_starts_an_interpreter_is_marked():
-    """A test that names one, or calls a function of its file that does, has the mark `programs`."""
-    mark, unmarked = "pytest.mark.programs", []
-    for path in (p for p in FILES if p.parts[0] == "tests"):
+MARKED = {  # what a test, or a function of its file that it calls, must not say without the mark
+    "pytest.mark.programs": r"sys\.executable|torch\.distributed\.run",
+    "pytest.mark.optional": "importorskip",
+}
+
+
+@pytest.mark.parametrize("mark", MARKED)
+def test_what_starts_an_interpreter_or_may_be_skipped_is_marked(mark):
+    unmarked = []
+    for path in (p for p in FILES if p.parts[0] == "tests" and "exercises" not in p.parts):
         found = {f.name: f for f in functions(tree(path).body)}
         texts = {name: ast.unparse(f) for name, f in found.items()}
         for name in (name for name in found if name.startswith("test_")):
@@ -218,8 +225,8 @@ def test_what_starts_an_interpreter_is_marked():
                 reached += sorted(words - set(reached))
             text = "\n".join(map(texts.get, reached))
             marked = re.search(rf"^pytestmark = .*{re.escape(mark)}\b", source(path), re.M)
-            marked = marked or mark in map(ast.unparse, found[name].decorator_list)
-            if re.search(r"sys\.executable|torch\.distributed\.run", text) and not marked:
+            marked = marked or mark in "".join(map(ast.unparse, found[name].decorator_list))
+            if re.search(MARKED[mark], text) and not marked:
                 unmarked.append(f"{path}::{name}")
     assert not unmarked
 
