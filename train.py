@@ -317,8 +317,9 @@ def inspect_group(done: StepRecord, run: Run) -> dict:
     """Return one group for samples.jsonl: {name: (G, T)} for each value, and the group's rows.
 
     The group is the one whose share of correct responses is nearest to one half. Ratios are
-    computed after the last update. `clipped` is -1 or +1 where the lower or upper clip bound
-    removes a token's gradient, elsewhere 0.
+    computed after the last update, from old_logp and new_logp of the policy that the step trained.
+    `clipped` is -1 or +1 where the lower or upper clip bound removes a token's gradient, elsewhere
+    0. Without clipping (CISPO) there are no bounds.
     """
     batch, G = done.batch, run.options.num_generations
     share_correct = batch.correct.view(-1, G).float().mean(1)
@@ -329,6 +330,9 @@ def inspect_group(done: StepRecord, run: Run) -> dict:
     fell = (loss.ratio < 1 - loss.clip_low) & (loss.advantages < 0)
     rose = (loss.ratio > 1 + loss.clip_high) & (loss.advantages > 0)
     group = {"rows": rows, "ratio": loss.ratio}
+    group |= {"old_logp": batch.old.logp[rows], "new_logp": new.logp[rows]}
+    if bool(loss.clip_high.isfinite().all()):
+        group |= {"clip_low": loss.clip_low, "clip_high": loss.clip_high}
     if batch.h is not None:
         group["h"] = batch.h[rows]
     return group | {"advantage": loss.advantages, "clipped": rose.int() - fell.int()}

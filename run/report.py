@@ -333,7 +333,7 @@ def samples_of(step, run, rows, more=None):
     name = "sampler_entropy" if batch.full is None else "entropy"
     columns = {name: entropy[rows], "temperature": rollout.temperature[rows]}
     columns |= more or {}
-    kind = {k: round if x.is_floating_point() else int_of for k, x in columns.items()}
+    kind = {k: seven_digits if x.is_floating_point() else int for k, x in columns.items()}
     of_response = (batch.rewards, batch.strict, batch.lenient, rollout.finished, rollout.lengths)
     numbers = torch.stack([x[rows].float() for x in of_response], 1).tolist()
     of_token = torch.stack([x.float() for x in columns.values()], 1).tolist()
@@ -351,12 +351,13 @@ def samples_of(step, run, rows, more=None):
             "lenient": bool(lenient),
             "finished": bool(finished),
             "tokens": [run.tokenizer.decode([t]) for t in tokens[i][:n]],
-            **{k: [kind[k](v, 4) for v in of_token[i][c][:n]] for c, k in enumerate(columns)},
+            **{k: [kind[k](v) for v in of_token[i][c][:n]] for c, k in enumerate(columns)},
         }
 
 
-def int_of(x, digits):
-    return int(x)
+def seven_digits(x):
+    """Return x with seven significant digits, about as many as float32 has: log H needs them."""
+    return float(f"{x:.7g}")
 
 
 def first_look(run):

@@ -18,7 +18,15 @@ from common.command import OneLineParser, run_main  # noqa: E402
 from common.errors import UserError  # noqa: E402
 
 LARGEST = 2_900_000  # bytes of a page; steps are left out until it fits
-TOKENS = ("entropy", "sampler_entropy", "temperature", "h", "advantage", "ratio", "clipped")
+TOKENS = (
+    "entropy sampler_entropy temperature h advantage ratio clipped old_logp new_logp clip_low "
+    "clip_high"
+).split()
+STATISTICS = ("pivot", "h_max", "h_min", "layer")  # of a step, from metrics.jsonl
+SETTINGS = (
+    "algo baseline advantage clip_low clip_high temperature_form released adaptive_temperature "
+    "token_group_average advantage_redistribution adaptive_clip loss_mean"
+).split()  # options that the token panel's formulas depend on
 CURVES = (
     "reward entropy sampler_entropy response_length grad_norm eval_accuracy eval_greedy eval_reward"
 ).split()
@@ -57,7 +65,7 @@ def read_run(folder):
             "a step; make the run again"
         )
     options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    steps = {}
+    measured, steps = {row["step"]: row for row in metrics}, {}
     for row in samples:
         group = steps.setdefault(
             row["step"],
@@ -65,10 +73,11 @@ def read_run(folder):
                 "step": row["step"],
                 "question": row["question"],
                 "truth": row["reference_answer"],
+                "stats": {name: measured.get(row["step"], {}).get(name) for name in STATISTICS},
                 "answers": [],
             },
         )
-        answer = {name: short(row[name]) for name in TOKENS if name in row}
+        answer = {name: short(row[name], 7) for name in TOKENS if name in row}
         answer |= {name: row[name] for name in ("tokens", "reward", "finished")}
         chance = options["reward"] == "random"
         answer["right"] = row["reward"] > 0 if chance else row[options["reward"]]  # as rewarded
@@ -83,18 +92,19 @@ def read_run(folder):
         "what": what,
         "base": options["temperature"],
         "tau": options["tau"] or 0.05,
+        "settings": {name: options.get(name) for name in SETTINGS},
         "steps": list(steps.values()),
         "curves": curves,
     }, options
 
 
-def short(value):
-    """Return numbers rounded to four digits, with None for NaN and infinity; others unchanged."""
+def short(value, digits=4):
+    """Return numbers rounded to some digits, with None for NaN and infinity; others unchanged."""
     if isinstance(value, list):
-        return [short(x) for x in value]
+        return [short(x, digits) for x in value]
     if not isinstance(value, float):
         return value
-    return float(f"{value:.4g}") if abs(value) < float("inf") else None
+    return float(f"{value:.{digits}g}") if abs(value) < float("inf") else None
 
 
 def in_script(data):
@@ -107,7 +117,7 @@ def fill(template, data):
     """Return a template of scripts/pages/ with the shared CSS and JavaScript and the data in it."""
     folder = ROOT / "scripts" / "pages"
     page = (folder / template).read_text(encoding="utf-8")
-    for name in ("shared.css", "shared.js"):
+    for name in ("shared.css", "shared.js", "token.js"):
         page = page.replace(f"/*{name}*/", (folder / name).read_text(encoding="utf-8"))
     return page.replace("/*data*/", in_script(data))
 

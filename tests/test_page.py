@@ -2,6 +2,7 @@
 input. How they look in a browser is checked by experiments/browser.py."""
 
 import json
+import math
 import re
 import shutil
 
@@ -73,7 +74,15 @@ def test_samples_and_their_page_hold_one_whole_group_and_what_was_made_of_it(a_r
     for r in rows:
         for name in set(page.TOKENS) - {"sampler_entropy"}:  # of BuPO's first phase
             assert len(r[name]) == len(r["tokens"]), name
+        for old, new, ratio in zip(r["old_logp"], r["new_logp"], r["ratio"]):
+            assert math.exp(new - old) == pytest.approx(ratio, rel=1e-5)
     assert all(-1 <= x <= 1 for r in rows for x in r["h"])
+    # h from what the file and metrics.jsonl hold, by hand: Eq. 6
+    stats = lines_of(a_run, "metrics")[0]
+    for H, h in zip(rows[0]["entropy"], rows[0]["h"]):
+        d = math.log(H) - stats["pivot"]
+        scale = stats["h_max"] if d > 0 else abs(stats["h_min"])
+        assert d / scale == pytest.approx(h, abs=1e-4)  # a nearly uniform model: scale is small
     # the update has made a right answer likelier and a wrong one less so, by and large
     mean = {r["reward"]: sum(r["ratio"]) / len(r["ratio"]) for r in rows[:2]}
     assert mean[1] > mean[0]
@@ -82,7 +91,9 @@ def test_samples_and_their_page_hold_one_whole_group_and_what_was_made_of_it(a_r
     run = data_of(path)["runs"][0]
     assert [s["step"] for s in run["steps"]] == [1, 2] and len(run["steps"][0]["answers"]) == 2
     assert run["steps"][0]["answers"][0]["tokens"] == rows[0]["tokens"]
-    entropy = lines_of(a_run, "metrics")[0]["entropy"]
+    assert run["settings"]["clip_high"] == 0.28 and run["settings"]["adaptive_clip"] is True
+    assert run["steps"][0]["stats"]["pivot"] == stats["pivot"]
+    entropy = stats["entropy"]
     assert run["curves"]["entropy"][0][1] == pytest.approx(entropy, rel=1e-3)
 
 
@@ -110,7 +121,7 @@ def test_hostile_texts_stay_data(a_run):
     write_lines(a_run, rows)
     written = page.write_page([a_run])
     text = written.read_text(encoding="utf-8")
-    assert text.count("</script>") == 3
+    assert text.count("</script>") == 4
     assert "document.title" not in text.replace("script\\u003edocument.title", "")
     assert not re.search("[\u202e\u2028\x00\x1b]", text)
     answers = [a for s in data_of(written)["runs"][0]["steps"] for a in s["answers"]]
