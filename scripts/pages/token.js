@@ -70,6 +70,9 @@ function compute(answer, i, group, run) {
   const scaled = hapo && s.advantage_redistribution && v.h !== null && (v.h > 0) === v.moved;
   v.A_C = scaled ? v.A * (1 + v.h) : v.A;
   v.scaled = scaled;
+  const recorded = at("advantage");  // by a baseline's rule, a length penalty, ...: not by these formulas
+  v.other = recorded !== null && Math.abs(recorded - v.A_C) > 1e-3 * Math.max(1, Math.abs(recorded));
+  if (v.other) [v.A_C, v.scaled] = [recorded, false];
   if (v.ratio !== null) {
     v.bounded = Math.max(1 - v.low, Math.min(1 + v.high, v.ratio));
     v.unclipped = v.ratio * v.A_C;
@@ -112,7 +115,8 @@ function lines(v, run) {
     line("ratio", "r = exp(log p_{new} \u2212 log p_{old})", `exp(${n(v.new)} \u2212 ${n(v.old)})`, v.ratio),
     line("neutral zone (C)", "[1 \u2212 \u03b5_{low}/2, 1 + \u03b5_{high}/2]",
       `[${n(1 - v.zone[0] / 2)}, ${n(1 + v.zone[1] / 2)}]`, has(v.moved) ? (v.moved ? "moved" : "inside") : null),
-    line("A after C (Eq. 10-11)", v.scaled ? "A (1 + h)" : "A", v.scaled ? `${n(v.A)} (1 + ${n(v.h)})` : n(v.A), v.A_C),
+    line("A after C (Eq. 10-11)", v.scaled ? "A (1 + h)" : "A", v.other ? "as recorded: this run has another rule"
+      : v.scaled ? `${n(v.A)} (1 + ${n(v.h)})` : n(v.A), v.A_C),
     line("lower bound (D)", "1 \u2212 \u03b5_{low} (1 \u2212 min(h, 0))", `1 \u2212 ${n(s.clip_low)} (1 \u2212 ${n(Math.min(v.h, 0))})`, 1 - v.low),
     line("upper bound (D)", "1 + \u03b5_{high} (1 + max(h, 0))", `1 + ${n(s.clip_high)} (1 + ${n(Math.max(v.h, 0))})`, 1 + v.high),
     line("unclipped", "r A", `${n(v.ratio)} \u00b7 ${n(v.A_C)}`, v.unclipped),
