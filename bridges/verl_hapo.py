@@ -132,8 +132,11 @@ class Changed:
 
 @register_adv_est("hapo")
 def token_group_advantages(token_level_rewards, response_mask, index, **more):
-    """B, Eq. 9. index: each row's prompt. Its rows may stand anywhere, and groups may differ in
-    size."""
+    """Return mechanism B's advantages, Eq. 9, twice, as verl asks for.
+
+    index holds each row's prompt. A prompt's rows need not be adjacent, and groups may differ in
+    size.
+    """
     rewards = token_level_rewards.sum(-1)
     advantages = torch.zeros_like(token_level_rewards, dtype=torch.float32)
     for prompt in set(index):
@@ -348,7 +351,9 @@ class HAPOTrainer(PPOTrainerSync):
             if state["stats"] is not None:
                 self.stats = hapo.EntropyStats(*torch.tensor(state["stats"]))
         elif self.global_steps:
-            print(f"note: {path}: no such file; A's statistics and auto's layer are measured anew")
+            print(
+                f"note: {path} does not exist: the statistics and auto's layer are measured again"
+            )
 
 
 def check_configuration(config, settings) -> None:
@@ -501,7 +506,7 @@ def causal_lm(module):
 def whole_embeddings(module, engine_config):
     """While open, FSDP2 keeps the weights outside the blocks gathered, E_u among them.
 
-    verl shards an untied output embedding as a unit of its own.
+    verl shards an untied output embedding separately.
     """
     units = [module, causal_lm(module).get_output_embeddings()]
     units = [unit for unit in units if hasattr(unit, "set_reshard_after_forward")]

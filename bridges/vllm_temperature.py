@@ -40,10 +40,10 @@ FORMS = ("bounded", "zscore", "released")  # released: bounded, with the sign of
 # what a request carries, in this order; `at`: the temperature of the statistics' entropies
 FIELDS = (*hapo.EntropyStats._fields, "tau", "at", "form")
 NO_CHANGE = (0.0, 1.0, 1.0, -1.0, 0.0, 1.0, 0.0)  # tau 0: the factor is 1
-TAU, AT = FIELDS.index("tau"), FIELDS.index("at")
-CHUNK = (2**24, 2**18)  # logits at a time: on a GPU; on a CPU, whose cache they fit
+TAU = FIELDS.index("tau")
+CPU_CHUNK, GPU_CHUNK = 2**18, 2**24  # logits at a time; a CPU's fit into its cache
 GREEDY = 1e-5  # vLLM draws greedily below this temperature
-# vLLM has two model runners, each with an interface of its own
+# vLLM has two model runners with different interfaces
 INTERFACES = (
     "vllm.v1.sample.logits_processor",
     "vllm.v1.worker.gpu.sample.logits_processor",
@@ -116,7 +116,8 @@ def row_entropy(logits: Tensor, at: Tensor) -> Tensor:
     It is that of losses.row_logprobs_and_entropy, in buffers that are used again: on a CPU fresh
     memory for every intermediate result would take longer than the arithmetic.
     """
-    size = max(1, CHUNK[logits.device.type == "cpu"] // logits.shape[1])
+    chunk = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
+    size = max(1, chunk // logits.shape[1])
     buffers = torch.empty(2, min(size, len(logits)), logits.shape[1], device=logits.device)
     entropies = []
     for rows, divisor in zip(logits.split(size), at.split(size)):
@@ -168,7 +169,6 @@ class AdaptiveTemperature(*interfaces()):
     def __init__(self, vllm_config, device_or_slots, is_pin_memory=None):
         self.acts = self._acting.setdefault(id(vllm_config), self) is self
         self.device = torch.device(getattr(device_or_slots, "device", device_or_slots))
-        self.pinned = self.device.type == "cuda"
         most = vllm_config.scheduler_config.max_num_seqs
         most = getattr(device_or_slots, "max_num_reqs", most)
         self.numbers = torch.tensor(NO_CHANGE).repeat(most, 1)  # by place or by slot
@@ -177,7 +177,7 @@ class AdaptiveTemperature(*interfaces()):
 
     @classmethod
     def validate_params(cls, sampling_params) -> None:
-        """Raise ValueError for a malformed request: vLLM refuses it, and the engine lives on."""
+        """Raise ValueError for a malformed request. vLLM refuses it and keeps running."""
         read_request(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
@@ -205,15 +205,14 @@ class AdaptiveTemperature(*interfaces()):
         self.on_device = None
         return self.acts and bool(self.numbers[req_idx, TAU] > 0)
 
-    def on_gpu(self) -> Tensor:
-        """Return the numbers on the device. Nothing waits: the pinned copy is changed by nobody."""
-        return self.numbers.clone().pin_memory().to(self.device, non_blocking=True)
-
     def apply(self, logits: Tensor, context=None) -> Tensor:
         if self.acts and self.on_device is None:
             heated = self.numbers[self.numbers[:, TAU] > 0]
             self.forms = tuple(FORMS[int(n)] for n in heated[:, -1].unique())
-            self.on_device = self.on_gpu() if self.pinned else self.numbers.clone()
+            copied = self.numbers.clone()
+            if self.device.type == "cuda":  # pinned, so that the copy to the GPU does not wait
+                copied = copied.pin_memory()
+            self.on_device = copied.to(self.device, non_blocking=True)
         if not self.acts or not self.forms:
             return logits
         if self.vocab_size is None:  # only an engine that is asked to heat reads its tokenizer
@@ -248,8 +247,8 @@ def check_draws(cold: list, hot: list) -> None:
     if len(set(cold)) != 1 or len(set(hot)) < _SCATTERED:
         raise ValueError(
             "this vLLM engine does not apply HAPO's adaptive temperature: install the entry point "
-            "(pip install -e . in the project's folder) before the engine starts, and leave "
-            "speculative decoding out"
+            "(pip install -e . in the project's folder) before the engine starts, and disable "
+            "speculative decoding"
         )
 
 

@@ -3,7 +3,7 @@
 Plants one fault at a time in a copy of the project and runs the tests that should fail.
 mutations.diff is a list of small diffs, each under a line `file: arguments of pytest`. A fault that
 survives is printed as such, and the program ends with 1. Two copies work side by side. Each test
-run is a fork of a process that has imported torch and transformers, since importing them anew takes
+run is a fork of a process that has imported torch and transformers: importing them again takes
 longer than most of the tests (Linux and macOS).
 """
 

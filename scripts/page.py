@@ -24,8 +24,8 @@ TOKENS = (
 ).split()
 STATISTICS = ("pivot", "h_max", "h_min", "layer")  # of a step, from metrics.jsonl
 SETTINGS = (
-    "algo baseline advantage clip_low clip_high temperature_form released adaptive_temperature "
-    "token_group_average advantage_redistribution adaptive_clip loss_mean"
+    "algo clip_low clip_high temperature_form released adaptive_temperature token_group_average "
+    "advantage_redistribution adaptive_clip"
 ).split()  # options that the token panel's formulas depend on
 CURVES = (
     "reward entropy sampler_entropy response_length grad_norm eval_accuracy eval_greedy eval_reward"

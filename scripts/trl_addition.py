@@ -85,16 +85,21 @@ def asked(problems):
     )
 
 
+def reward_for(problems):
+    """Return TRL's reward function for these problems: 1 for a correct response, strictly read."""
+    by_question = {p.question: p for p in problems}
+
+    def right(prompts, completions, **more):
+        asked_for = [by_question[messages[-1]["content"]] for messages in prompts]
+        texts = [messages[0]["content"] for messages in completions]
+        return [float(grade(p, text).strict) for p, text in zip(asked_for, texts)]
+
+    return right
+
+
 def main():
     a = arguments()
     train_set, held_out = load_problems("addition")
-    by_question = {p.question: p for p in train_set + held_out}
-
-    def right(prompts, completions, **more):
-        problems = [by_question[messages[-1]["content"]] for messages in prompts]
-        texts = [messages[0]["content"] for messages in completions]
-        return [float(grade(p, text).strict) for p, text in zip(problems, texts)]
-
     adapters = None
     if a.lora:
         from peft import LoraConfig
@@ -103,7 +108,7 @@ def main():
     with tempfile.TemporaryDirectory() as out:
         trainer = TRAINERS[a.trainer](
             TINY,
-            right,
+            reward_for(train_set + held_out),
             args=config(a, out),
             train_dataset=asked(train_set),
             eval_dataset=asked(held_out[:64]),

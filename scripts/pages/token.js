@@ -101,8 +101,9 @@ function lines(v, run) {
     line("pivot", "x_{\u03c1}", "the \u03c1-quantile of x over the batch", P.pivot),
     line("h (Eq. 6)", `(x \u2212 x_{\u03c1}) / ${edge}`, `(${n(v.x)} \u2212 ${n(P.pivot)}) / ${n(scale)}`,
       v.stats ? v.h : null),
-    line("temperature (A)", s.algo === "hapo" && s.adaptive_temperature ? "T_{base} (1 + \u03c4 h)" : "T_{base}",
-      `T_base ${n(run.base)}, \u03c4 ${n(run.tau)}, h by the statistics of the batch before`, v.T),
+    line("temperature (A)", !(s.algo === "hapo" && s.adaptive_temperature) ? "T_{base}"
+      : s.temperature_form === "zscore" ? "T_{base} (1 + \u03c4 z)" : "T_{base} (1 + \u03c4 h)",
+      `T_base ${n(run.base)}, \u03c4 ${n(run.tau)}, with the statistics of the previous batch`, v.T),
     line("reward", "R", "of the response", v.R),
     line("mean over tokens (B)", "\u03bc = \u03a3 R_{i} n_{i} / \u03a3 n_{i}", `over ${t.n} tokens of the group`, t.mean),
     line("deviation over tokens (B)", "s", `over ${t.n} tokens of the group`, t.deviation),

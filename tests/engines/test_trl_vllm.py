@@ -26,7 +26,6 @@ from vllm import _custom_ops
 
 import hapo
 from bridges import trl_trainers, vllm_temperature
-from problems.grading import grade
 from sampling import entropy_of, position_ids, vocabulary
 from scripts import trl_addition
 from tasks import load_problems
@@ -48,12 +47,6 @@ def built(folder, tmp_path_factory):
     _custom_ops._supports_onednn = False
     generation.LLM = functools.partial(generation.LLM, dtype="float32", enforce_eager=True)
     train_set, held_out = load_problems("addition")
-    by_question = {p.question: p for p in train_set + held_out}
-
-    def right(prompts, completions, **more):
-        problems = [by_question[messages[-1]["content"]] for messages in prompts]
-        texts = [messages[0]["content"] for messages in completions]
-        return [float(grade(p, text).strict) for p, text in zip(problems, texts)]
 
     def build(rollouts, **settings):
         asked = argparse.Namespace(trainer="hapo", lora=False, rollouts=rollouts, lr=None)
@@ -62,7 +55,7 @@ def built(folder, tmp_path_factory):
         vars(args).update(settings)
         return trl_trainers.HAPOTrainer(
             str(folder),
-            right,
+            trl_addition.reward_for(train_set + held_out),
             args=args,
             train_dataset=trl_addition.asked(train_set),
             eval_dataset=trl_addition.asked(held_out[:64]),

@@ -206,7 +206,7 @@ def test_other_requests_are_untouched_to_the_last_bit(engine, reference, monkeyp
     "given",
     [[1, 2], {"pivot": 1}, "hot", [0, 1, 1, -1, 0.1, 1, "warm"], [0, 1, 1, 1, 0.1, 1, "bounded"]],
 )
-def test_a_malformed_request_is_refused_and_the_engine_lives_on(engine, given):
+def test_a_malformed_request_is_refused_and_the_engine_keeps_running(engine, given):
     settings = dict(temperature=1.0, max_tokens=2, extra_args={"hapo": given})
     with pytest.raises(Exception, match=r"extra_args\['hapo'\] must be a list of pivot, sigma"):
         generate(engine, [[5, 6]], [settings])
