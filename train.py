@@ -319,9 +319,10 @@ def inspect_group(done: StepRecord, run: Run) -> dict:
     The group is the one whose share of correct responses is nearest to one half. Ratios are
     computed after the last update, from old_logp and new_logp of the policy that the step trained.
     `clipped` is -1 or +1 where the lower or upper clip bound removes a token's gradient, elsewhere
-    0. Without clipping (CISPO) there are no bounds.
+    0. Without clipping (CISPO) there are no bounds. `update_tokens` and `update_responses` are the
+    numbers of tokens and responses that the loss of the group's update is a mean over.
     """
-    batch, G = done.batch, run.options.num_generations
+    batch, G, dist = done.batch, run.options.num_generations, run.dist
     share_correct = batch.correct.view(-1, G).float().mean(1)
     first = G * int((share_correct - 0.5).abs().argmin())
     rows = slice(first, first + G)
@@ -329,7 +330,11 @@ def inspect_group(done: StepRecord, run: Run) -> dict:
     loss = policy_loss(new.logp[rows], batch, rows, run)
     fell = (loss.ratio < 1 - loss.clip_low) & (loss.advantages < 0)
     rose = (loss.ratio > 1 + loss.clip_high) & (loss.advantages > 0)
-    group = {"rows": rows, "ratio": loss.ratio}
+    size = len(batch.texts) // run.options.updates_per_rollout  # responses of an update
+    tokens = dist.all_reduce_sum(*batch.loss_mask.sum(1).view(-1, size).sum(1))
+    responses = dist.all_reduce_sum(*batch.in_loss.view(-1, size).sum(1))
+    group = {"rows": rows, "ratio": loss.ratio, "sampler_logp": batch.rollout.logp[rows]}
+    group |= {"update_tokens": tokens[first // size], "update_responses": responses[first // size]}
     group |= {"old_logp": batch.old.logp[rows], "new_logp": new.logp[rows]}
     if bool(loss.clip_high.isfinite().all()):
         group |= {"clip_low": loss.clip_low, "clip_high": loss.clip_high}

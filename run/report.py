@@ -213,7 +213,7 @@ def say_skipped(updates, run):
 
 
 def signal_metrics(batch, layer, run):
-    """Return the statistics that h is computed with, and how much sampler and scorer differ.
+    """Return statistics of the log-entropies, and how much sampler and scorer differ.
 
     Sampler and scorer are compared on tokens drawn at T_base under the model's own policy, where
     their log-probabilities should agree.
@@ -226,13 +226,16 @@ def signal_metrics(batch, layer, run):
     floors, tokens, alike, kl = run.dist.all_reduce_sum(
         floor.sum(), mask.sum(), same.sum(), kl.sum()
     )
+    x = hapo.log_entropy(run.dist.gather(batch.full.entropy[mask])).sort().values
+    ranks = [round(k / 100 * (len(x) - 1)) for k in range(101)]  # as the pivot's: nearest rank
+    quantiles = [seven_digits(value) for value in x[ranks].tolist()]
     if batch.stats is not None:
         metrics = dict(zip(batch.stats._fields, torch.stack(batch.stats).tolist()))
         metrics["at_floor"] = floors / tokens
     if layer is None and alike:  # the sampler does not draw from an internal policy
         metrics["sampler_kl"] = kl / alike
         metrics["sampler_off"] = float(run.dist.all_reduce_max(off.max()))
-    return metrics
+    return metrics | {"log_entropy_quantiles": quantiles}
 
 
 def share_changed(run, weights_before):
@@ -323,8 +326,8 @@ def evaluate_over(run, problems, temperature, seed, name, samples=1, own_reward=
 def samples_of(step, run, rows, more=None):
     """Yield some responses of the last batch as objects for samples.jsonl.
 
-    Each has its verdicts, and for every token the entropy, the temperature and the values in
-    `more`, {name: (rows, T)}.
+    Each has its verdicts, and for every token the entropy and the temperature. `more` has values to
+    add: {name: tensor (rows, T), or a number of the whole group}.
     """
     batch, rollout = run.last_batch, run.last_batch.rollout
     G = rollout.group_size
@@ -332,8 +335,11 @@ def samples_of(step, run, rows, more=None):
     entropy = rollout.entropy if batch.full is None else batch.full.entropy
     name = "sampler_entropy" if batch.full is None else "entropy"
     columns = {name: entropy[rows], "temperature": rollout.temperature[rows]}
-    columns |= more or {}
+    more = more or {}
+    of_group = {k: x for k, x in more.items() if not isinstance(x, torch.Tensor)}
+    columns |= {k: x for k, x in more.items() if isinstance(x, torch.Tensor)}
     kind = {k: seven_digits if x.is_floating_point() else int for k, x in columns.items()}
+    kind |= {k: nine_digits for k in columns if k.endswith("logp")}
     of_response = (batch.rewards, batch.strict, batch.lenient, rollout.finished, rollout.lengths)
     numbers = torch.stack([x[rows].float() for x in of_response], 1).tolist()
     of_token = torch.stack([x.float() for x in columns.values()], 1).tolist()
@@ -350,6 +356,7 @@ def samples_of(step, run, rows, more=None):
             "strict": bool(strict),
             "lenient": bool(lenient),
             "finished": bool(finished),
+            **of_group,
             "tokens": [run.tokenizer.decode([t]) for t in tokens[i][:n]],
             **{k: [kind[k](v) for v in of_token[i][c][:n]] for c, k in enumerate(columns)},
         }
@@ -358,6 +365,11 @@ def samples_of(step, run, rows, more=None):
 def seven_digits(x):
     """Return x with seven significant digits, about as many as float32 has: log H needs them."""
     return float(f"{x:.7g}")
+
+
+def nine_digits(x):
+    """Return x with nine significant digits, all that float32 has: a ratio is a difference."""
+    return float(f"{x:.9g}")
 
 
 def first_look(run):

@@ -2,11 +2,14 @@
 
 The page is one HTML file that opens in any browser, offline. It has a slider over the steps, one
 group of responses per step with each token shaded by one of its values (entropy, advantage, ...),
-and the curves. It is written at the end of every run from metrics.jsonl and samples.jsonl. The
-templates are in scripts/pages/.
+and the curves. A click on a token shows HAPO's formulas with its numbers, which the page computes,
+also under other settings than the run's. It is written at the end of every run from metrics.jsonl
+and samples.jsonl. The templates are in scripts/pages/; docs/explorer.html is the page of the
+default run: python scripts/page.py runs/hapo-addition --out docs/explorer.html
 """
 
 import json
+import os
 import pathlib
 import sys
 
@@ -19,16 +22,19 @@ from common.errors import UserError  # noqa: E402
 
 LARGEST = 2_900_000  # bytes of a page; steps are left out until it fits
 TOKENS = (
-    "entropy sampler_entropy temperature h advantage ratio clipped old_logp new_logp clip_low "
+    "entropy temperature sampler_logp h advantage ratio clipped old_logp new_logp clip_low "
     "clip_high"
 ).split()
-STATISTICS = ("pivot", "h_max", "h_min", "layer")  # of a step, from metrics.jsonl
+RESPONSES = "tokens reward finished update_tokens update_responses".split()
+STATISTICS = "pivot sigma h_max h_min layer".split()  # of a step, from metrics.jsonl
 SETTINGS = (
-    "algo clip_low clip_high temperature_form released adaptive_temperature token_group_average "
-    "advantage_redistribution adaptive_clip"
-).split()  # options that the token panel's formulas depend on
+    "algo advantage clip_low clip_high dual_clip loss_mean max_new_tokens temperature tau rho "
+    "temperature_form released adaptive_temperature token_group_average advantage_redistribution "
+    "adaptive_clip dynamic_sampling baseline"
+).split()  # options that the page's formulas depend on
+DEFAULTS = {"tau": 0.05, "rho": 0.8, "temperature": 1.0}  # of runs that do not have the option
 CURVES = (
-    "reward entropy sampler_entropy response_length grad_norm eval_accuracy eval_greedy eval_reward"
+    "reward entropy response_length grad_norm eval_accuracy eval_greedy eval_reward"
 ).split()
 
 
@@ -67,35 +73,47 @@ def read_run(folder):
     options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     measured, steps = {row["step"]: row for row in metrics}, {}
     for row in samples:
+        step = row["step"]
         group = steps.setdefault(
-            row["step"],
+            step,
             {
-                "step": row["step"],
+                "step": step,
                 "question": row["question"],
-                "truth": row["reference_answer"],
-                "stats": {name: measured.get(row["step"], {}).get(name) for name in STATISTICS},
-                "answers": [],
+                "reference_answer": row["reference_answer"],
+                "stats": statistics(measured.get(step, {})),
+                "before": statistics(measured[step - 1]) if step - 1 in measured else None,
+                "responses": [],
             },
         )
-        answer = {name: short(row[name], 7) for name in TOKENS if name in row}
-        answer |= {name: row[name] for name in ("tokens", "reward", "finished")}
+        response = {name: short(row[name], 9) for name in TOKENS if name in row}  # as recorded
+        response |= {name: row[name] for name in RESPONSES if name in row}
         chance = options["reward"] == "random"
-        answer["right"] = row["reward"] > 0 if chance else row[options["reward"]]  # as rewarded
-        group["answers"].append(answer)
+        response["correct"] = row["reward"] > 0 if chance else row[options["reward"]]
+        group["responses"].append(response)
     curves = {key: [[r["step"], short(r.get(key))] for r in metrics] for key in CURVES}
-    curves["dead"] = [
+    curves["zero_std"] = [
         [r["step"], r["zero_std_groups"] / r["groups"]] for r in metrics if "groups" in r
     ]
     what = f"{options['algo']} on {options['data'] or options['task']}, {options['model']}"
     return {
         "name": folder.name,
         "what": what,
-        "base": options["temperature"],
-        "tau": options["tau"] or 0.05,
-        "settings": {name: options.get(name) for name in SETTINGS},
+        "settings": {name: setting(options, name) for name in SETTINGS},
         "steps": list(steps.values()),
         "curves": curves,
     }, options
+
+
+def setting(options, name):
+    """Return an option of a run, or its default where the run has none."""
+    value = options.get(name)
+    return DEFAULTS.get(name) if value is None else value
+
+
+def statistics(metrics):
+    """Return what the page needs of a step's metrics: HAPO's statistics, quantiles of log H."""
+    found = {name: metrics.get(name) for name in STATISTICS}
+    return found | {"quantiles": metrics.get("log_entropy_quantiles")}
 
 
 def short(value, digits=4):
@@ -117,7 +135,7 @@ def fill(template, data):
     """Return a template of scripts/pages/ with the shared CSS and JavaScript and the data in it."""
     folder = ROOT / "scripts" / "pages"
     page = (folder / template).read_text(encoding="utf-8")
-    for name in ("shared.css", "shared.js", "token.js"):
+    for name in ("shared.css", "shared.js", "hapo.js", "panel.js"):
         page = page.replace(f"/*{name}*/", (folder / name).read_text(encoding="utf-8"))
     return page.replace("/*data*/", in_script(data))
 
@@ -150,14 +168,15 @@ def write_page(folders, out=None):
     steps = len(runs[0]["steps"])
     if len(runs) > 1:
         keep_common(runs, folders)
-    data = {"runs": runs, "all": steps}
+    name = "page.html" if len(runs) == 1 else f"page-beside-{runs[1]['name']}.html"
+    out = pathlib.Path(out or pathlib.Path(folders[0]) / name)
+    lessons = os.path.relpath(ROOT / "lessons", out.resolve().parent).replace(os.sep, "/")
+    data = {"runs": runs, "all": steps, "lessons": lessons}
     page = fill("run.html", data)
     while len(page) > LARGEST and len(runs[0]["steps"]) > 2:
         for run in runs:  # every second step, the last one kept
             run["steps"] = run["steps"][::-1][::2][::-1]
         page = fill("run.html", data)
-    name = "page.html" if len(runs) == 1 else f"page-beside-{runs[1]['name']}.html"
-    out = pathlib.Path(out or pathlib.Path(folders[0]) / name)
     out.write_text(page, encoding="utf-8")
     return out
 

@@ -72,7 +72,7 @@ def test_samples_and_their_page_hold_one_whole_group_and_what_was_made_of_it(a_r
         assert pair[0]["question"] == pair[1]["question"]
         assert sorted(r["reward"] for r in pair) == [0, 1]
     for r in rows:
-        for name in set(page.TOKENS) - {"sampler_entropy"}:  # of BuPO's first phase
+        for name in page.TOKENS:
             assert len(r[name]) == len(r["tokens"]), name
         for old, new, ratio in zip(r["old_logp"], r["new_logp"], r["ratio"]):
             assert math.exp(new - old) == pytest.approx(ratio, rel=1e-5)
@@ -83,16 +83,28 @@ def test_samples_and_their_page_hold_one_whole_group_and_what_was_made_of_it(a_r
         d = math.log(H) - stats["pivot"]
         scale = stats["h_max"] if d > 0 else abs(stats["h_min"])
         assert d / scale == pytest.approx(h, abs=1e-4)  # a nearly uniform model: scale is small
+    # A's temperatures, from the entropies and the statistics of the step before, by hand: Eq. 8
+    assert rows[0]["temperature"] == [1.0] * len(rows[0]["tokens"])
+    for H, T, logp in zip(*(rows[2][k] for k in ("entropy", "temperature", "sampler_logp"))):
+        d = math.log(H) - stats["pivot"]
+        h = max(-1, min(1, d / (stats["h_max"] if d > 0 else -stats["h_min"])))
+        assert 1 + 0.05 * h == pytest.approx(T, abs=1e-4) and logp < 0
+    # the quantiles are those that Eq. 5 takes
+    low, pivot, high = (stats["log_entropy_quantiles"][k] for k in (0, 80, 100))
+    assert len(stats["log_entropy_quantiles"]) == 101
+    by_hand = [low - pivot, pivot, high - pivot]
+    assert by_hand == pytest.approx([stats[k] for k in ("h_min", "pivot", "h_max")], abs=2e-6)
     # the update has made a right answer likelier and a wrong one less so, by and large
     mean = {r["reward"]: sum(r["ratio"]) / len(r["ratio"]) for r in rows[:2]}
     assert mean[1] > mean[0]
     path = page.write_page([a_run])
     assert path == a_run / "page.html"
     run = data_of(path)["runs"][0]
-    assert [s["step"] for s in run["steps"]] == [1, 2] and len(run["steps"][0]["answers"]) == 2
-    assert run["steps"][0]["answers"][0]["tokens"] == rows[0]["tokens"]
+    assert [s["step"] for s in run["steps"]] == [1, 2] and len(run["steps"][0]["responses"]) == 2
+    assert run["steps"][0]["responses"][0]["tokens"] == rows[0]["tokens"]
     assert run["settings"]["clip_high"] == 0.28 and run["settings"]["adaptive_clip"] is True
-    assert run["steps"][0]["stats"]["pivot"] == stats["pivot"]
+    assert run["steps"][0]["stats"]["pivot"] == stats["pivot"] and run["steps"][0]["before"] is None
+    assert run["steps"][1]["before"]["quantiles"] == stats["log_entropy_quantiles"]
     entropy = stats["entropy"]
     assert run["curves"]["entropy"][0][1] == pytest.approx(entropy, rel=1e-3)
 
@@ -100,10 +112,13 @@ def test_samples_and_their_page_hold_one_whole_group_and_what_was_made_of_it(a_r
 def test_a_close_up_by_hand(opened, monkeypatch):
     """Ratio, redistributed advantage and clipping of the group shown, from the new weights."""
     verdicts(monkeypatch, True, True, True, False, False, False, True, True)
-    run = opened("--lr", "3e-2")
+    run = opened("--lr", "3e-2", "--updates-per-rollout", "2")
     step = train.train_step(1, run)
     shown = train.inspect_group(step, run)
     assert shown["rows"] == slice(2, 4)  # the only mixed group
+    # its update had the first half of the responses
+    assert shown["update_tokens"] == int(step.batch.rollout.lengths[:4].sum())
+    assert shown["update_responses"] == 4
     parts = [slice(0, 8)]
     logp = run.engine.batch_logprobs(run.policy, step.batch.rollout, parts, None).logp
     ratio = (logp - step.batch.old.logp).exp()[[2, 3]]
@@ -117,15 +132,16 @@ def test_a_close_up_by_hand(opened, monkeypatch):
 def test_hostile_texts_stay_data(a_run):
     rows = lines_of(a_run)
     for row, text in zip(rows, HOSTILE):
-        row["tokens"][0] = row["question"] = row["truth"] = text
+        row["tokens"][0] = row["question"] = row["reference_answer"] = text
     write_lines(a_run, rows)
     written = page.write_page([a_run])
     text = written.read_text(encoding="utf-8")
-    assert text.count("</script>") == 4
+    assert text.count("</script>") == 5
     assert "document.title" not in text.replace("script\\u003edocument.title", "")
     assert not re.search("[\u202e\u2028\x00\x1b]", text)
-    answers = [a for s in data_of(written)["runs"][0]["steps"] for a in s["answers"]]
-    assert [a["tokens"][0] for a in answers] == HOSTILE
+    steps = data_of(written)["runs"][0]["steps"]
+    assert [r["tokens"][0] for step in steps for r in step["responses"]] == HOSTILE
+    assert [step["reference_answer"] for step in steps] == [HOSTILE[0], HOSTILE[2]]
     # no request leaves it, and its code writes no markup
     assert "default-src 'none'" in text
     assert not re.search(r"(src|href)=|@import|https?://(?!www.w3)", text)
@@ -184,8 +200,8 @@ def test_bad_input_is_one_line(a_run, tmp_path):
 
 def test_two_runs_are_shaded_by_their_own_settings(a_run, tmp_path):
     other = another(a_run, tmp_path, temperature=0.7, tau=0.2)
-    runs = data_of(page.write_page([a_run, other]))["runs"]
-    assert [(run["base"], run["tau"]) for run in runs] == [(1.0, 0.05), (0.7, 0.2)]
+    settings = [run["settings"] for run in data_of(page.write_page([a_run, other]))["runs"]]
+    assert [(s["temperature"], s["tau"]) for s in settings] == [(1.0, 0.05), (0.7, 0.2)]
 
 
 def test_a_page_and_curves_read_a_run_with_older_names(a_run, tmp_path):

@@ -33,7 +33,7 @@ function shade(x) {
 function number(x, digits = 4) {
   if (x === null || x === undefined) return "\u2013";
   if (typeof x !== "number") return String(x);
-  if (x !== 0 && Math.abs(x) < 1e-3) return x.toExponential(1);
+  if (x !== 0 && Math.abs(x) < 1e-3) return x.toExponential(Math.max(1, digits - 3));
   return String(+x.toFixed(digits));
 }
 
@@ -42,8 +42,11 @@ function walk(box, show) {
   let here = null;
   const go = token => {
     document.querySelectorAll(".token.here").forEach(t => t.classList.remove("here"));
+    if (here) here.removeAttribute("id");
     here = token;
     token.classList.add("here");
+    token.id = `here-${box.getAttribute("aria-label") || "cells"}`.replace(/\W/g, "-");
+    box.setAttribute("aria-activedescendant", token.id);
     show(token);
   };
   box.tabIndex = 0;
