@@ -47,7 +47,8 @@ const q = document.getElementById("quantity"), shades = new Set();
 for (const o of q.options) { q.value = o.value; q.dispatchEvent(new Event("change"));
   shades.add([...document.querySelectorAll(".token")].map(t => t.style.background).join()); }
 note("shadings", shades.size); note("quantities", q.options.length);
-let off = 0, offT = 0, shown = 0, other = 0;  // the page's arithmetic against what the run has recorded
+// the page's arithmetic against what the run has recorded
+let off = 0, offT = 0, shown = 0, other = 0;
 for (const run of runs) for (const g of run.steps) {
   const c = contextOf(g, run);
   computeGroup(c).flat().forEach(v => {
@@ -56,8 +57,10 @@ for (const run of runs) for (const g of run.steps) {
       shown += 1; off = Math.max(off, Math.abs(x - y) / Math.max(1, Math.abs(y))); };
     near(v.h, a.h && a.h[v.i]); near(v.ratio, a.ratio && a.ratio[v.i]);
     near(v.low, a.clip_low && a.clip_low[v.i]); near(v.high, a.clip_high && a.clip_high[v.i]);
-    near(v.redistributed, a.advantage && a.advantage[v.i]); near(v.stopped, a.clipped && a.clipped[v.i]);
-    if (c.s.A && c.knowsA) offT = Math.max(offT, Math.abs(temperature(v.x, v.before, c.s) - a.temperature[v.i]));
+    near(v.redistributed, a.advantage && a.advantage[v.i]);
+    near(v.stopped, a.clipped && a.clipped[v.i]);
+    const T = c.s.A && c.knowsA ? temperature(v.x, v.before, c.s) : a.temperature[v.i];
+    offT = Math.max(offT, Math.abs(T - a.temperature[v.i]));
     other += v.other.length;
   });
 }
@@ -71,14 +74,16 @@ note("told", document.querySelectorAll("#panels .told li").length);
 const stages = [];  // the walk: its title and the lines of the panel at each stage
 document.getElementById("walk").open = document.getElementById("what-if").open = true;
 for (let i = 0; i < 7; i++) { document.getElementById("next").click();
-  stages.push([document.getElementById("stage").textContent, document.querySelectorAll("#panels tr").length - 1]); }
+  stages.push([document.getElementById("stage").textContent,
+    document.querySelectorAll("#panels tr").length - 1]); }
 note("stages", stages);
 document.getElementById("back").click();
 note("back", document.getElementById("stage").textContent); document.getElementById("next").click();
 note("link", document.querySelector("#told a").getAttribute("href"));
 note("unlabelled", [...document.querySelectorAll("input,select,button")].filter(
   x => !(x.labels && x.labels.length) && !x.textContent).length);
-note("roles", ["listbox", "option", "status", "group"].filter(r => document.querySelector(`[role=${r}]`)).length);
+note("roles", ["listbox", "option", "status", "group"].filter(
+  role => document.querySelector(`[role=${role}]`)).length);
 const s = document.getElementById("step"); s.value = s.max; s.dispatchEvent(new Event("input"));
 note("step", document.getElementById("number").textContent);
 note("wide", document.documentElement.scrollWidth <= innerWidth);
@@ -226,6 +231,19 @@ document.body.dataset.seen = JSON.stringify(told);
 """
 
 
+def batch_stats(batch, s, settings):
+    """Return the recorded statistics of a batch, or those of its quantiles with another rho."""
+    names = ("pivot", "sigma", "h_max", "h_min")
+    recorded = [float("nan") if batch[name] is None else batch[name] for name in names]
+    pivot, sigma, h_max, h_min = torch.tensor(recorded, dtype=torch.float64)
+    if s["rho"] != settings["rho"] or batch["pivot"] is None:
+        quantiles = torch.tensor(batch["quantiles"], dtype=torch.float64)
+        pivot = quantiles[round(100 * s["rho"])]
+        h_max, h_min = quantiles[-1] - pivot, quantiles[0] - pivot
+        h_max, h_min = h_max.clamp_min(1e-8), h_min.clamp_max(-1e-8)
+    return hapo.EntropyStats(pivot, sigma, h_max, h_min)
+
+
 def expected(group, settings, changed):
     """Return what hapo.py and losses.py compute for a group with changed settings, {name: rows}."""
     s = {**settings, **changed}
@@ -240,27 +258,14 @@ def expected(group, settings, changed):
         padded = [row[name] + [0.0] * (max(lengths) - len(row[name])) for row in rows]
         return torch.tensor(padded, dtype=torch.float64)
 
-    def stats(batch):
-        names = ("pivot", "sigma", "h_max", "h_min")
-        recorded = [float("nan") if batch[name] is None else batch[name] for name in names]
-        pivot, sigma, h_max, h_min = torch.tensor(recorded, dtype=torch.float64)
-        if s["rho"] != settings["rho"] or batch["pivot"] is None:
-            quantiles = torch.tensor(batch["quantiles"], dtype=torch.float64)
-            pivot = quantiles[round(100 * s["rho"])]
-            h_max, h_min = quantiles[-1] - pivot, quantiles[0] - pivot
-            h_max, h_min = h_max.clamp_min(1e-8), h_min.clamp_max(-1e-8)
-        return hapo.EntropyStats(pivot, sigma, h_max, h_min)
-
     entropy, released, G = column("entropy"), s["released"], len(rows)
     rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
     T = torch.full_like(entropy, s["temperature"])
     if on and s["adaptive_temperature"]:
-        before = stats(group["before"]) if group["before"] else None
+        before = batch_stats(group["before"], s, settings) if group["before"] else None
         form = s["temperature_form"]
-        T = hapo.adaptive_temperature(
-            entropy, before, s["temperature"], s["tau"], form, released
-        )
-    h = hapo.modulation(entropy, stats(group["stats"]), mask, released)
+        T = hapo.adaptive_temperature(entropy, before, s["temperature"], s["tau"], form, released)
+    h = hapo.modulation(entropy, batch_stats(group["stats"], s, settings), mask, released)
     A = losses.grpo_advantages(rewards, G)[:, None] * mask
     if on and s["token_group_average"]:
         A = hapo.token_group_advantages(rewards, mask, G, released)
@@ -286,7 +291,7 @@ def expected(group, settings, changed):
 
 
 def largest_difference(found, wanted):
-    """Return the largest relative difference of two {name: rows of numbers}; infinite if one lacks."""
+    """Return the largest relative difference of two {name: rows of numbers}; None is infinite."""
     worst = 0.0
     for name in NUMBERS:
         for row, want in zip(found[name], wanted[name], strict=True):
@@ -350,8 +355,10 @@ DRIVE_OLD = """
 <script>
 document.querySelectorAll(".token")[3].click();
 const rows = [...document.querySelectorAll("#panels tr")].map(r => r.textContent);
-document.body.dataset.seen = JSON.stringify({missing: document.getElementById("missing").textContent,
-  lacks: rows.filter(r => r.includes(MISSING)).length, h: rows.some(r => /^h \\(Eq. 6\\).*\\d$/.test(r))});
+document.body.dataset.seen = JSON.stringify({
+  missing: document.getElementById("missing").textContent,
+  lacks: rows.filter(r => r.includes(MISSING)).length,
+  h: rows.some(r => /^h \\(Eq. 6\\).*\\d$/.test(r))});
 </script>
 """
 
@@ -368,7 +375,9 @@ def driven_what_if(page, step, folder):
     constants = f"<script>const STEP = {step}, CHANGES = {json.dumps(CHANGES)}, "
     constants += f"NUMBERS = {json.dumps(NUMBERS)};</script>"
     driven = pathlib.Path(folder) / "what-if-driven.html"
-    text = page.read_text(encoding="utf-8").replace("</body>", constants + DRIVE_WHAT_IF + "</body>")
+    text = page.read_text(encoding="utf-8").replace(
+        "</body>", constants + DRIVE_WHAT_IF + "</body>"
+    )
     driven.write_text(text, encoding="utf-8")
     dom, console, _ = rendered(driven, real_time=True)
     check("what if: no message on the console", not console)
@@ -430,9 +439,14 @@ def look_at_run(run, folder):
         grows = list(shown[:6]) == sorted(set(shown)) and shown[6] == shown[5] == told["lines"]
         walked = grows and titles[0] == "1 policy" and titles[6] == "the whole step"
         check(f"{size}: a walk through six stages, {shown[:6]} lines", walked)
-        check(f"{size}: back, and a link to the lesson", told["back"] == "6 updates"
-              and told["link"].endswith("lessons/hapo_step.ipynb"))
-        check(f"{size}: every control has a label, roles", not told["unlabelled"] and told["roles"] == 4)
+        check(
+            f"{size}: back, and a link to the lesson",
+            told["back"] == "6 updates" and told["link"].endswith("lessons/hapo_step.ipynb"),
+        )
+        check(
+            f"{size}: every control has a label, roles",
+            not told["unlabelled"] and told["roles"] == 4,
+        )
         check(f"{size}: the slider reaches the last step", told["step"] == str(rows[-1]["step"]))
         check(f"{size}: nothing sticks out sideways", told["wide"])
 

@@ -33,9 +33,7 @@ SETTINGS = (
     "adaptive_clip dynamic_sampling baseline"
 ).split()  # options that the page's formulas depend on
 DEFAULTS = {"tau": 0.05, "rho": 0.8, "temperature": 1.0}  # of runs that do not have the option
-CURVES = (
-    "reward entropy response_length grad_norm eval_accuracy eval_greedy eval_reward"
-).split()
+CURVES = ("reward entropy response_length grad_norm eval_accuracy eval_greedy eval_reward").split()
 
 
 def rows_of(path, names):
