@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from conftest import verdicts
+from conftest import ROOT, verdicts
 
 import train
 from common import renamed
@@ -212,3 +212,12 @@ def test_a_page_and_curves_read_a_run_with_older_names(a_run, tmp_path):
     assert "dead_groups" in (folder / "metrics.jsonl").read_text(encoding="utf-8")
     new, old = (data_of(page.write_page([f]))["runs"][0] for f in (a_run, folder))
     assert new["steps"] == old["steps"] and new["curves"] == old["curves"]
+
+
+def test_the_explorer_is_the_page_of_a_default_run():
+    path = ROOT / "docs" / "explorer.html"
+    data = data_of(path)
+    assert page.fill("run.html", data) == path.read_text(encoding="utf-8")
+    (run,) = data["runs"]
+    assert run["name"] == "hapo-addition" and len(run["steps"]) == 40
+    assert data["lessons"] == "../lessons" and path.stat().st_size <= 1.5e6

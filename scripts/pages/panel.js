@@ -88,7 +88,7 @@ function aboutAdvantage(v, c) {
     + `A = ${num(v.A, 3)}, the same for every token of the response.`];
   if (!s.C || !has(v.h) || !has(v.moved)) return told;
   const kind = v.h > 0 ? "uncertain (h > 0)" : "certain (h ≤ 0)", place = v.moved ? "has left" : "is inside";
-  const result = v.scaled ? `multiplies A by 1 + h = ${num(1 + v.h, 3)}` : "leaves A as it is";
+  const result = v.scaled ? `multiplies A by 1 + h = ${num(1 + v.h, 3)}, to ${num(v.redistributed, 3)}` : "leaves A as it is";
   return [...told, `The token is ${kind}, and its ratio ${num(v.ratio, 3)} ${place} the neutral zone: mechanism C ${result}.`];
 }
 
