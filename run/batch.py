@@ -46,7 +46,7 @@ class Batch:
 class PolicyLoss(NamedTuple):
     """The loss of some responses, and the values that it was computed from, (rows, T) each."""
 
-    per_token: Tensor | None  # None once its gradient has been computed
+    per_token: Tensor
     ratio: Tensor
     clip_low: Tensor  # distance of the lower clip bound from 1
     clip_high: Tensor  # distance of the upper clip bound from 1

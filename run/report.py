@@ -14,6 +14,7 @@ from evaluate import sample_responses, summarise, valid_json
 from losses import LOG_RATIO_LIMIT, kl_k3
 from problems.latex import LATEX
 from run import schedules
+from run.alarms import may_differ, new_alarms
 from run.state import seed_of
 
 
@@ -143,6 +144,7 @@ def update_metrics(step, run):
         "clamped": share("clamped"),
         "outside_before_update": share("outside", "before"),
         "ratio_off_before_update": off_before,
+        "loss_off": loss_off(updates, step.batch, run),
         "updates": applied,
         "useful_token_fraction": useful_token_fraction(updates, step.batch, run),
         "skipped_updates": skipped,
@@ -191,6 +193,33 @@ def clip_counts(updates, batch):
     return dict(zip(names, sums))
 
 
+def loss_off(updates, batch, run):
+    """Return how far the updates' losses are from the means over their whole mini-batches.
+
+    The largest difference, relative to the tokens' mean absolute loss. A step adds up the losses of
+    micro-batches; here each mini-batch's mean is computed at once.
+    """
+    device, sums = batch.rewards.device, []
+    for update in updates:
+        total = torch.zeros(3, dtype=widest_float_dtype(device), device=device)
+        for part in update.micro_batches:
+            mask, kind = batch.loss_mask[part.rows], part.loss.loss_mean
+            values = torch.where(mask, part.loss.per_token, 0.0).to(total.dtype)
+            count = mask.sum() if kind == "token" else batch.in_loss[part.rows].sum()
+            if kind == "sequence":
+                values = values / mask.sum(1, keepdim=True).clamp_min(1)
+            elif kind == "fixed":
+                values = values / run.options.max_new_tokens
+            total += torch.stack([values.sum(), values.abs().sum(), count.to(total.dtype)])
+        sums += list(total)
+    sums, off = run.dist.all_reduce_sum(*sums), 0.0
+    for i, update in enumerate(updates):
+        loss, size, count = sums[3 * i : 3 * i + 3]
+        if size > 0:
+            off = max(off, abs(update.loss - loss / count) / (size / count))
+    return off
+
+
 def largest_ratios(updates, batch, run):
     """Return (largest ratio, largest |ratio - 1|) of each update, over all processes."""
     found = []
@@ -220,17 +249,18 @@ def signal_metrics(batch, layer, run):
     """
     metrics, mask = {}, batch.rollout.mask
     same = mask & (batch.rollout.temperature == run.options.temperature)
-    floor = (batch.full.entropy <= hapo.ENTROPY_FLOOR) & mask
+    floor, negative = (batch.full.entropy <= hapo.ENTROPY_FLOOR) & mask, batch.full.entropy < 0
     new, drawn = batch.old.logp, batch.rollout.logp
     kl, off = (torch.where(same, x, 0.0) for x in (kl_k3(drawn, new), (new - drawn).abs()))
-    floors, tokens, alike, kl = run.dist.all_reduce_sum(
-        floor.sum(), mask.sum(), same.sum(), kl.sum()
+    floors, tokens, alike, kl, negatives = run.dist.all_reduce_sum(
+        floor.sum(), mask.sum(), same.sum(), kl.sum(), (negative & mask).sum()
     )
+    metrics["negative_entropies"] = negatives / tokens  # 0 by the exact formula
     x = hapo.log_entropy(run.dist.gather(batch.full.entropy[mask])).sort().values
     ranks = [round(k / 100 * (len(x) - 1)) for k in range(101)]  # as the pivot's: nearest rank
     quantiles = [seven_digits(value) for value in x[ranks].tolist()]
     if batch.stats is not None:
-        metrics = dict(zip(batch.stats._fields, torch.stack(batch.stats).tolist()))
+        metrics |= dict(zip(batch.stats._fields, torch.stack(batch.stats).tolist()))
         metrics["at_floor"] = floors / tokens
     if layer is None and alike:  # the sampler does not draw from an internal policy
         metrics["sampler_kl"] = kl / alike
@@ -484,12 +514,10 @@ def record(step, metrics, bad, run):
     else:
         run.guard.good_step(metrics)
         run.say(console_line(metrics, options))
-        off = metrics["ratio_off_before_update"]
-        if off > 1e-3:
-            run.say(
-                f"warning: before the first update of step {step}, a ratio differs from 1 by "
-                f"{off:.2g}; scoring and updating disagree"
-            )
+        run.history.append(metrics)
+        for alarm in new_alarms(run.history, run.known_alarms, may_differ(options)):
+            run.known_alarms.add(alarm.name)
+            run.say(str(alarm))
         if metrics.get("unfilled_groups"):
             run.say(
                 f"warning: after {options.max_rounds} rounds of dynamic sampling, "

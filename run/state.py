@@ -46,6 +46,8 @@ class Run:
     saves: list = dataclasses.field(default_factory=list)  # (start, end) of each checkpoint, s
     last_batch: Batch | None = None  # the last batch that was drawn
     inspected_group: dict = None  # train.inspect_group of the last step
+    history: list = dataclasses.field(default_factory=list)  # the steps' lines of metrics.jsonl
+    known_alarms: set = dataclasses.field(default_factory=set)  # names of those announced
     lock: filelock.BaseFileLock | None = (
         None  # the open file that keeps other runs out of the folder
     )
