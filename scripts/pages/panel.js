@@ -20,32 +20,34 @@ function panelLines(v, c) {
     layer ? `layer ${layer}` : "full");
   line(2, "entropy", "H = −Σ p log p", "of the full policy at this position, in nats", v.H);
   line(2, "log entropy", "x = log H", `log ${term(v.H)}`, v.x);
-  line(2, "h by the previous batch's statistics", "h′",
-    `pivot ${num(Q.pivot)}, extremes ${num(Q.pivot + Q.h_min)} and ${num(Q.pivot + Q.h_max)}`, v.hBefore);
-  line(2, "temperature (A, Eq. 8)", !s.A ? "T = T_{base}" : `T = T_{base} (1 + τ ${s.temperature_form === "zscore" ? "z" : "h′"})`,
+  line(2, "h by the previous batch's statistics", "h^{′} = (x − x_{ρ}^{′}) / |h^{′}|",
+    `(${num(v.x)} − ${term(Q.pivot)}) / ${term(v.x > Q.pivot ? Q.h_max : Math.abs(Q.h_min))}`, v.hBefore);
+  if (c.group.step === 1) lines[lines.length - 1].numbers = "the first step has no previous batch";
+  line(2, "temperature (A, Eq. 8)", !s.A ? "T = T_{base}" : `T = T_{base} (1 + τ ${s.temperature_form === "zscore" ? "z" : "h^{′}"})`,
     !s.A ? "A is off" : has(v.hBefore) ? `${num(s.temperature)} (1 + ${num(s.tau)} · ${term(v.hBefore)})`
       : "no statistics of a previous batch", v.T);
-  line(2, "probability at the T it was drawn at", "p = softmax(z / T)", `T = ${num(v.drawnAt)}`, v.p);
+  line(2, "probability when it was drawn", "p = softmax(z / T)", `in the run, at T = ${num(v.drawnAt)}`, v.p);
   line(2, "reward", "R", "of its response", v.reward);
   line(3, "old log-probability", `log ${pi}_{old}`, "at T_base, before the step's updates", v.old);
   line(3, "probability at the base temperature", "exp(log π_{old})", `exp ${term(v.old)}`, v.pBase);
   line(4, "pivot", "x_{ρ}", `the ${num(s.rho)}-quantile of x over the batch`, P.pivot);
   line(4, `largest distance ${above ? "above" : "below"} the pivot`, edge, "over the batch", above ? P.h_max : P.h_min);
   line(4, "h (Eq. 6)", `h = (x − x_{ρ}) / ${scaleName}`, `(${num(v.x)} − ${term(P.pivot)}) / ${term(scale)}`, v.h);
-  for (const [k, group, m, sd, name, value, names] of [
+  for (const [k, group, m, sd, name, value, names, how] of [
     ["tokens", byToken, "μ = Σ R_{i} n_{i} / Σ n_{i}", "s = √(Σ (R_{i} − μ)^{2} n_{i} / Σ n_{i})",
-      "advantage by B (Eq. 9)", v.byToken, ["μ", "s"]],
-    ["responses", byResponse, "R̄", "std R", "advantage by GRPO", v.byResponse, ["R̄", "std R"]]]) {
+      "advantage by B (Eq. 9)", v.byToken, ["μ", "s"], "divided by their number"],
+    ["responses", byResponse, "R_{mean}", "R_{std}", "advantage by GRPO", v.byResponse, ["R_{mean}", "R_{std}"],
+      "divided by their number − 1"]]) {
     line(5, `mean over ${k}`, m, `over the ${group.n} ${k} of the group`, group.mean);
-    line(5, `deviation over ${k}`, sd, `over the ${group.n} ${k} of the group`, group.deviation);
+    line(5, `deviation over ${k}`, sd, `over the ${group.n} ${k}, ${how}`, group.deviation);
     line(5, name, `(R − ${names[0]}) / (${names[1]} + 10^{−6})`,
       `(${num(v.reward)} − ${term(group.mean)}) / ${term(group.deviation)}`, value);
   }
   line(5, "advantage before C", "A", s.B ? "by B" : "by GRPO", v.A);
   line(6, "new log-probability", `log ${pi}_{new}`, "after the step's last update", v.new);
   line(6, "ratio", `r = ${pi}_{new} / ${pi}_{old}`, own("ratio", `exp(${num(v.new)} − ${term(v.old)})`), v.ratio);
-  line(6, "neutral zone (C)", "[1 − ε_{low}/2, 1 + ε_{high}/2]",
-    `[${num(1 - v.zone[0] / 2)}, ${num(1 + v.zone[1] / 2)}]`, has(v.moved) ? (v.moved ? "moved" : "inside") : null);
+  line(6, "neutral zone (C)", "[1 − ε_{low}/2, 1 + ε_{high}/2]", !s.C ? "C is off"
+    : `[${num(1 - v.zone[0] / 2)}, ${num(1 + v.zone[1] / 2)}]` + (s.released && s.D ? ", with D's distances" : ""), has(v.moved) ? (v.moved ? "moved" : "inside") : null);
   line(6, "advantage after C (Eq. 10, 11)", v.scaled ? "A (1 + h)" : "A",
     own("A", !s.C ? "C is off" : v.scaled ? `${num(v.A)} (1 + ${term(v.h)})` : num(v.A)), v.redistributed);
   line(6, "lower bound, plain", "1 − ε_{low}", `1 − ${num(s.clip_low)}`, 1 - s.clip_low);
@@ -59,7 +61,9 @@ function panelLines(v, c) {
   line(6, "objective", "min(r A, clip(r) A)", `min(${num(v.unclipped)}, ${num(v.clipped)}): ${above1} wins`, v.objective);
   line(6, "gradient", "∂ objective / ∂ log π", v.redistributed === 0 ? "none: the advantage is 0"
     : v.stopped ? "none: the clipped branch is constant" : "r A", has(v.learns) ? (v.learns ? "learns" : "stopped") : null);
-  line(6, "weight in the loss", mean[s.loss_mean] || "", "1 / the number that the mean of its update divides by", v.weight);
+  const r = c.group.responses[v.k], B = r.update_responses, N = r.tokens.length;
+  line(6, "weight in the loss", mean[s.loss_mean] || "", s.loss_mean === "token" ? `1 / ${r.update_tokens} tokens of its update`
+    : `1 / (${s.loss_mean === "sequence" ? `${N} tokens` : `cap ${s.max_new_tokens}`} · ${B} responses of its update)`, v.weight);
   line(6, "what it adds to the loss", "−objective · weight",
     `${num(-v.objective)} · ${num(v.weight)}, at the ratio after the last update`, v.loss);
   return lines;
@@ -75,8 +79,9 @@ function aboutTemperature(v, c) {
       + "mechanism A needs." : "the file does not hold the previous batch's statistics.");
   }
   const side = v.T < s.temperature ? "cooler" : "hotter", where = v.x > v.before.pivot ? "above" : "below";
+  const note = s.released ? " (In the released code h has the opposite sign.)" : "";
   return `Mechanism A ${changed ? "would draw" : "drew"} it at T = ${num(v.T)}, ${side} than the base ${num(s.temperature)}: its log `
-    + `entropy ${num(v.x, 2)} is ${where} ${num(v.before.pivot, 2)}, the pivot of the previous batch.`;
+    + `entropy ${num(v.x, 2)} is ${where} ${num(v.before.pivot, 2)}, the pivot of the previous batch.${note}`;
 }
 
 /** Sentences about the advantage of a token. */
@@ -87,7 +92,7 @@ function aboutAdvantage(v, c) {
   const told = [`Its response has reward ${num(v.reward, 2)}; the group's mean over ${what} is ${num(average.mean, 2)}, so `
     + `A = ${num(v.A, 3)}, the same for every token of the response.`];
   if (!s.C || !has(v.h) || !has(v.moved)) return told;
-  const kind = v.h > 0 ? "uncertain (h > 0)" : "certain (h ≤ 0)", place = v.moved ? "has left" : "is inside";
+  const kind = `${(v.h > 0) === !s.released ? "uncertain" : "certain"} (h ${v.h > 0 ? ">" : "≤"} 0)`, place = v.moved ? "has left" : "is inside";
   const result = v.scaled ? `multiplies A by 1 + h = ${num(1 + v.h, 3)}, to ${num(v.redistributed, 3)}` : "leaves A as it is";
   return [...told, `The token is ${kind}, and its ratio ${num(v.ratio, 3)} ${place} the neutral zone: mechanism C ${result}.`];
 }
@@ -97,17 +102,20 @@ function aboutGradient(v) {
   if (!has(v.learns)) return "whether it still learns is not known";
   if (v.redistributed === 0) return "it learns nothing, since its advantage is 0";
   const ratio = `its ratio ${num(v.ratio, 3)} is`;
-  if (v.learns) return `it still learns: ${ratio} not beyond the bound on the side of its advantage`;
+  if (v.learns) return `it still learns: ${ratio} not ` + (v.redistributed > 0 ? `above its upper bound ${num(1 + v.high, 3)}`
+    : `below its lower bound ${num(1 - v.low, 3)}`);
   return `it has stopped learning: ${ratio} ` + (v.stopped > 0 ? `above its upper bound ${num(1 + v.high, 3)}, and its advantage is `
     + "positive" : `below its lower bound ${num(1 - v.low, 3)}, and its advantage is negative`);
 }
 
-/** Sentences that answer the first questions about a token. dapo: the token's values under DAPO. */
+/** Sentences that answer the first questions about a token: [stage, text]. dapo: its values under DAPO. */
 function sentences(v, c, dapo) {
-  const told = [aboutTemperature(v, c), ...aboutAdvantage(v, c), `After the step's updates ${aboutGradient(v)}.`];
+  const [advantage, redistributed] = aboutAdvantage(v, c), told = [[2, aboutTemperature(v, c)], [5, advantage]];
+  if (redistributed) told.push([6, redistributed]);
+  told.push([6, `After the step's updates ${aboutGradient(v)}.`]);
   if (!dapo || !has(dapo.low)) return told;
-  return [...told, `DAPO would have T = ${num(dapo.T)}, A = ${num(dapo.redistributed, 3)} and the bounds ${num(1 - dapo.low, 3)} to `
-    + `${num(1 + dapo.high, 3)}; at the same ratio ${aboutGradient(dapo)}.`];
+  return [...told, [6, `DAPO would have T = ${num(dapo.T)}, A = ${num(dapo.redistributed, 3)} and the bounds ${num(1 - dapo.low, 3)} to `
+    + `${num(1 + dapo.high, 3)}; at the same ratio ${aboutGradient(dapo)}.`]];
 }
 
 /** A formula's text as MathML. */
@@ -147,13 +155,13 @@ function ratioPicture(v, s) {
   const mark = (x, text, y, color, dash = "none") => svg.append(
     el("svg:line", {x1: X(x), x2: X(x), y1: 22, y2: 44, stroke: `var(${color})`, "stroke-width": 2, "stroke-dasharray": dash}),
     el("svg:text", {x: X(x), y, "text-anchor": "middle"}, text));
-  svg.append(el("svg:rect", {x: X(zone[0]), width: X(zone[1]) - X(zone[0]), y: 26, height: 14, class: "zone"}),
-    el("svg:line", {x1: 10, x2: W - 10, y1: 33, y2: 33, class: "axis"}));
+  if (s.C) svg.append(el("svg:rect", {x: X(zone[0]), width: X(zone[1]) - X(zone[0]), y: 26, height: 14, class: "zone"}));
+  svg.append(el("svg:line", {x1: 10, x2: W - 10, y1: 33, y2: 33, class: "axis"}));
   plain.forEach(x => mark(x, "", 56, "--quiet", "3 3"));
   bounds.forEach(x => mark(x, num(x, 3), 56, "--two"));
   mark(v.ratio, `r ${num(v.ratio, 3)}`, 16, "--one");
-  return el("figure", {}, null, svg, el("figcaption", {}, "The ratio (blue), its bounds (orange), the plain bounds (dashed) and the "
-    + "neutral zone of mechanism C (shaded)."));
+  return el("figure", {}, null, svg, el("figcaption", {}, "The ratio (blue), its bounds (orange), the plain bounds (dashed)"
+    + (s.C ? " and the neutral zone of mechanism C (shaded)." : ".")));
 }
 
 /** How many of 100 tokens fall into each of `bins` equal bins of log H, from its quantiles. */
@@ -205,7 +213,8 @@ function tokenPanel(v, c, was, own, dapo, stage) {
   const names = ["quantity", "formula", "with this token's numbers", ...(recorded ? ["with these settings", "in the run"] : ["value"])];
   const head = el("tr", {}, null, ...names.map(name => el("th", {scope: "col"}, name)));
   const picture = has(v.objective) && (!stage || stage > 5) ? [ratioPicture(v, c.s)] : [];
-  const told = el("ul", {class: "told"}, null, ...sentences(v, c, dapo).map(text => el("li", {}, text)));
+  const told = el("ul", {class: "told"}, null, ...sentences(v, c, dapo).filter(([at]) => !stage || at <= stage).map(
+    ([, text]) => el("li", {}, text)));
   const table = el("div", {class: "wide"}, null, el("table", {class: "panel"}, null, head, ...body));
   return el("div", {class: "one"}, null, title, told, ...picture, table);
 }

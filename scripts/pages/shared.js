@@ -33,7 +33,7 @@ function shade(x) {
 function number(x, digits = 4) {
   if (x === null || x === undefined) return "\u2013";
   if (typeof x !== "number") return String(x);
-  if (x !== 0 && Math.abs(x) < 1e-3) return x.toExponential(Math.max(1, digits - 3));
+  if (x !== 0 && Math.abs(x) < 1e-3) return x.toExponential(Math.max(2, digits - 3));
   return String(+x.toFixed(digits));
 }
 
