@@ -37,7 +37,7 @@ from common.models import load_config
 from engine import memory
 from engine.fsdp import open_processes
 from problems.grading import grade, response_texts
-from run import baselines, checkpoint, dynamic_sampling, report, schedules
+from run import baselines, checkpoint, doctor, dynamic_sampling, report, schedules
 from run.batch import Batch, MicroBatchResult, PolicyLoss, StepRecord, Update, join
 from run.finalize import finish, give_up
 from run.guard import StopRequest
@@ -348,6 +348,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv, __doc__)
     if options.estimate:
         print(memory.overview(load_config(options.model), options))
+    elif options.doctor:
+        processes = open_processes(options.device)
+        common.threads.use_threads(options.threads, print)
+        doctor.examine(options, processes, guarded_step)
     else:
         train(options)
 

@@ -786,8 +786,8 @@ if plt and STEPS:
 # The step stays what it was here: `train.train_step` takes it in this order, and `python train.py`
 # runs it. BuPO's first phase has [a page of its own](bupo_phase.ipynb).
 #
-# [A page](../docs/explorer.html) shows these formulas for every token of a run, with the token's numbers, and computes
-# them under other settings. Open the file in a browser:
+# [A page](../docs/explorer.html) shows these formulas for every token of a run, with the token's
+# numbers, and computes them under other settings. Open the file in a browser:
 #
 # ![one token's formulas with its numbers](../assets/page.png)
 #

@@ -222,7 +222,9 @@ def negative_entropy(rows, known, own_reward):
     if share is None or share <= 0:
         return None
     finding = f"{share:.1%} of the tokens have a negative entropy (more than 0 %)"
-    cause = "entropies are computed as log Z minus the mean logit, or in bfloat16; HAPO's h is noise"
+    cause = (
+        "entropies are computed as log Z minus the mean logit, or in bfloat16; HAPO's h is noise"
+    )
     remedy = "losses.row_logprobs_and_entropy, in float32"
     return Alarm("entropy-formula", rows[-1]["step"], finding, cause, remedy)
 

@@ -15,7 +15,7 @@ from run.options import MAY_CHANGE, Options, flag_of
 
 # Defaults of other options depend on these. SHOWN may change on a resume, but belong in the card.
 DECIDE_DEFAULTS = (
-    "algo baseline data device estimate offload split_master task temperature_form".split()
+    "algo baseline data device doctor estimate offload split_master task temperature_form".split()
 )
 SHOWN = {"data", "eval_data", "model", "steps"}
 NAMES = {"hapo": "HAPO", "dapo": "DAPO", "grpo": "GRPO", "bupo": "BuPO"}

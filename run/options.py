@@ -162,6 +162,7 @@ class Options:
     split_master: bool = opt(
         False, "on one GPU: keep weights as bfloat16, and the low 16 bits of float32 separately"
     )
+    doctor: bool = opt(False, "check machine, model, data and one step, then stop; keeps no file")
     estimate: bool = opt(False, "print the memory the run would need and stop; loads no weights")
 
     # evaluation and checkpoints
@@ -225,7 +226,7 @@ def read_command_line(argv, description):
         raise UserError(f"--out {options.out}: leads through a file; name another folder")
     if options.resume and not held.exists() and not given.keys() - {"resume", "out"}:
         raise UserError(f"--out {options.out}: holds no run that --resume could go on with")
-    taken = held.exists() and not options.estimate
+    taken = held.exists() and not options.estimate and not options.doctor
     if taken and "prompts_per_step" not in held.read_text(errors="replace", encoding="utf-8"):
         raise UserError(
             f"--out {options.out}: holds something that is not a run (its config.json is another "

@@ -1,6 +1,7 @@
 """Report a run: metrics.jsonl, samples.jsonl, console lines and held-out accuracy."""
 
 import random
+import time
 
 import torch
 
@@ -403,7 +404,10 @@ def nine_digits(x):
 
 
 def first_look(run):
-    """Print and record held-out accuracy and the pass rate on training prompts, before training."""
+    """Print and record held-out accuracy and the pass rate on training prompts, before training.
+
+    Return what is wrong, a list of texts.
+    """
     options, seed = run.options, seed_of(run.options.seed, "probe")
     metrics = {"step": 0, **held_out(run, 0)}
     some = random.Random(seed).sample(
@@ -411,8 +415,11 @@ def first_look(run):
     )
     probe, G = [run.train_examples[i][0] for i in some], options.num_generations
     name = f"pass rate of {len(probe)} prompts"
+    started = time.perf_counter()
     groups = evaluate_over(run, probe, options.temperature, seed, name, G)
+    seconds = (time.perf_counter() - started) / (len(probe) * G)  # per response
     right = [[getattr(response.grade, options.verdict) for response in group] for group in groups]
+    rates = [sum(group) / len(group) for group in right]
     rate = sum(map(sum, right)) / sum(map(len, right))
     live = sum(any(group) and not all(group) for group in right) / len(right)
     metrics |= {"pass_rate": rate, "expected_live_groups": live}
@@ -422,20 +429,20 @@ def first_look(run):
         f"{metrics['eval_lenient']:.3f}); {len(probe)} training prompts x {G} responses: "
         f"{rate:.3f} correct; {live:.0%} of the groups have both correct and wrong responses"
     )
-    if not 0.05 <= rate <= 0.95:
-        never = rate < 0.05
-        run.say(
-            f"warning: the model is almost {'never' if never else 'always'} correct on this task. "
-            f"Groups that are all {'wrong' if never else 'correct'} have no reward variance, and "
-            f"nothing is learned from them ({live:.1%} of the groups have variance). Try "
-            f"{'an easier task, a stronger model' if never else 'a harder task'} or more "
-            "--num-generations"
-        )
-    if metrics["eval_finished"] < 0.8:
-        run.say(
-            f"warning: {1 - metrics['eval_finished']:.0%} of the responses reach --max-new-tokens "
-            f"{options.max_new_tokens} and are cut; a cut response is rarely correct"
-        )
+    sizes = ", ".join(f"{share_with_variance(rates, g):.0%} with {g}" for g in (2 * G, 4 * G))
+    template = (
+        "the tokenizer's chat template" if run.tokenizer.chat_template else "no chat template"
+    )
+    run.say(
+        f"expected: with --num-generations {G}, {live:.0%} of the groups have reward variance; at "
+        f"least {sizes}. {1 - metrics['eval_finished']:.0%} of the responses are cut at "
+        f"{options.max_new_tokens} tokens. Prompts use {template}. Sampling takes "
+        f"{duration(seconds * options.responses_per_step * options.steps)} for {options.steps} "
+        "steps at this speed and length; scoring and updates come on top"
+    )
+    wrong = warnings_of(rate, live, 1 - metrics["eval_finished"], options)
+    for text in wrong:
+        run.say(f"warning: {text}")
     run.say(
         "note: expect a loss near 0: advantages are centred and ratios start at 1. It can differ "
         "with HAPO's mechanism C, or if correct and wrong responses differ in length. Signs of "
@@ -444,6 +451,47 @@ def first_look(run):
     )
     if run.dist.main:
         write_lines(run.out / "metrics.jsonl", [metrics])
+    return wrong
+
+
+def share_with_variance(rates, size):
+    """Return the expected share of groups of `size` responses that have reward variance.
+
+    rates: each prompt's share of correct responses p. A group has variance with probability
+    1 - p^size - (1 - p)^size. A prompt that was never answered correctly counts as p = 0, so the
+    result is a lower estimate.
+    """
+    return sum(1 - p**size - (1 - p) ** size for p in rates) / len(rates)
+
+
+def warnings_of(rate, live, cut, options):
+    """Return what the first look warns of, a list of texts.
+
+    rate, live, cut: shares of correct responses, of groups with variance, of responses cut.
+    """
+    found = []
+    if not 0.05 <= rate <= 0.95:
+        never = rate < 0.05
+        found.append(
+            f"the model is almost {'never' if never else 'always'} correct on this task. "
+            f"Groups that are all {'wrong' if never else 'correct'} have no reward variance, and "
+            f"nothing is learned from them ({live:.1%} of the groups have variance). Try "
+            f"{'an easier task, a stronger model' if never else 'a harder task'} or more "
+            "--num-generations"
+        )
+    if cut > 0.2:
+        found.append(
+            f"{cut:.0%} of the responses reach --max-new-tokens {options.max_new_tokens} and are "
+            "cut; a cut response is rarely correct"
+        )
+    return found
+
+
+def duration(seconds):
+    """Return a time as text: seconds below two minutes, else minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def measure_boundary(batch, run):
@@ -515,6 +563,10 @@ def record(step, metrics, bad, run):
         run.guard.good_step(metrics)
         run.say(console_line(metrics, options))
         run.history.append(metrics)
+        if len(run.history) == 1:
+            seconds = sum(metrics[f"seconds_{part}"] for part in ("generate", "score", "update"))
+            left = duration(seconds * (options.steps - step))
+            run.say(f"expected: {options.steps - step} more steps like this one take {left}")
         for alarm in new_alarms(run.history, run.known_alarms, may_differ(options)):
             run.known_alarms.add(alarm.name)
             run.say(str(alarm))
