@@ -104,7 +104,9 @@ def zero_variance_share(rows):
 def collapse(rows, known, own_reward):
     """The share of correct responses fell to half of its best. In BuPO's phase 1, to 65 %."""
     shares = means(rows, correct_name(rows))
-    if len(shares) < 2 or max(shares) < 0.1 or is_hacked(rows, own_reward):
+    if len(shares) < 2 or max(shares) < 0.1 or "long-phase-1" in known:
+        return None
+    if is_hacked(rows, own_reward):
         return None
     best, internal = max(shares[:-1]), rows[-1].get("phase") == "internal"
     bound = (0.65 if internal else 0.5) * best
@@ -216,12 +218,12 @@ def wrong_mean(rows, known, own_reward):
     return Alarm("loss-mean", rows[-1]["step"], finding, cause, remedy)
 
 
-def negative_entropy(rows, known, own_reward):
-    """Entropies are negative, so they are differences of rounded numbers."""
-    share = rows[-1].get("negative_entropies")
-    if share is None or share <= 0:
+def zero_entropy(rows, known, own_reward):
+    """Entropies are 0 or negative, so they are differences of rounded numbers."""
+    share = rows[-1].get("zero_entropies")
+    if share is None or share <= 0.01:
         return None
-    finding = f"{share:.1%} of the tokens have a negative entropy (more than 0 %)"
+    finding = f"{share:.0%} of the tokens have an entropy of 0 or below (more than 1 %)"
     cause = (
         "entropies are computed as log Z minus the mean logit, or in bfloat16; HAPO's h is noise"
     )
@@ -245,7 +247,7 @@ CHECKS = (
     another_scorer,
     another_sampler,
     wrong_mean,
-    negative_entropy,
+    zero_entropy,
     collapse,
     no_variance,
     length_cap,

@@ -250,13 +250,13 @@ def signal_metrics(batch, layer, run):
     """
     metrics, mask = {}, batch.rollout.mask
     same = mask & (batch.rollout.temperature == run.options.temperature)
-    floor, negative = (batch.full.entropy <= hapo.ENTROPY_FLOOR) & mask, batch.full.entropy < 0
+    floor, zero = ((batch.full.entropy <= x) & mask for x in (hapo.ENTROPY_FLOOR, 0.0))
     new, drawn = batch.old.logp, batch.rollout.logp
     kl, off = (torch.where(same, x, 0.0) for x in (kl_k3(drawn, new), (new - drawn).abs()))
-    floors, tokens, alike, kl, negatives = run.dist.all_reduce_sum(
-        floor.sum(), mask.sum(), same.sum(), kl.sum(), (negative & mask).sum()
+    floors, tokens, alike, kl, zeros = run.dist.all_reduce_sum(
+        floor.sum(), mask.sum(), same.sum(), kl.sum(), zero.sum()
     )
-    metrics["negative_entropies"] = negatives / tokens  # 0 by the exact formula
+    metrics["zero_entropies"] = zeros / tokens  # the exact formula gives none
     x = hapo.log_entropy(run.dist.gather(batch.full.entropy[mask])).sort().values
     ranks = [round(k / 100 * (len(x) - 1)) for k in range(101)]  # as the pivot's: nearest rank
     quantiles = [seven_digits(value) for value in x[ranks].tolist()]
