@@ -142,12 +142,19 @@ def no_variance(rows, known, own_reward):
 
 
 def length_cap(rows, known, own_reward):
-    """A fifth of the responses are cut at --max-new-tokens."""
-    cut = means(rows, "clipped_ratio")
+    """A fifth of the responses are cut at --max-new-tokens.
+
+    If they were cut from the start, the model may learn to end in time: that is told only if the
+    share of correct responses has not risen by half within six steps.
+    """
+    cut, correct = means(rows, "clipped_ratio"), means(rows, correct_name(rows))
     if not cut or cut[-1] <= 0.2 or "collapse" in known:
+        return None
+    if cut[0] > 0.1 and (len(rows) < 2 * WINDOW or correct[-1] >= 1.5 * correct[0] > 0):
         return None
     finding = f"{cut[-1]:.0%} of the responses are cut at --max-new-tokens (more than 20 %)"
     if cut[0] > 0.1:
+        finding += f", and the share of correct responses has not risen: {correct[-1]:.2f}"
         cause = "the cap is too small for this task; a cut response is rarely correct"
         return Alarm("cap", rows[-1]["step"], finding, cause, "a larger --max-new-tokens")
     cause = "responses grow without ending: the reward pays length, or updates are too large"

@@ -22,7 +22,8 @@ from run.setup import open_run
 from tasks import Problem
 
 PAGES = [ROOT / "lessons" / name for name in ("hapo_step.py", "bupo_phase.py")]
-MARKED = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+FAILURES = ROOT / "lessons" / "failures.py"
+MARKED = pytest.mark.parametrize("page", [*PAGES, FAILURES], ids=lambda page: page.stem)
 STEP = (
     "--plain --device cpu --prompts-per-step 8 --num-generations 8 --updates-per-rollout 4 "
     "--max-new-tokens 40 --warmup-steps 0 --steps 3 --no-self-check"
@@ -34,6 +35,7 @@ def run_page(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("LESSON_STEPS", "0")
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", [str(page)])
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         names = runpy.run_path(str(page))
     return names, printed.getvalue()
@@ -110,6 +112,30 @@ def test_it_learns(lessons):
     assert lengths[-1] > 1.5 * lengths[0] and sum(lengths[:2]) < sum(lengths[2:])
 
 
+def test_each_failure_is_told_by_its_alarm_and_the_healthy_run_by_none(tmp_path, monkeypatch):
+    """The faster seven of the eleven; without figures, which compute nothing."""
+    monkeypatch.setenv("LESSON_FAST", "1")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    names, printed = run_page(FAILURES, tmp_path, monkeypatch)
+    told = dict(names["ALARMS"])
+    assert told.pop("healthy") == [] and sorted(told) == sorted(names["FAST"])
+    for failure, alarms in told.items():
+        assert alarms[0] == failure
+    assert printed.count("with the self-check: ") == 2
+    # the healthy run and the remedy of loss-mean have the same losses
+    losses = [[row["loss"] for row in names[run][0]] for run in ("healthy", "eight", "own")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert abs(losses[0][0] - losses[2][0]) > 1e-4
+
+
+def test_an_unknown_failure_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", [str(FAILURES), "colapse"])
+    with pytest.raises(SystemExit, match="no failure colapse; there are too-hard, "):
+        runpy.run_path(str(FAILURES))
+
+
 # ------------------------------------------------------------------------------ pages and notebooks
 
 
@@ -154,10 +180,11 @@ def test_a_notebook_is_its_page_and_holds_no_warning_and_no_path_of_its_machine(
 
 def test_there_are_figures_and_each_says_what_to_see():
     figures = [
-        source for page in PAGES for source, output in outputs(page)
+        source for page in [*PAGES, FAILURES] for source, output in outputs(page)
         if "image/png" in output.get("data", {})
     ]  # fmt: skip
-    assert len(figures) >= 8 and all(re.search("set_title|suptitle", text) for text in figures)
+    titles = r"set_title|suptitle|draw\("
+    assert len(figures) >= 16 and all(re.search(titles, text) for text in figures)
 
 
 NOT_MEASURED = re.compile(
@@ -181,7 +208,14 @@ def test_numbers_in_prose_are_printed(page):
 
 
 @MARKED
-def test_nothing_of_the_project_before_the_last_cell_and_functions_have_at_most_25_lines(page):
+def test_functions_have_at_most_25_lines(page):
+    for node in ast.walk(ast.parse(page.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 25, node.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_nothing_of_the_project_before_the_last_cell(page):
     *before, last = [text for kind, text in cells(page) if kind == "code"]
     ours = {path.stem for path in ROOT.glob("*.py")}
     ours |= {path.parent.name for path in ROOT.glob("*/*.py")}
@@ -190,9 +224,6 @@ def test_nothing_of_the_project_before_the_last_cell_and_functions_have_at_most_
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         assert not ours & {name.partition(".")[0] for name in names}
     assert "import losses" in last
-    for node in ast.walk(ast.parse(page.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno + 1 <= 25, node.name
 
 
 # ------------------------------------------------------------------------------------- other places

@@ -1,0 +1,286 @@
+"""Alarms: each check at its threshold, on hundreds of recorded runs, in a run, and long after."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT, TINY, program, sharpened, verdicts
+
+import losses
+import train
+from run import checkpoint, report
+from run.alarms import find_alarms
+from run.option_checks import parse
+from run.setup import open_run
+from scripts import diagnose
+
+NAMES = set(re.findall(r'Alarm\("([\w-]+)"', (ROOT / "run/alarms.py").read_text("utf-8")))
+HEALTHY = {
+    "groups": [10] * 6,
+    "zero_std_groups": [1] * 6,
+    "clipped_ratio": [0.0] * 6,
+    "response_length": [10.0] * 6,
+    "sampler_kl": [1e-4] * 6,
+    "loss_off": [1e-7] * 6,
+    "zero_entropies": [0.0] * 6,
+    "ratio_off_before_update": [0.0] * 6,
+}
+
+
+def rows_of(correct, reward=None, **columns):
+    """Lines of metrics.jsonl: six healthy steps with some columns changed."""
+    columns = {**HEALTHY, "correct": correct, "reward": reward or correct, **columns}
+    names, count = list(columns), len(correct)
+    values = zip(*(columns[name][:count] for name in names), strict=True)
+    return [{"step": n, **dict(zip(names, row))} for n, row in enumerate(values, 1)]
+
+
+def found(*args, own_reward=True, **columns):
+    """{name: step} of the alarms of such steps."""
+    alarms = find_alarms(rows_of(*args, **columns), own_reward)
+    assert len({alarm.name for alarm in alarms}) == len(alarms)
+    return {alarm.name: alarm.step for alarm in alarms}
+
+
+STEADY = [0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
+
+
+def test_a_healthy_run_has_no_alarm():
+    assert found(STEADY) == {}
+    assert found([0.2, 0.3, 0.4, 0.5, 0.6, 0.7]) == {}
+
+
+def test_collapse_is_half_of_the_best_mean_of_three_steps():
+    # means of three: 0.4, 0.3, 0.203 and 0.4, 0.3, 0.197: half of the best is 0.2
+    assert found([0.4, 0.4, 0.4, 0.1, 0.11]) == {}
+    assert found([0.4, 0.4, 0.4, 0.1, 0.09]) == {"collapse": 5}
+    assert found([0.09, 0.09, 0.09, 0.0, 0.0, 0.0]) == {}  # never above 0.1
+
+
+def test_a_long_phase_1_is_65_percent_of_the_best():
+    # means of three: 0.4, 0.33, 0.263 and 0.4, 0.33, 0.257; 65 % of the best is 0.26
+    internal = dict(phase=["internal"] * 6, layer=[3] * 6)
+    assert found([0.4, 0.4, 0.4, 0.19, 0.2], **internal) == {}
+    assert found([0.4, 0.4, 0.4, 0.19, 0.18], **internal) == {"long-phase-1": 5}
+    # what follows from it is not told again
+    assert found([0.4, 0.4, 0.4, 0.0, 0.0, 0.0], **internal) == {"long-phase-1": 5}
+
+
+def test_groups_without_variance_are_too_hard_or_too_easy_a_task():
+    dead = [9, 8, 8, 9, 8, 8]  # of ten, 83 % over three steps
+    assert found([0.0] * 6, zero_std_groups=dead) == {"too-hard": 3}
+    assert found([0.95] * 6, zero_std_groups=dead) == {"too-easy": 3}
+    assert found([0.0] * 6, zero_std_groups=[8] * 6) == {}  # 80 %: not above
+    assert found([0.5] * 6, zero_std_groups=dead) == {}  # neither
+    # after a collapse no group has variance: it is the collapse that is told
+    fallen = found([0.4, 0.4, 0.4, 0.0, 0.0, 0.0], zero_std_groups=[1, 1, 1, 10, 10, 10])
+    assert fallen == {"collapse": 5}
+
+
+def test_cut_responses_are_a_cap_or_grow():
+    assert found(STEADY, clipped_ratio=[0.19] * 6) == {}
+    assert found(STEADY, clipped_ratio=[0.3] * 6) == {"cap": 6}
+    assert found(STEADY[:5], clipped_ratio=[0.3] * 6) == {}
+    # a model that learns to end in time: means of correct responses 0.2 to 0.3, to 0.29
+    cut = dict(clipped_ratio=[0.9, 0.8, 0.7, 0.4, 0.3, 0.3])
+    assert found([0.2, 0.2, 0.2, 0.3, 0.3, 0.31], **cut) == {}
+    assert found([0.2, 0.2, 0.2, 0.3, 0.3, 0.27], **cut) == {"cap": 6}
+    assert found(STEADY, clipped_ratio=[0, 0, 0, 0.1, 0.3, 0.4]) == {"growing": 6}
+
+
+def test_a_reward_that_rises_without_correct_responses():
+    falling, rising = [0.5, 0.5, 0.5, 0.4, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert found(falling, rising) == {"format-reward": 5}  # means 0.5 to 0.4
+    longer = dict(response_length=[10, 10, 10, 20, 20, 20])
+    assert found(falling, rising, **longer) == {"length-reward": 5}
+    # without another reward than the verdict there is nothing to hack
+    assert found(falling, rising, own_reward=False) == {}
+    assert found(rising, [x + 1 for x in rising]) == {}  # both rise
+    # the reward doubles, and the share of correct responses does not move
+    assert found(STEADY, [0.1, 0.1, 0.1, 0.3, 0.3, 0.3]) == {"format-reward": 5}
+
+
+@pytest.mark.parametrize(
+    "column, name, below, above",
+    [
+        ("sampler_kl", "sampler", 1e-3, 1.1e-3),
+        ("loss_off", "loss-mean", 1e-3, 1.1e-3),
+        ("zero_entropies", "entropy-formula", 0.01, 0.011),
+        ("ratio_off_before_update", "scoring", 1e-3, 1.1e-3),
+    ],
+)
+def test_a_single_step_shows_what_is_computed_wrongly(column, name, below, above):
+    assert found(STEADY, **{column: [below] * 6}) == {}
+    assert found(STEADY, **{column: [0, above, above, 0, 0, 0]}) == {name: 2}
+
+
+def test_runs_of_older_versions_and_bad_steps_are_read():
+    rows = [{"step": n, "reward": 0.3} for n in range(1, 7)]
+    assert find_alarms([{"step": 0, "pass_rate": 0.3}, *rows, {"step": 7, "skipped": "NaN"}]) == []
+
+
+# ---------------------------------------------------------------------------------- recorded runs
+
+# runs of the evidence file whose reward falls by more than half, or which train BuPO's phase 1 for
+# a quarter of the run or longer: not healthy
+FAILING = re.compile(r"-0\.0008-|bupo-[24]x|bupo-watched|one-layer-whole|cispo@0\.0004-10[36]")
+
+
+def recorded(run):
+    steps = re.search(r"--bupo-steps (\d+)", run["options"])
+    last = int(steps.group(1)) if steps else 0
+    return [
+        {"step": step, "reward": reward, "phase": "internal" if step <= last else "full"}
+        for step, reward in run["reward"]
+    ]
+
+
+def test_no_alarm_in_the_healthy_runs_of_the_evidence_file():
+    lines = (ROOT / "experiments" / "claims_runs.jsonl").read_text("utf-8").splitlines()
+    runs = [json.loads(line) for line in lines]
+    healthy = [run for run in runs if not FAILING.search(run["name"])]
+    assert len(healthy) > 600
+    sounded = [run["name"] for run in healthy if find_alarms(recorded(run))]
+    assert sounded == []
+    long = [find_alarms(recorded(run)) for run in runs if run["name"].startswith("bupo-4x-")]
+    assert sum(bool(alarms) and alarms[0].name == "long-phase-1" for alarms in long) == 10
+    fast = [find_alarms(recorded(run)) for run in runs if "-0.0008-" in run["name"]]
+    assert len(fast) == 16 and sum(map(bool, fast)) >= 12
+
+
+# -------------------------------------------------------------------------------------- in a run
+
+
+def test_an_alarm_is_printed_once_and_not_again_after_a_resume(opened, capsys):
+    run = opened("--steps", "5")
+    for step in (1, 2):
+        metrics, bad = train.guarded_step(step, run)
+        report.record(step, metrics | {"ratio_off_before_update": 0.5}, bad, run)
+    said = capsys.readouterr().out
+    assert said.count("alarm at step 1, scoring: before the first update a ratio differs") == 1
+    assert said.count("alarm at") == 1 and "See docs/troubleshooting.md#scoring" in said
+    assert said.count("more steps like this one take") == 1
+    checkpoint.save(run, 2)
+    run.lock.lock.release()
+    again, step = open_run(parse(["--resume", "--out", str(run.out)], ""), run.dist)
+    assert step == 2 and again.known_alarms == {"scoring"} and len(again.history) == 2
+    again.lock.lock.release()
+
+
+@pytest.mark.parametrize("mean", ["token", "sequence", "fixed"])
+def test_a_loss_is_compared_with_the_mean_over_its_mini_batch(opened, monkeypatch, mean):
+    verdicts(monkeypatch, True, False)
+    # with mechanism C the loss is not 0 before the first update
+    run = sharpened(opened("--micro-batch", "2", "--loss-mean", mean, "--lr", "1e-5"))
+
+    def off():
+        done = train.train_step(1, run)
+        assert len(done.updates[0].micro_batches) > 1
+        return report.loss_off(done.updates, done.batch, run)
+
+    assert off() < 1e-6
+    name = {"token": "masked_mean", "sequence": "sequence_mean", "fixed": "fixed_length_mean"}[mean]
+    real = getattr(losses, name)
+    monkeypatch.setattr(losses, name, lambda values, mask, *rest: real(values, mask, *rest[:-1]))
+    assert off() > 1e-2
+
+
+def test_entropies_of_zero_are_counted(opened):
+    run = opened()
+    step = train.train_step(1, run)
+    batch = step.batch
+    assert report.signal_metrics(batch, None, run)["zero_entropies"] == 0
+    valid = batch.rollout.mask.nonzero()[:3]
+    entropy = batch.full.entropy.clone()
+    for (row, place), value in zip(valid.tolist(), (0.0, -1e-3, 1e-9)):
+        entropy[row, place] = value
+    batch.full = batch.full._replace(entropy=entropy)
+    metrics = report.signal_metrics(batch, None, run)
+    tokens = int(batch.rollout.mask.sum())
+    assert metrics["zero_entropies"] == pytest.approx(2 / tokens)
+    assert metrics["at_floor"] == pytest.approx(3 / tokens)
+
+
+def test_the_expected_share_of_groups_with_variance_by_hand():
+    # two responses of a prompt that is right half of the time differ half of the time
+    assert report.share_with_variance([0.5, 0.0, 1.0], 2) == pytest.approx(0.5 / 3)
+    assert report.share_with_variance([0.1], 4) == pytest.approx(1 - 0.1**4 - 0.9**4)
+
+
+def test_a_time_is_said_in_a_unit_that_fits():
+    assert [report.duration(x) for x in (7.4, 119, 130, 7300)] == [
+        "7 s", "119 s", "2 minutes", "2.0 hours",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- doctor and diagnose
+
+DOCTOR = "--doctor --prompts-per-step 4 --num-generations 4 --updates-per-rollout 1 --device cpu"
+
+
+def test_doctor_takes_a_step_and_keeps_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*DOCTOR.split(), "--model", TINY, "--eval-prompts", "4"]
+    assert program(monkeypatch, train.main, "train.py", *arguments) == 0
+    said = capsys.readouterr().out
+    for part in ("torch ", "self-check passed", "expected: with --num-generations 4", "one step"):
+        assert part in said, part
+    assert "chat template" in said and "nothing is wrong" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_ends_with_2_where_something_is_wrong(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*DOCTOR.split(), "--model", TINY, "--eval-prompts", "4", "--difficulty", "4"]
+    assert program(monkeypatch, train.main, "train.py", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--doctor: the model is almost never correct" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_run(folder, rows, **options):
+    folder.mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(options), encoding="utf-8")
+    return folder
+
+
+def test_diagnose_names_alarm_and_line_of_the_table(monkeypatch, tmp_path, capsys):
+    rows = rows_of([0.4, 0.4, 0.4, 0.0, 0.0, 0.0])
+    run = write_run(tmp_path / "run", [{"step": 0, "pass_rate": 0.4}, *rows])
+    assert program(monkeypatch, diagnose.main, "diagnose.py", run) == 0
+    said = capsys.readouterr().out
+    assert "6 steps" in said and "share of correct responses 0.4 to 0" in said
+    assert "alarm at step 5, collapse" in said
+    assert "\n    the reward rises, then everything collapses; " in said
+
+
+def test_diagnose_of_a_healthy_run_and_of_bad_steps(monkeypatch, tmp_path, capsys):
+    run = write_run(tmp_path / "run", rows_of(STEADY))
+    assert program(monkeypatch, diagnose.main, "diagnose.py", run) == 0
+    assert "no alarm" in capsys.readouterr().out
+    bad = write_run(tmp_path / "bad", [{"step": 3, "skipped": "a loss is NaN"}])
+    assert program(monkeypatch, diagnose.main, "diagnose.py", bad) == 0
+    assert "alarm at step 3, nan: a bad step: a loss is NaN" in capsys.readouterr().out
+
+
+def test_diagnose_says_bad_input_in_one_line(monkeypatch, tmp_path, capsys):
+    for folder, message in (
+        (tmp_path / "none", "no such file; name the folder of a run"),
+        (write_run(tmp_path / "empty", []), "no step yet"),
+    ):
+        assert program(monkeypatch, diagnose.main, "diagnose.py", folder) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error
+
+
+def test_every_alarm_has_a_section_and_a_line_of_the_table():
+    text = diagnose.TABLE.read_text(encoding="utf-8")
+    assert len(NAMES) == 12
+    for name in NAMES | {"nan"}:
+        assert f"\n## {name}\n" in text, name
+        assert diagnose.table_line(name).count("; ") >= 3
+    titles = re.findall("\n## (.*)", text)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\(#([\w-]+)\)", text)) <= anchors
