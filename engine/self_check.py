@@ -70,7 +70,10 @@ def check_decoder(model, generate, tokenizer, vocab_size, name):
         ) from None
 
 
-CACHE = "likely cause: layers whose cache is not one of keys and values at every position"
+CACHE = (
+    "likely cause: layers whose cache is not one of keys and values at every position, or a "
+    "sampler that changes the distribution (top-p, top-k)"
+)
 RANDOM = "likely cause: dropout or noise that its configuration names"
 ROWS = "likely cause: positions or experts that depend on the other rows of a pass"
 PACKED = "likely cause: attention that ignores the mask it is given"

@@ -61,7 +61,7 @@ if not hasattr(transformers, "Qwen3ForCausalLM"):
 try:
     import matplotlib.pyplot as plt
 
-    plt.rcParams["figure.dpi"] = 75
+    plt.rcParams["figure.dpi"] = 65
 except ImportError:
     plt = None
     print("no figures without matplotlib: pip install matplotlib")
@@ -82,6 +82,7 @@ for name in CHOSEN:
     if name not in FAST + SLOW:
         raise SystemExit(f"no failure {name}; there are {', '.join(FAST + SLOW)}")
 FOLDER = tempfile.TemporaryDirectory()
+HERE = str(PROJECT) + os.sep  # not printed
 
 # %% [markdown]
 # ## 0. The healthy run
@@ -122,7 +123,7 @@ def wanted(name):
 def show(failure, metric, **runs):
     """Print and draw a metric of some runs; print the alarms of the run called failing."""
     for name, (metrics, _) in runs.items():
-        some = [m for m in metrics if m["step"] in (1, 2, 3, 6, 9, 12, 18, 24)]
+        some = [m for m in metrics if m["step"] in (1, 2, 3, 6, 9, 12, 16, 18, 24)]
         values = "  ".join(f"{m[metric]:.3g}" for m in some)
         correct = "  ".join(f"{m['correct']:.2f}" for m in some)
         print(f"{name:8s} {metric}: {values}   correct: {correct}")
@@ -139,7 +140,7 @@ def draw(title, metric, **runs):
     """A metric and the share of correct responses of some runs, over the steps."""
     if not plt:
         return
-    fig, pair = plt.subplots(1, 2, figsize=(7, 2.3), layout="constrained")
+    fig, pair = plt.subplots(1, 2, figsize=(6.6, 2.1), layout="constrained")
     styles = {"healthy": "k-", "failing": "o-", "remedy": "k--"}
     for name, (metrics, _) in runs.items():
         steps = [m["step"] for m in metrics]
@@ -177,7 +178,7 @@ if wanted("too-hard"):
 #
 # ## 2. A task too easy: too-easy
 #
-# Sums without a carry, sampled at temperature 0.3. **The model is right nearly always. Does it
+# Sums without a carry, sampled at temperature 0.2. **The model is right nearly always. Does it
 # learn nothing because there is nothing to learn?**
 
 
@@ -195,7 +196,7 @@ def without_carries():
 
 
 if wanted("too-easy"):
-    easy = run("easy", "--temperature", "0.3", steps=3, patch=without_carries)
+    easy = run("easy", "--temperature", "0.2", steps=3, patch=without_carries)
     show("too-easy", "zero_std_groups", healthy=healthy, failing=easy)
     draw("Too easy: most groups have no wrong response", "zero_std_groups",
          healthy=healthy, failing=easy)  # fmt: skip
@@ -252,10 +253,11 @@ REWARDS.write_text(
     "def length(question, answer, text):\n"
     "    return len(text) / 100\n"
     "def bare(question, answer, text):\n"
-    "    return float(re.fullmatch('[0-9]{3,4}', text) is not None)\n"
+    "    return float(re.fullmatch('[0-9]{3,4}', text) is not None)\n",
+    encoding="utf-8",
 )
 if wanted("length-reward"):
-    longer = run("length", "--reward-function", f"{REWARDS}:length")
+    longer = run("length", "--reward-function", f"{REWARDS}:length", steps=16)
     show("length-reward", "reward", healthy=healthy, failing=longer)
     draw("A reward that pays length: reward and correctness part", "reward",
          healthy=healthy, failing=longer)  # fmt: skip
@@ -324,10 +326,12 @@ if wanted("sampler"):
     try:
         run("checked", steps=1, patch=top_p)
     except Exception as refused:
-        print(textwrap.fill(f"with the self-check: {refused}", 96))
+        print(textwrap.fill(f"with the self-check: {refused}".replace(HERE, ""), 96))
     nucleus = run("top-p", "--no-self-check", steps=3, patch=top_p)
     show("sampler", "ratio_off_before_update", healthy=healthy, failing=nucleus)
     print("sampler_kl at step 1:", *(f"{x[0][0]['sampler_kl']:.2g}" for x in (healthy, nucleus)))
+    draw("Top-p: more responses are correct, and no ratio tells why", "ratio_off_before_update",
+         healthy=healthy, failing=nucleus)  # fmt: skip
 
 # %% [markdown]
 # Still exactly 1, since the old log-probabilities are not the sampler's: the trainer computes them
@@ -356,6 +360,8 @@ if wanted("loss-mean"):
     own = run("own", *parts, steps=3, patch=own_number_of_tokens)
     show("loss-mean", "loss", healthy=healthy, remedy=eight, failing=own)
     print("loss_off at step 1:", *(f"{x[0][0]['loss_off']:.1g}" for x in (healthy, eight, own)))
+    draw("A mean of means: wrong, and nearly invisible", "loss",
+         healthy=healthy, remedy=eight, failing=own)  # fmt: skip
 
 # %% [markdown]
 # Only if all have the same number of tokens. A token in a micro-batch of short responses counts
@@ -387,6 +393,8 @@ if wanted("entropy-formula"):
     noisy = run("noisy", steps=3, patch=usual_entropy)
     show("entropy-formula", "zero_entropies", healthy=healthy, failing=noisy)
     print("h_min at step 1:", *(f"{x[0][0]['h_min']:.1f}" for x in (healthy, noisy)))
+    draw("Half of the entropies are 0, and the curves look as ever", "zero_entropies",
+         healthy=healthy, failing=noisy)  # fmt: skip
     print("entropies at the floor:", *(f"{x[0][0]['at_floor']:.0%}" for x in (healthy, noisy)))
 
 # %% [markdown]
@@ -417,9 +425,11 @@ if wanted("scoring"):
     try:
         run("refused", steps=1, patch=dropout)
     except Exception as refused:
-        print(textwrap.fill(f"with the self-check: {refused}", 96))
+        print(textwrap.fill(f"with the self-check: {refused}".replace(HERE, ""), 96))
     random = run("dropout", "--no-self-check", steps=3, patch=dropout)
     show("scoring", "ratio_off_before_update", healthy=healthy, failing=random)
+    draw("Dropout: ratios far from 1 before anything has been updated", "ratio_off_before_update",
+         healthy=healthy, failing=random)  # fmt: skip
 
 # %% [markdown]
 # Any size. Each pass through the model drops other weights, so old and new log-probabilities are

@@ -1,5 +1,6 @@
 """Report a run: metrics.jsonl, samples.jsonl, console lines and held-out accuracy."""
 
+import math
 import random
 import time
 
@@ -429,13 +430,13 @@ def first_look(run):
         f"{metrics['eval_lenient']:.3f}); {len(probe)} training prompts x {G} responses: "
         f"{rate:.3f} correct; {live:.0%} of the groups have both correct and wrong responses"
     )
-    sizes = ", ".join(f"{share_with_variance(rates, g):.0%} with {g}" for g in (2 * G, 4 * G))
+    sizes = (f"{share_with_variance(rates, G, g):.0%} with {g}" for g in (2 * G, 4 * G))
     template = (
         "the tokenizer's chat template" if run.tokenizer.chat_template else "no chat template"
     )
     run.say(
-        f"expected: with --num-generations {G}, {live:.0%} of the groups have reward variance; at "
-        f"least {sizes}. {1 - metrics['eval_finished']:.0%} of the responses are cut at "
+        f"expected: with --num-generations {G}, {live:.0%} of the groups have reward variance; "
+        f"about {', '.join(sizes)}. {1 - metrics['eval_finished']:.0%} of the responses are cut at "
         f"{options.max_new_tokens} tokens. Prompts use {template}. Sampling takes "
         f"{duration(seconds * options.responses_per_step * options.steps)} for {options.steps} "
         "steps at this speed and length; scoring and updates come on top"
@@ -454,14 +455,32 @@ def first_look(run):
     return wrong
 
 
-def share_with_variance(rates, size):
+def share_with_variance(rates, samples, size):
     """Return the expected share of groups of `size` responses that have reward variance.
 
-    rates: each prompt's share of correct responses p. A group has variance with probability
-    1 - p^size - (1 - p)^size. A prompt that was never answered correctly counts as p = 0, so the
-    result is a lower estimate.
+    rates: each prompt's share of correct responses among `samples`. A beta distribution of the
+    prompts' pass rates p is fitted to their mean and variance; a group has variance with the
+    probability 1 - E[p^size] - E[(1 - p)^size]. 0 if all rates are 0, or all 1.
     """
-    return sum(1 - p**size - (1 - p) ** size for p in rates) / len(rates)
+    mean = sum(rates) / len(rates)
+    if mean in (0, 1):
+        return 0.0
+    spread = sum((rate - mean) ** 2 for rate in rates) / len(rates) / (mean * (1 - mean))
+    # of the spread, 1 / samples is chance: `alike` is the correlation of a prompt's responses
+    alike = (spread - 1 / samples) / (1 - 1 / samples) if samples > 1 else 0.5
+    alike = min(max(alike, 1e-3), 1 - 1e-3)
+    a, b = (share * (1 / alike - 1) for share in (mean, 1 - mean))
+
+    def all_alike(a, b):  # E[p^size] of Beta(a, b)
+        terms = (
+            math.lgamma(a + size),
+            math.lgamma(a + b),
+            -math.lgamma(a),
+            -math.lgamma(a + b + size),
+        )
+        return math.exp(sum(terms))
+
+    return 1 - all_alike(a, b) - all_alike(b, a)
 
 
 def warnings_of(rate, live, cut, options):

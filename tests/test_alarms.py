@@ -14,7 +14,7 @@ from run.option_checks import parse
 from run.setup import open_run
 from scripts import diagnose
 
-NAMES = set(re.findall(r'Alarm\("([\w-]+)"', (ROOT / "run/alarms.py").read_text("utf-8")))
+NAMES = set(re.findall(r'Alarm\("([\w-]+)"', (ROOT / "run/alarms.py").read_text(encoding="utf-8")))
 HEALTHY = {
     "groups": [10] * 6,
     "zero_std_groups": [1] * 6,
@@ -136,7 +136,7 @@ def recorded(run):
 
 
 def test_no_alarm_in_the_healthy_runs_of_the_evidence_file():
-    lines = (ROOT / "experiments" / "claims_runs.jsonl").read_text("utf-8").splitlines()
+    lines = (ROOT / "experiments" / "claims_runs.jsonl").read_text(encoding="utf-8").splitlines()
     runs = [json.loads(line) for line in lines]
     healthy = [run for run in runs if not FAILING.search(run["name"])]
     assert len(healthy) > 600
@@ -202,9 +202,16 @@ def test_entropies_of_zero_are_counted(opened):
 
 
 def test_the_expected_share_of_groups_with_variance_by_hand():
-    # two responses of a prompt that is right half of the time differ half of the time
-    assert report.share_with_variance([0.5, 0.0, 1.0], 2) == pytest.approx(0.5 / 3)
-    assert report.share_with_variance([0.1], 4) == pytest.approx(1 - 0.1**4 - 0.9**4)
+    # rates 1/4 and 3/4 of four samples: the spread 1/16 is 1/4 of 1/2 * 1/2, all of it chance, so
+    # all prompts are alike, and two responses differ half of the time
+    assert report.share_with_variance([0.25, 0.75], 4, 2) == pytest.approx(0.5, abs=1e-3)
+    # rates 0, 1/2, 1/2, 1 of four: spread 1/8, alike (1/2 - 1/4) / (3/4) = 1/3, so Beta(1, 1):
+    # E[p^g] = 1 / (g + 1)
+    for size in (2, 3, 8):
+        share = report.share_with_variance([0.0, 0.5, 0.5, 1.0], 4, size)
+        assert share == pytest.approx(1 - 2 / (size + 1))
+    assert report.share_with_variance([0.0, 0.0], 4, 8) == 0
+    assert report.share_with_variance([1.0, 1.0], 4, 8) == 0
 
 
 def test_a_time_is_said_in_a_unit_that_fits():
