@@ -61,7 +61,7 @@ if not hasattr(transformers, "Qwen3ForCausalLM"):
 try:
     import matplotlib.pyplot as plt
 
-    plt.rcParams["figure.dpi"] = 65
+    plt.rcParams |= {"figure.dpi": 60, "font.size": 9}
 except ImportError:
     plt = None
     print("no figures without matplotlib: pip install matplotlib")
@@ -140,7 +140,7 @@ def draw(title, metric, **runs):
     """A metric and the share of correct responses of some runs, over the steps."""
     if not plt:
         return
-    fig, pair = plt.subplots(1, 2, figsize=(6.6, 2.1), layout="constrained")
+    fig, pair = plt.subplots(1, 2, figsize=(6.6, 2.0), layout="constrained")
     styles = {"healthy": "k-", "failing": "o-", "remedy": "k--"}
     for name, (metrics, _) in runs.items():
         steps = [m["step"] for m in metrics]
