@@ -329,15 +329,16 @@ if wanted("sampler"):
         print(textwrap.fill(f"with the self-check: {refused}".replace(HERE, ""), 96))
     nucleus = run("top-p", "--no-self-check", steps=3, patch=top_p)
     show("sampler", "ratio_off_before_update", healthy=healthy, failing=nucleus)
-    print("sampler_kl at step 1:", *(f"{x[0][0]['sampler_kl']:.2g}" for x in (healthy, nucleus)))
+    print("sampler_gap at step 1:", *(f"{x[0][0]['sampler_gap']:.1g}" for x in (healthy, nucleus)))
     draw("Top-p: more responses are correct, and no ratio tells why", "ratio_off_before_update",
          healthy=healthy, failing=nucleus)  # fmt: skip
 
 # %% [markdown]
 # Still exactly 1, since the old log-probabilities are not the sampler's: the trainer computes them
 # again. So no ratio shows it. Two things do: the self-check, which refuses to start, and
-# `sampler_kl`, which compares the sampler's log-probabilities with the trainer's. (With mechanism
-# A it is there at step 1 only, since later no token is drawn at exactly the base temperature.)
+# `sampler_gap`, the mean difference of the sampler's log-probability and the trainer's. (With
+# mechanism A it is there at step 1 only, since later no token is drawn at exactly the base
+# temperature.) Rounding moves log-probabilities up and down, a cut distribution only up.
 #
 # ## 9. A loss divided by each micro-batch's own tokens: loss-mean
 #

@@ -201,11 +201,18 @@ def reward_hacking(rows, known, own_reward):
 
 
 def another_sampler(rows, known, own_reward):
-    """Sampler and scorer disagree about the same tokens."""
-    kl = rows[-1].get("sampler_kl")
-    if kl is None or kl <= 1e-3:
+    """The sampler gives its tokens more probability than the scorer does.
+
+    Rounding changes log-probabilities in both directions, so it shows in sampler_kl, not in their
+    mean difference.
+    """
+    gap = rows[-1].get("sampler_gap")
+    if gap is None or gap <= 0.01:
         return None
-    finding = f"sampler_kl is {kl:.2g} (more than 0.001; rounding gives less than 0.0002)"
+    finding = (
+        f"sampler_gap is {gap:.2g}: the sampler's log-probabilities are larger than the trainer's "
+        "for the same tokens (mean difference, more than 0.01)"
+    )
     cause = "the sampler draws from another distribution (top-p, top-k, a penalty, other weights)"
     remedy = "a sampler without such settings; --sampler-correction if it must differ"
     return Alarm("sampler", rows[-1]["step"], finding, cause, remedy)

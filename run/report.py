@@ -253,9 +253,10 @@ def signal_metrics(batch, layer, run):
     same = mask & (batch.rollout.temperature == run.options.temperature)
     floor, zero = ((batch.full.entropy <= x) & mask for x in (hapo.ENTROPY_FLOOR, 0.0))
     new, drawn = batch.old.logp, batch.rollout.logp
-    kl, off = (torch.where(same, x, 0.0) for x in (kl_k3(drawn, new), (new - drawn).abs()))
-    floors, tokens, alike, kl, zeros = run.dist.all_reduce_sum(
-        floor.sum(), mask.sum(), same.sum(), kl.sum(), zero.sum()
+    differences = (kl_k3(drawn, new), (new - drawn).abs(), drawn - new)
+    kl, off, gap = (torch.where(same, x, 0.0) for x in differences)
+    floors, tokens, alike, kl, gap, zeros = run.dist.all_reduce_sum(
+        floor.sum(), mask.sum(), same.sum(), kl.sum(), gap.sum(), zero.sum()
     )
     metrics["zero_entropies"] = zeros / tokens  # the exact formula gives none
     x = hapo.log_entropy(run.dist.gather(batch.full.entropy[mask])).sort().values
@@ -266,6 +267,7 @@ def signal_metrics(batch, layer, run):
         metrics["at_floor"] = floors / tokens
     if layer is None and alike:  # the sampler does not draw from an internal policy
         metrics["sampler_kl"] = kl / alike
+        metrics["sampler_gap"] = gap / alike
         metrics["sampler_off"] = float(run.dist.all_reduce_max(off.max()))
     return metrics | {"log_entropy_quantiles": quantiles}
 
@@ -582,7 +584,7 @@ def record(step, metrics, bad, run):
         run.guard.good_step(metrics)
         run.say(console_line(metrics, options))
         run.history.append(metrics)
-        if len(run.history) == 1:
+        if len(run.history) == 1 and step < options.steps:
             seconds = sum(metrics[f"seconds_{part}"] for part in ("generate", "score", "update"))
             left = duration(seconds * (options.steps - step))
             run.say(f"expected: {options.steps - step} more steps like this one take {left}")

@@ -1,7 +1,7 @@
 """Say what went wrong in a run: python scripts/diagnose.py RUN
 
-It reads metrics.jsonl and config.json of a run, which may have ended long ago, and prints the
-alarms that they show, each with its line of docs/troubleshooting.md.
+It reads metrics.jsonl and, if it is there, config.json of a run, which may have ended long ago, and
+prints the alarms that they show, each with its line of docs/troubleshooting.md.
 """
 
 import json
@@ -31,11 +31,9 @@ SUMMARY = {  # metric: how it is called
 
 
 def options_of(folder):
-    """Return the options of a run that the alarms depend on. UserError without config.json."""
+    """Return the options of a run that the alarms depend on; None where they are not known."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; name the folder of a run of train.py")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     names = ("reward_function", "overlong_buffer")
     return types.SimpleNamespace(**{name: config.get(name) for name in names})
 

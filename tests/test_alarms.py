@@ -20,7 +20,7 @@ HEALTHY = {
     "zero_std_groups": [1] * 6,
     "clipped_ratio": [0.0] * 6,
     "response_length": [10.0] * 6,
-    "sampler_kl": [1e-4] * 6,
+    "sampler_gap": [1e-3] * 6,
     "loss_off": [1e-7] * 6,
     "zero_entropies": [0.0] * 6,
     "ratio_off_before_update": [0.0] * 6,
@@ -103,7 +103,7 @@ def test_a_reward_that_rises_without_correct_responses():
 @pytest.mark.parametrize(
     "column, name, below, above",
     [
-        ("sampler_kl", "sampler", 1e-3, 1.1e-3),
+        ("sampler_gap", "sampler", 0.01, 0.011),
         ("loss_off", "loss-mean", 1e-3, 1.1e-3),
         ("zero_entropies", "entropy-formula", 0.01, 0.011),
         ("ratio_off_before_update", "scoring", 1e-3, 1.1e-3),

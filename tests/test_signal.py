@@ -329,6 +329,7 @@ def test_statistics_are_logged_and_the_sampler_against_scorer(opened):
     metrics = report.step_metrics(step, sample, run)
     assert metrics["sampler_off"] == pytest.approx(0.1, rel=1e-3)
     assert metrics["sampler_kl"] == pytest.approx(math.exp(0.1) - 1.1, rel=1e-2)
+    assert metrics["sampler_gap"] == pytest.approx(-0.1, rel=1e-3)
 
 
 def test_the_correction_weighs_tokens(opened, monkeypatch):
