@@ -127,7 +127,7 @@ def collapse(rows, known, own_reward):
 def no_variance(rows, known, own_reward):
     """Most groups have zero reward variance, since all responses are correct or none is."""
     share, correct = zero_variance_share(rows), means(rows, correct_name(rows))
-    if share is None or share <= 0.8 or not correct or "collapse" in known:
+    if share is None or share <= 0.8 or not correct:
         return None
     finding = f"{share:.0%} of the groups have zero reward variance (more than 80 %)"
     if max(correct) < 0.05:

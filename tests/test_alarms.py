@@ -16,14 +16,14 @@ from scripts import diagnose
 
 NAMES = set(re.findall(r'Alarm\("([\w-]+)"', (ROOT / "run/alarms.py").read_text(encoding="utf-8")))
 HEALTHY = {
-    "groups": [10] * 6,
-    "zero_std_groups": [1] * 6,
-    "clipped_ratio": [0.0] * 6,
-    "response_length": [10.0] * 6,
-    "sampler_gap": [1e-3] * 6,
-    "loss_off": [1e-7] * 6,
-    "zero_entropies": [0.0] * 6,
-    "ratio_off_before_update": [0.0] * 6,
+    "groups": [10] * 9,
+    "zero_std_groups": [1] * 9,
+    "clipped_ratio": [0.0] * 9,
+    "response_length": [10.0] * 9,
+    "sampler_gap": [1e-3] * 9,
+    "loss_off": [1e-7] * 9,
+    "zero_entropies": [0.0] * 9,
+    "ratio_off_before_update": [0.0] * 9,
 }
 
 
@@ -55,6 +55,11 @@ def test_collapse_is_half_of_the_best_mean_of_three_steps():
     assert found([0.4, 0.4, 0.4, 0.1, 0.11]) == {}
     assert found([0.4, 0.4, 0.4, 0.1, 0.09]) == {"collapse": 5}
     assert found([0.09, 0.09, 0.09, 0.0, 0.0, 0.0]) == {}  # never above 0.1
+    # the best need not be the first: means 0.2 to 0.6 to 0.25
+    assert found([0.2] * 3 + [0.6] * 3 + [0.25] * 3) == {"collapse": 9}
+    # after a collapse responses may run to the cap: it is the collapse that is told
+    fallen = found([0.4, 0.4, 0.4, 0.0, 0.0, 0.0], clipped_ratio=[0, 0, 0, 0.5, 0.5, 0.5])
+    assert fallen == {"collapse": 5}
 
 
 def test_a_long_phase_1_is_65_percent_of_the_best():

@@ -123,6 +123,10 @@ def test_a_close_up_by_hand(opened, monkeypatch):
     logp = run.engine.batch_logprobs(run.policy, step.batch.rollout, parts, None).logp
     ratio = (logp - step.batch.old.logp).exp()[[2, 3]]
     assert (ratio - shown["ratio"]).abs().max() < 1e-4
+    x = step.batch.full.entropy[step.batch.rollout.mask].log().sort().values
+    quantiles = report.signal_metrics(step.batch, None, run)["log_entropy_quantiles"]
+    for k in (0, 33, 50, 77, 100):  # by nearest rank
+        assert quantiles[k] == pytest.approx(x[round(k * (len(x) - 1) / 100)].item(), abs=1e-6)
     h, mask = step.batch.h[[2, 3]], step.batch.rollout.mask[[2, 3]]
     low = 0.2 * (1 - h.clamp(max=0))
     fell = mask & (ratio < 1 - low) & (shown["advantage"] < 0)
