@@ -37,7 +37,15 @@ from common.models import load_config
 from engine import memory
 from engine.fsdp import open_processes
 from problems.grading import grade, response_texts
-from run import baselines, checkpoint, doctor, dynamic_sampling, report, schedules
+from run import (
+    baselines,
+    checkpoint,
+    doctor,
+    dynamic_sampling,
+    first_look,
+    report,
+    schedules,
+)
 from run.batch import Batch, MicroBatchResult, PolicyLoss, StepRecord, Update, join
 from run.finalize import finish, give_up
 from run.guard import StopRequest
@@ -267,7 +275,7 @@ def train(options: Options) -> None:
     lock = run.lock or contextlib.nullcontext()
     with lock, StopRequest(run.say) as stop:
         if step is None:
-            report.first_look(run)
+            first_look.first_look(run)
             step = 0
             checkpoint.save(run, step)
         stopped = False

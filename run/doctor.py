@@ -11,7 +11,7 @@ import transformers
 
 from common.devices import synchronize
 from common.errors import UserError
-from run import report
+from run import first_look, report
 from run.alarms import may_differ, new_alarms
 from run.setup import open_run
 
@@ -44,7 +44,7 @@ def examine(options, dist, guarded_step):
                 if options.self_check
                 else "the self-check was left out: --no-self-check"
             )
-            wrong = report.first_look(run)
+            wrong = first_look.first_look(run)
             synchronize(device)
             started = time.perf_counter()
             metrics, bad = guarded_step(1, run)

@@ -8,7 +8,7 @@ from conftest import ROOT, TINY, program, sharpened, verdicts
 
 import losses
 import train
-from run import checkpoint, report
+from run import checkpoint, first_look, report
 from run.alarms import find_alarms
 from run.option_checks import parse
 from run.setup import open_run
@@ -209,14 +209,14 @@ def test_entropies_of_zero_are_counted(opened):
 def test_the_expected_share_of_groups_with_variance_by_hand():
     # rates 1/4 and 3/4 of four samples: the spread 1/16 is 1/4 of 1/2 * 1/2, all of it chance, so
     # all prompts are alike, and two responses differ half of the time
-    assert report.share_with_variance([0.25, 0.75], 4, 2) == pytest.approx(0.5, abs=1e-3)
+    assert first_look.share_with_variance([0.25, 0.75], 4, 2) == pytest.approx(0.5, abs=1e-3)
     # rates 0, 1/2, 1/2, 1 of four: spread 1/8, alike (1/2 - 1/4) / (3/4) = 1/3, so Beta(1, 1):
     # E[p^g] = 1 / (g + 1)
     for size in (2, 3, 8):
-        share = report.share_with_variance([0.0, 0.5, 0.5, 1.0], 4, size)
+        share = first_look.share_with_variance([0.0, 0.5, 0.5, 1.0], 4, size)
         assert share == pytest.approx(1 - 2 / (size + 1))
-    assert report.share_with_variance([0.0, 0.0], 4, 8) == 0
-    assert report.share_with_variance([1.0, 1.0], 4, 8) == 0
+    assert first_look.share_with_variance([0.0, 0.0], 4, 8) == 0
+    assert first_look.share_with_variance([1.0, 1.0], 4, 8) == 0
 
 
 def test_a_time_is_said_in_a_unit_that_fits():
@@ -265,7 +265,7 @@ def test_diagnose_names_alarm_and_line_of_the_table(monkeypatch, tmp_path, capsy
     said = capsys.readouterr().out
     assert "6 steps" in said and "share of correct responses 0.4 to 0" in said
     assert "alarm at step 5, collapse" in said
-    assert "\n    the reward rises, then everything collapses; " in said
+    assert "\n    the reward rises, or starts well, then everything collapses; " in said
 
 
 def test_diagnose_of_a_healthy_run_and_of_bad_steps(monkeypatch, tmp_path, capsys):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import train
 from common.errors import UserError
 from engine.engine import Engine, SingleProcess
-from run import checkpoint, option_checks, report
+from run import checkpoint, first_look, option_checks, report
 from run.setup import open_run
 
 
@@ -25,7 +25,7 @@ from run.setup import open_run
 def trained(opened, monkeypatch):
     """trained(*options): a run's folder after train.main, nothing evaluated."""
     monkeypatch.setattr(report, "held_out", lambda run, step: {})
-    monkeypatch.setattr(report, "first_look", lambda run: None)
+    monkeypatch.setattr(first_look, "first_look", lambda run: None)
     monkeypatch.setitem(sys.modules, "scripts.curves", None)  # as without matplotlib
     verdicts(monkeypatch, True, False)
 

@@ -21,7 +21,7 @@ from evaluate import Response
 from problems.files import DatasetSpec
 from problems.grading import Grade
 from problems.prompts import FILE_INSTRUCTION
-from run import report
+from run import first_look, report
 from run.batch import MicroBatchResult, Update, rollout_of
 from run.setup import open_run
 from sampling import NonFinite
@@ -198,7 +198,7 @@ def test_expected_live_groups_are_counted_not_computed_from_a_mean(opened, monke
     for right in ([True, False], [True], [False]):
         half = lambda run, problems, *args: [all_right(right[i % len(right)]) for i in range(24)]
         monkeypatch.setattr(report, "evaluate_over", half)
-        report.first_look(run)
+        first_look.first_look(run)
     rows = (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(row)["pass_rate"] for row in rows] == [0.5, 1, 0]
     assert [json.loads(row)["expected_live_groups"] for row in rows] == [0, 0, 0]
@@ -215,7 +215,7 @@ def test_the_probe_is_drawn(opened, monkeypatch):
         return [all_right(True, 1)] * 2
 
     monkeypatch.setattr(report, "evaluate_over", remember)
-    report.first_look(run)
+    first_look.first_look(run)
     order = [p.question for p, _ in run.train_examples]
     places = [order.index(q) for q in asked[-1]]
     assert len(places) == 64 and max(places) > len(order) // 2
