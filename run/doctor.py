@@ -1,5 +1,6 @@
 """--doctor: check whether a run would work, in a minute, without leaving a file."""
 
+import contextlib
 import dataclasses
 import pathlib
 import platform
@@ -24,11 +25,13 @@ def examine(options, dist, guarded_step):
     Nothing is kept. guarded_step: train.guarded_step. UserError names what is wrong; then the
     program ends with exit code 2.
     """
-    device = dist.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    print(
+    device, say = dist.device, print if dist.main else lambda text: None
+    where = device.type
+    if where == "cuda":
+        where = torch.cuda.get_device_name(device)
+    say(
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, on {device.type} {name}, {torch.get_num_threads()} threads"
+        f"{transformers.__version__}, on {where}, {torch.get_num_threads()} threads"
     )
     with tempfile.TemporaryDirectory() as folder:
         options = dataclasses.replace(
@@ -38,8 +41,8 @@ def examine(options, dist, guarded_step):
             overwrite=False,
         )
         run, _ = open_run(options, dist)  # which compares sampler and scorer: --self-check
-        with run.lock:
-            print(
+        with run.lock or contextlib.nullcontext():  # only the main process has a lock
+            say(
                 "self-check passed: sampler, scorer and gradients agree"
                 if options.self_check
                 else "the self-check was left out: --no-self-check"
@@ -53,11 +56,12 @@ def examine(options, dist, guarded_step):
         alarms = [] if bad else new_alarms([metrics], set(), may_differ(options))
     wrong += [f"step 1 failed: {bad}"] if bad else [str(alarm) for alarm in alarms]
     if not bad:
-        print(report.console_line(metrics, options))
-        print(
+        say(report.console_line(metrics, options))
+        say(
             f"one step took {seconds:.2f} s; {options.steps} steps like it take "
             f"{report.duration(seconds * options.steps)}, longer if responses grow"
         )
     if wrong:
         raise UserError("--doctor: " + "; ".join(wrong))
-    print("--doctor: nothing is wrong; nothing was kept. Start without --doctor")
+    say("--doctor: nothing is wrong; nothing was kept. Start without --doctor")
+    dist.close()

@@ -59,6 +59,7 @@ def impossible(options):
     P, G, updates = o.prompts_per_step, o.num_generations, o.updates_per_rollout
     layer = o.bupo_layer and o.bupo_layer != "auto"
     token_average = o.algo == "hapo" and o.token_group_average
+    yield o.doctor and o.resume, "doctor", "checks a new run; leave --resume out"
     few = f"{o.algo} compares the responses to one prompt, so it needs at least 2"
     yield G < 2, "num_generations", few
     yield (
