@@ -4,11 +4,13 @@
 scripts/diagnose.py long after a run has ended. Each alarm has a section of its name in
 docs/troubleshooting.md and, where it can be made on purpose, a part of lessons/failures.py.
 
-A check takes the lines of the steps so far and returns an Alarm or None. Values are means over the
+A check takes the history of a run and returns an Alarm or None. Values are means over the
 last three steps: a single step of some hundred responses varies too much. Thresholds lie between
 the failing and the healthy runs that docs/troubleshooting.md counts.
 """
 
+import collections
+from collections.abc import Iterable
 from typing import NamedTuple
 
 WINDOW = 3  # steps
@@ -30,23 +32,65 @@ class Alarm(NamedTuple):
         )
 
 
+class History:
+    """The steps of a run so far: the last rows, and the means over every WINDOW adjacent ones."""
+
+    NAMES = ("correct", "reward", "clipped_ratio", "response_length")
+
+    def __init__(self, rows: Iterable[dict] = ()):
+        self.count, self.last = 0, collections.deque(maxlen=WINDOW)
+        self.means = {name: [] for name in self.NAMES}
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: dict):
+        """Add a line of metrics.jsonl; one without the metrics of a step changes nothing."""
+        if "reward" not in row or "skipped" in row:
+            return
+        self.count += 1
+        self.last.append({"correct": row["reward"]} | row)  # older runs have the reward alone
+        if len(self.last) == WINDOW:
+            for name, means in self.means.items():
+                values = [old[name] for old in self.last if old.get(name) is not None]
+                if len(values) == WINDOW:
+                    means.append(sum(values) / WINDOW)
+
+    @property
+    def step(self):
+        return self.last[-1]["step"]
+
+    def of_step(self, name):
+        """Return a metric of the last step, or None."""
+        return self.last[-1].get(name)
+
+    def zero_variance_share(self):
+        """Return the share of groups with zero reward variance in the last steps, or None."""
+        if len(self.last) < WINDOW or any("zero_std_groups" not in row for row in self.last):
+            return None
+        groups = sum(row["groups"] for row in self.last)
+        return sum(row["zero_std_groups"] for row in self.last) / groups
+
+
 def find_alarms(rows: list[dict], own_reward: bool = True) -> list[Alarm]:
     """Return the alarms of a run, each once, in the order of their steps.
 
-    rows: lines of metrics.jsonl; lines without a step's metrics are skipped. own_reward: whether
-    the reward may be another than the share of correct responses (--reward-function).
+    rows: lines of metrics.jsonl. own_reward: whether the reward may be another than the share of
+    correct responses (--reward-function).
     """
-    rows, found = [row for row in rows if is_step(row)], []
-    for count in range(1, len(rows) + 1):
-        found += new_alarms(rows[:count], {alarm.name for alarm in found}, own_reward)
+    history, found = History(), []
+    for row in rows:
+        history.add(row)
+        found += new_alarms(history, {alarm.name for alarm in found}, own_reward)
     return found
 
 
-def new_alarms(rows: list[dict], known: set[str], own_reward: bool = True) -> list[Alarm]:
-    """Return the alarms that the last of some steps' rows shows and whose names are not known."""
+def new_alarms(history: History, known: set[str], own_reward: bool = True) -> list[Alarm]:
+    """Return the alarms that the last step of a history shows and whose names are not known."""
     found = []
+    if not history.count:
+        return found
     for check in CHECKS:
-        alarm = check(rows, known | {alarm.name for alarm in found}, own_reward)
+        alarm = check(history, known | {alarm.name for alarm in found}, own_reward)
         if alarm and alarm.name not in known:
             found.append(alarm)
     return found
@@ -61,54 +105,17 @@ def may_differ(options) -> bool:
     return bool(options.reward_function) or not options.overlong_buffer
 
 
-def is_step(row: dict) -> bool:
-    """Return whether a line of metrics.jsonl has the metrics of a step."""
-    return "reward" in row and "skipped" not in row
-
-
-# ------------------------------------------------------------------------------------------- means
-
-
-def last_mean(rows, name):
-    """Return the mean of a metric over the last WINDOW rows; None if one lacks it."""
-    values = [row.get(name) for row in rows[-WINDOW:]]
-    if len(values) < WINDOW or None in values:
-        return None
-    return sum(values) / WINDOW
-
-
-def means(rows, name):
-    """Return the means over every WINDOW adjacent rows, the last one last; [] if a row lacks it."""
-    values = [row.get(name) for row in rows]
-    if None in values:
-        return []
-    return [sum(values[i : i + WINDOW]) / WINDOW for i in range(len(values) - WINDOW + 1)]
-
-
-def correct_name(rows):
-    """Return the metric with the share of correct responses; older runs have the reward alone."""
-    return "correct" if "correct" in rows[-1] else "reward"
-
-
-def zero_variance_share(rows):
-    """Return the share of groups with zero reward variance over the last WINDOW rows, or None."""
-    if len(rows) < WINDOW or any("zero_std_groups" not in row for row in rows[-WINDOW:]):
-        return None
-    groups = sum(row["groups"] for row in rows[-WINDOW:])
-    return sum(row["zero_std_groups"] for row in rows[-WINDOW:]) / groups
-
-
 # ------------------------------------------------------------------------------------------ checks
 
 
-def collapse(rows, known, own_reward):
+def collapse(history, known, own_reward):
     """The share of correct responses fell to half of its best. In BuPO's phase 1, to 65 %."""
-    shares = means(rows, correct_name(rows))
+    shares = history.means["correct"]
     if len(shares) < 2 or max(shares) < 0.1 or "long-phase-1" in known:
         return None
-    if is_hacked(rows, own_reward):
+    if is_hacked(history, own_reward):
         return None
-    best, internal = max(shares[:-1]), rows[-1].get("phase") == "internal"
+    best, internal = max(shares[:-1]), history.of_step("phase") == "internal"
     bound = (0.65 if internal else 0.5) * best
     if shares[-1] >= bound:
         return None
@@ -117,58 +124,60 @@ def collapse(rows, known, own_reward):
         f"{bound:.2f}, {0.65 if internal else 0.5:.0%} of its best"
     )
     if internal:
-        cause = f"the policy of layer {rows[-1].get('layer')} has been trained for too long, and "
+        cause = (
+            f"the policy of layer {history.of_step('layer')} has been trained for too long, and "
+        )
         cause += "the full policy, which is not trained in phase 1, forgets the task"
-        return Alarm("long-phase-1", rows[-1]["step"], finding, cause, "a third of --bupo-steps")
+        return Alarm("long-phase-1", history.step, finding, cause, "a third of --bupo-steps")
     cause, remedy = "updates are too large", "a third or a tenth of --lr, more --warmup-steps"
-    return Alarm("collapse", rows[-1]["step"], finding, cause, remedy)
+    return Alarm("collapse", history.step, finding, cause, remedy)
 
 
-def no_variance(rows, known, own_reward):
+def no_variance(history, known, own_reward):
     """Most groups have zero reward variance, since all responses are correct or none is."""
-    share, correct = zero_variance_share(rows), means(rows, correct_name(rows))
+    share, correct = history.zero_variance_share(), history.means["correct"]
     if share is None or share <= 0.8 or not correct:
         return None
     finding = f"{share:.0%} of the groups have zero reward variance (more than 80 %)"
     if max(correct) < 0.05:
         finding += f", and {correct[-1]:.0%} of the responses are correct"
         remedy = "an easier task or a stronger model; more --num-generations if some are correct"
-        return Alarm("too-hard", rows[-1]["step"], finding, "the task is too hard", remedy)
+        return Alarm("too-hard", history.step, finding, "the task is too hard", remedy)
     if correct[-1] > 0.9:
         finding += f", and {correct[-1]:.0%} of the responses are correct"
         cause = "the task is too easy, or has been learned"
-        return Alarm("too-easy", rows[-1]["step"], finding, cause, "a harder task, or stop here")
+        return Alarm("too-easy", history.step, finding, cause, "a harder task, or stop here")
     return None
 
 
-def length_cap(rows, known, own_reward):
+def length_cap(history, known, own_reward):
     """A fifth of the responses are cut at --max-new-tokens.
 
     If they were cut from the start, the model may learn to end in time: that is told only if the
     share of correct responses has not risen by half within six steps.
     """
-    cut, correct = means(rows, "clipped_ratio"), means(rows, correct_name(rows))
+    cut, correct = history.means["clipped_ratio"], history.means["correct"]
     if not cut or cut[-1] <= 0.2 or "collapse" in known:
         return None
-    if cut[0] > 0.1 and (len(rows) < 2 * WINDOW or correct[-1] >= 1.5 * correct[0] > 0):
+    if cut[0] > 0.1 and (history.count < 2 * WINDOW or correct[-1] >= 1.5 * correct[0] > 0):
         return None
     finding = f"{cut[-1]:.0%} of the responses are cut at --max-new-tokens (more than 20 %)"
     if cut[0] > 0.1:
         finding += f", and the share of correct responses has not risen: {correct[-1]:.2f}"
         cause = "the cap is too small for this task; a cut response is rarely correct"
-        return Alarm("cap", rows[-1]["step"], finding, cause, "a larger --max-new-tokens")
+        return Alarm("cap", history.step, finding, cause, "a larger --max-new-tokens")
     cause = "responses grow without ending: the reward pays length, or updates are too large"
     remedy = "samples.jsonl: read some; then --overlong-buffer, or a lower --lr"
-    return Alarm("growing", rows[-1]["step"], finding, cause, remedy)
+    return Alarm("growing", history.step, finding, cause, remedy)
 
 
-def is_hacked(rows, own_reward):
+def is_hacked(history, own_reward):
     """Return whether the reward is at its best while the share of correct responses is not.
 
     Either the share of correct responses has fallen by a fifth below its best, or the reward has
     gained half of its value, and the share of correct responses less than a fifth of that gain.
     """
-    rewards, correct = means(rows, "reward"), means(rows, "correct")
+    rewards, correct = history.means["reward"], history.means["correct"]
     if not own_reward or len(rewards) < 2 or not correct or rewards == correct:
         return False
     gain, spread = rewards[-1] - rewards[0], max(rewards) - min(rewards)
@@ -180,33 +189,35 @@ def is_hacked(rows, own_reward):
     return fallen or (gained >= 0.5 and learned < 0.2 * gained)
 
 
-def reward_hacking(rows, known, own_reward):
+def reward_hacking(history, known, own_reward):
     """The reward rises and the share of correct responses does not."""
-    if not is_hacked(rows, own_reward) or known & {"length-reward", "format-reward"}:
+    if not is_hacked(history, own_reward) or known & {"length-reward", "format-reward"}:
         return None
-    correct, lengths = means(rows, "correct"), means(rows, "response_length")
+    correct, lengths = history.means["correct"], history.means["response_length"]
     finding = (
-        f"the reward is at its best, {last_mean(rows, 'reward'):.3g}, and the share of correct "
+        f"the reward is at its best, {history.means['reward'][-1]:.3g}, and the share of correct "
         f"responses is {correct[-1]:.2f} (it was {max(correct):.2f} at its best; mean of {WINDOW} "
         "steps)"
     )
     remedy = "samples.jsonl: read what earns the reward; then pay correct responses alone"
-    longer = lengths and lengths[-1] > 1.5 * lengths[0] and zero_variance_share(rows) < 0.5
+    longer = (
+        lengths and lengths[-1] > 1.5 * lengths[0] and (history.zero_variance_share() or 0) < 0.5
+    )
     if longer:
         finding += f"; responses have grown from {lengths[0]:.0f} to {lengths[-1]:.0f} tokens"
         cause = "the reward pays length, or something that comes with it"
-        return Alarm("length-reward", rows[-1]["step"], finding, cause, remedy)
+        return Alarm("length-reward", history.step, finding, cause, remedy)
     cause = "the reward pays something else than a correct answer, for example the format"
-    return Alarm("format-reward", rows[-1]["step"], finding, cause, remedy)
+    return Alarm("format-reward", history.step, finding, cause, remedy)
 
 
-def another_sampler(rows, known, own_reward):
+def another_sampler(history, known, own_reward):
     """The sampler gives its tokens more probability than the scorer does.
 
     Rounding changes log-probabilities in both directions, so it shows in sampler_kl, not in their
     mean difference.
     """
-    gap = rows[-1].get("sampler_gap")
+    gap = history.of_step("sampler_gap")
     if gap is None or gap <= 0.01:
         return None
     finding = (
@@ -215,12 +226,12 @@ def another_sampler(rows, known, own_reward):
     )
     cause = "the sampler draws from another distribution (top-p, top-k, a penalty, other weights)"
     remedy = "a sampler without such settings; --sampler-correction if it must differ"
-    return Alarm("sampler", rows[-1]["step"], finding, cause, remedy)
+    return Alarm("sampler", history.step, finding, cause, remedy)
 
 
-def wrong_mean(rows, known, own_reward):
+def wrong_mean(history, known, own_reward):
     """An update's loss is not the mean over its mini-batch."""
-    off = rows[-1].get("loss_off")
+    off = history.of_step("loss_off")
     if off is None or off <= 1e-3:
         return None
     finding = (
@@ -229,12 +240,12 @@ def wrong_mean(rows, known, own_reward):
     )
     cause = "each micro-batch's loss is divided by its own number of tokens"
     remedy = "the mini-batch's number as the normalizer; compare --micro-batch 1 with the default"
-    return Alarm("loss-mean", rows[-1]["step"], finding, cause, remedy)
+    return Alarm("loss-mean", history.step, finding, cause, remedy)
 
 
-def zero_entropy(rows, known, own_reward):
+def zero_entropy(history, known, own_reward):
     """Entropies are 0 or negative, so they are differences of rounded numbers."""
-    share = rows[-1].get("zero_entropies")
+    share = history.of_step("zero_entropies")
     if share is None or share <= 0.01:
         return None
     finding = f"{share:.0%} of the tokens have an entropy of 0 or below (more than 1 %)"
@@ -242,19 +253,19 @@ def zero_entropy(rows, known, own_reward):
         "entropies are computed as log Z minus the mean logit, or in bfloat16; HAPO's h is noise"
     )
     remedy = "losses.row_logprobs_and_entropy, in float32"
-    return Alarm("entropy-formula", rows[-1]["step"], finding, cause, remedy)
+    return Alarm("entropy-formula", history.step, finding, cause, remedy)
 
 
-def another_scorer(rows, known, own_reward):
+def another_scorer(history, known, own_reward):
     """A ratio differs from 1 before the first update."""
-    off = rows[-1].get("ratio_off_before_update")
+    off = history.of_step("ratio_off_before_update")
     if off is None or off <= 1e-3:
         return None
     finding = f"before the first update a ratio differs from 1 by {off:.2g} (more than 0.001)"
     cause = "old and new log-probabilities are computed differently: dropout, other micro-batches, "
     cause += "or another precision"
     remedy = "no dropout; score each mini-batch in the micro-batches of its update"
-    return Alarm("scoring", rows[-1]["step"], finding, cause, remedy)
+    return Alarm("scoring", history.step, finding, cause, remedy)
 
 
 CHECKS = (

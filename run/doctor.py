@@ -13,7 +13,7 @@ import transformers
 from common.devices import synchronize
 from common.errors import UserError
 from run import first_look, report
-from run.alarms import may_differ, new_alarms
+from run.alarms import History, may_differ, new_alarms
 from run.setup import open_run
 
 PROMPTS = 64  # held-out questions that are sampled
@@ -53,7 +53,7 @@ def examine(options, dist, guarded_step):
             metrics, bad = guarded_step(1, run)
             synchronize(device)
             seconds = time.perf_counter() - started
-        alarms = [] if bad else new_alarms([metrics], set(), may_differ(options))
+        alarms = [] if bad else new_alarms(History([metrics]), set(), may_differ(options))
     wrong += [f"step 1 failed: {bad}"] if bad else [str(alarm) for alarm in alarms]
     if not bad:
         say(report.console_line(metrics, options))

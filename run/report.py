@@ -477,8 +477,8 @@ def record(step, metrics, bad, run):
     else:
         run.guard.good_step(metrics)
         run.say(console_line(metrics, options))
-        run.history.append(metrics)
-        if len(run.history) == 1 and step < options.steps:
+        run.history.add(metrics)
+        if run.history.count == 1 and step < options.steps:
             seconds = sum(metrics[f"seconds_{part}"] for part in ("generate", "score", "update"))
             left = duration(seconds * (options.steps - step))
             run.say(f"expected: {options.steps - step} more steps like this one take {left}")

@@ -23,7 +23,7 @@ from engine.engine import full_tensor
 from engine.self_check import check_engine
 from problems.prompts import fit_context, instruct
 from run import checkpoint, schedules
-from run.alarms import find_alarms, is_step, may_differ
+from run.alarms import History, find_alarms, may_differ
 from run.build import build_engine, layer_of
 from run.guard import Guard
 from run.options import stored_options
@@ -340,7 +340,7 @@ def prepare_folder(run, step):
     if (out / "metrics.jsonl").exists():  # alarms that sounded before the resume stay silent
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [renamed.with_new_names(json.loads(line), renamed.METRICS) for line in lines]
-        run.history = [row for row in rows if is_step(row)]
+        run.history = History(rows)
         run.known_alarms = {alarm.name for alarm in find_alarms(rows, may_differ(options))}
 
 

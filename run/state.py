@@ -14,6 +14,7 @@ import torch
 import hapo
 from common.devices import synchronize
 from engine.engine import Engine, SingleProcess
+from run.alarms import History
 from run.batch import Batch
 from run.guard import Guard
 from run.options import Options
@@ -46,7 +47,7 @@ class Run:
     saves: list = dataclasses.field(default_factory=list)  # (start, end) of each checkpoint, s
     last_batch: Batch | None = None  # the last batch that was drawn
     inspected_group: dict = None  # train.inspect_group of the last step
-    history: list = dataclasses.field(default_factory=list)  # the steps' lines of metrics.jsonl
+    history: History = dataclasses.field(default_factory=History)  # what alarms are found in
     known_alarms: set = dataclasses.field(default_factory=set)  # names of those announced
     lock: filelock.BaseFileLock | None = (
         None  # the open file that keeps other runs out of the folder

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from common import renamed  # noqa: E402
 from common.command import OneLineParser, run_main  # noqa: E402
 from common.errors import UserError  # noqa: E402
-from run.alarms import Alarm, find_alarms, is_step, may_differ  # noqa: E402
+from run.alarms import Alarm, find_alarms, may_differ  # noqa: E402
 from scripts.page import rows_of  # noqa: E402
 
 TABLE = ROOT / "docs" / "troubleshooting.md"
@@ -77,7 +77,7 @@ def main(argv=None):
     folder = pathlib.Path(parser.parse_args(argv).run)
     rows = rows_of(folder / "metrics.jsonl", renamed.METRICS)
     alarms = bad_steps(rows) + find_alarms(rows, may_differ(options_of(folder)))
-    steps = [row for row in rows if is_step(row)]
+    steps = [row for row in rows if "reward" in row and "skipped" not in row]
     if not steps and not alarms:
         raise UserError(f"{folder / 'metrics.jsonl'}: no step yet")
     if steps:

@@ -168,7 +168,7 @@ def test_an_alarm_is_printed_once_and_not_again_after_a_resume(opened, capsys):
     checkpoint.save(run, 2)
     run.lock.lock.release()
     again, step = open_run(parse(["--resume", "--out", str(run.out)], ""), run.dist)
-    assert step == 2 and again.known_alarms == {"scoring"} and len(again.history) == 2
+    assert step == 2 and again.known_alarms == {"scoring"} and again.history.count == 2
     again.lock.lock.release()
 
 
