@@ -212,7 +212,7 @@ if wanted("too-easy"):
 
 # %%
 if wanted("cap"):
-    cut = run("cap", "--max-new-tokens", "4", steps=6)
+    cut = run("cap", "--max-new-tokens", "4", steps=9)
     show("cap", "clipped_ratio", healthy=healthy, failing=cut)
     draw("A cap that cuts: what is not finished is not rewarded", "clipped_ratio",
          healthy=healthy, failing=cut)  # fmt: skip

@@ -125,9 +125,9 @@ def collapse(history, known, own_reward):
     )
     if internal:
         cause = (
-            f"the policy of layer {history.of_step('layer')} has been trained for too long, and "
+            f"the policy of layer {history.of_step('layer')} has been trained for too long, and the "
+            "full policy, which is not trained in phase 1, forgets the task"
         )
-        cause += "the full policy, which is not trained in phase 1, forgets the task"
         return Alarm("long-phase-1", history.step, finding, cause, "a third of --bupo-steps")
     cause, remedy = "updates are too large", "a third or a tenth of --lr, more --warmup-steps"
     return Alarm("collapse", history.step, finding, cause, remedy)
@@ -154,13 +154,15 @@ def length_cap(history, known, own_reward):
     """A fifth of the responses are cut at --max-new-tokens.
 
     If they were cut from the start, the model may learn to end in time: that is told only if the
-    share of correct responses has not risen by half within six steps.
+    share of correct responses has not risen by half, and by 0.1, within six steps.
     """
     cut, correct = history.means["clipped_ratio"], history.means["correct"]
     if not cut or cut[-1] <= 0.2 or "collapse" in known:
         return None
-    if cut[0] > 0.1 and (history.count < 2 * WINDOW or correct[-1] >= 1.5 * correct[0] > 0):
-        return None
+    if cut[0] > 0.1:
+        learns = correct[-1] >= max(1.5 * correct[0], correct[0] + 0.1)
+        if history.count < 2 * WINDOW or learns:
+            return None
     finding = f"{cut[-1]:.0%} of the responses are cut at --max-new-tokens (more than 20 %)"
     if cut[0] > 0.1:
         finding += f", and the share of correct responses has not risen: {correct[-1]:.2f}"

@@ -86,10 +86,11 @@ def test_cut_responses_are_a_cap_or_grow():
     assert found(STEADY, clipped_ratio=[0.19] * 6) == {}
     assert found(STEADY, clipped_ratio=[0.3] * 6) == {"cap": 6}
     assert found(STEADY[:5], clipped_ratio=[0.3] * 6) == {}
-    # a model that learns to end in time: means of correct responses 0.2 to 0.3, to 0.29
+    # a model that learns to end in time: means of correct responses 0.3 to 0.46, to 0.44
     cut = dict(clipped_ratio=[0.9, 0.8, 0.7, 0.4, 0.3, 0.3])
-    assert found([0.2, 0.2, 0.2, 0.3, 0.3, 0.31], **cut) == {}
-    assert found([0.2, 0.2, 0.2, 0.3, 0.3, 0.27], **cut) == {"cap": 6}
+    assert found([0.3, 0.3, 0.3, 0.46, 0.46, 0.46], **cut) == {}
+    assert found([0.3, 0.3, 0.3, 0.44, 0.44, 0.44], **cut) == {"cap": 6}
+    assert found([0.1, 0.1, 0.1, 0.19, 0.19, 0.19], **cut) == {"cap": 6}  # by less than 0.1
     assert found(STEADY, clipped_ratio=[0, 0, 0, 0.1, 0.3, 0.4]) == {"growing": 6}
 
 
