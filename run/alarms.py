@@ -125,8 +125,8 @@ def collapse(history, known, own_reward):
     )
     if internal:
         cause = (
-            f"the policy of layer {history.of_step('layer')} has been trained for too long, and the "
-            "full policy, which is not trained in phase 1, forgets the task"
+            f"the policy of layer {history.of_step('layer')} has been trained for too long: the full "
+            "policy, which is not trained in phase 1, forgets the task"
         )
         return Alarm("long-phase-1", history.step, finding, cause, "a third of --bupo-steps")
     cause, remedy = "updates are too large", "a third or a tenth of --lr, more --warmup-steps"

@@ -91,7 +91,8 @@ def test_cut_responses_are_a_cap_or_grow():
     assert found([0.3, 0.3, 0.3, 0.46, 0.46, 0.46], **cut) == {}
     assert found([0.3, 0.3, 0.3, 0.44, 0.44, 0.44], **cut) == {"cap": 6}
     assert found([0.1, 0.1, 0.1, 0.19, 0.19, 0.19], **cut) == {"cap": 6}  # by less than 0.1
-    assert found(STEADY, clipped_ratio=[0, 0, 0, 0.1, 0.3, 0.4]) == {"growing": 6}
+    for correct in (STEADY, [0.2, 0.2, 0.2, 0.5, 0.5, 0.5]):
+        assert found(correct, clipped_ratio=[0, 0, 0, 0.1, 0.3, 0.4]) == {"growing": 6}
 
 
 def test_a_reward_that_rises_without_correct_responses():
