@@ -125,8 +125,8 @@ def collapse(history, known, own_reward):
     )
     if internal:
         cause = (
-            f"the policy of layer {history.of_step('layer')} has been trained for too long: the full "
-            "policy, which is not trained in phase 1, forgets the task"
+            f"the policy of layer {history.of_step('layer')} has been trained for too long: the "
+            "full policy, which is not trained in phase 1, forgets the task"
         )
         return Alarm("long-phase-1", history.step, finding, cause, "a third of --bupo-steps")
     cause, remedy = "updates are too large", "a third or a tenth of --lr, more --warmup-steps"
@@ -157,17 +157,18 @@ def length_cap(history, known, own_reward):
     share of correct responses has not risen by half, and by 0.1, within six steps.
     """
     cut, correct = history.means["clipped_ratio"], history.means["correct"]
-    if not cut or cut[-1] <= 0.2 or "collapse" in known:
+    if not cut or cut[-1] <= 0.2:
         return None
+    finding = f"{cut[-1]:.0%} of the responses are cut at --max-new-tokens (more than 20 %)"
     if cut[0] > 0.1:
         learns = correct[-1] >= max(1.5 * correct[0], correct[0] + 0.1)
         if history.count < 2 * WINDOW or learns:
             return None
-    finding = f"{cut[-1]:.0%} of the responses are cut at --max-new-tokens (more than 20 %)"
-    if cut[0] > 0.1:
         finding += f", and the share of correct responses has not risen: {correct[-1]:.2f}"
         cause = "the cap is too small for this task; a cut response is rarely correct"
         return Alarm("cap", history.step, finding, cause, "a larger --max-new-tokens")
+    if "collapse" in known:
+        return None
     cause = "responses grow without ending: the reward pays length, or updates are too large"
     remedy = "samples.jsonl: read some; then --overlong-buffer, or a lower --lr"
     return Alarm("growing", history.step, finding, cause, remedy)
