@@ -501,12 +501,15 @@ def look_at_model(model, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=pathlib.Path, help="folder of a run")
+    parser.add_argument("run", type=pathlib.Path, help="folder of a run of HAPO, as the default")
     parser.add_argument("--out", type=pathlib.Path, help="folder for pictures")
     parser.add_argument(
         "--at", default="12.2.1", help="step, response and token on the pictures, default 12.2.1"
     )
     args = parser.parse_args()
+    config = json.loads((args.run / "config.json").read_text(encoding="utf-8"))
+    if config["algo"] != "hapo":
+        sys.exit(f"{args.run}: a run of {config['algo']}; these checks are for a run of HAPO")
     with tempfile.TemporaryDirectory() as folder:
         look_at_run(args.run, folder)
         look_at_two(args.run, folder)
