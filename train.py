@@ -358,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
         print(memory.overview(load_config(options.model), options))
     elif options.doctor:
         processes = open_processes(options.device)
-        common.threads.use_threads(options.threads, print)
+        common.threads.use_threads(options.threads, print if processes.main else str)
         doctor.examine(options, processes, guarded_step)
     else:
         train(options)

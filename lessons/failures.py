@@ -157,7 +157,7 @@ healthy = run("healthy", steps=12 if any(map(wanted, SLOW)) else 3)
 show("healthy", "zero_std_groups", failing=healthy)
 
 # %% [markdown]
-# The share of correct responses rises, few groups have zero reward variance, and no alarm sounds.
+# The share of correct responses rises, few groups have zero reward variance, and there is no alarm.
 # (Here the healthy run takes the place of the failing one.)
 #
 # ## 1. A task too hard: too-hard
@@ -280,7 +280,7 @@ if wanted("format-reward"):
 
 # %% [markdown]
 # They disappear, since they do not have the format. The reward reaches nearly 1 within some steps,
-# which no honest task does. A term for the format belongs beside one for the answer.
+# sooner than the answers can. A term for the format belongs beside one for the answer.
 #
 # ## 7. BuPO's first phase three times too long: long-phase-1
 #

@@ -10,6 +10,7 @@ the failing and the healthy runs that docs/troubleshooting.md counts.
 """
 
 import collections
+import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -63,12 +64,17 @@ class History:
         """Return a metric of the last step, or None."""
         return self.last[-1].get(name)
 
+    def groups(self):
+        """Return (groups, those with zero reward variance) of the last steps; (0, 0) if unknown."""
+        if any("groups" not in row or "zero_std_groups" not in row for row in self.last):
+            return 0, 0
+        names = ("groups", "zero_std_groups")
+        return tuple(sum(row[name] for row in self.last) for name in names)
+
     def zero_variance_share(self):
-        """Return the share of groups with zero reward variance in the last steps, or None."""
-        if len(self.last) < WINDOW or any("zero_std_groups" not in row for row in self.last):
-            return None
-        groups = sum(row["groups"] for row in self.last)
-        return sum(row["zero_std_groups"] for row in self.last) / groups
+        """Return the share of groups with zero reward variance in the last steps; 0 if unknown."""
+        groups, zero = self.groups()
+        return zero / groups if groups and len(self.last) == WINDOW else 0.0
 
 
 def find_alarms(rows: list[dict], own_reward: bool = True) -> list[Alarm]:
@@ -109,19 +115,27 @@ def may_differ(options) -> bool:
 
 
 def collapse(history, known, own_reward):
-    """The share of correct responses fell to half of its best. In BuPO's phase 1, to 65 %."""
+    """The share of correct responses fell to half of its best. In BuPO's phase 1, to 65 %.
+
+    The best of many means is high by chance, and a low one comes in any long run. So the fall must
+    be larger than chance allows (five standard deviations if the responses of a group are all
+    alike), or nine tenths of at least 30 groups have zero reward variance now.
+    """
     shares = history.means["correct"]
     if len(shares) < 2 or max(shares) < 0.1 or "long-phase-1" in known:
         return None
+    best, now, internal = max(shares[:-1]), shares[-1], history.of_step("phase") == "internal"
+    part, (groups, _) = 0.65 if internal else 0.5, history.groups()
+    middle = min(max(0.5, now), best)  # the share between the two whose variance is largest
+    chance = 5 * (middle * (1 - middle) / max(groups, 1)) ** 0.5
+    dead = groups >= 30 and history.zero_variance_share() > 0.9
+    if now >= part * best or not (internal or dead or best - now > chance):
+        return None
     if is_hacked(history, own_reward):
         return None
-    best, internal = max(shares[:-1]), history.of_step("phase") == "internal"
-    bound = (0.65 if internal else 0.5) * best
-    if shares[-1] >= bound:
-        return None
     finding = (
-        f"the share of correct responses is {shares[-1]:.2f} (mean of {WINDOW} steps), below "
-        f"{bound:.2f}, {0.65 if internal else 0.5:.0%} of its best"
+        f"the share of correct responses is {now:.2f} (mean of {WINDOW} steps), below "
+        f"{part * best:.2f}, {part:.0%} of its best"
     )
     if internal:
         cause = (
@@ -136,7 +150,7 @@ def collapse(history, known, own_reward):
 def no_variance(history, known, own_reward):
     """Most groups have zero reward variance, since all responses are correct or none is."""
     share, correct = history.zero_variance_share(), history.means["correct"]
-    if share is None or share <= 0.8 or not correct:
+    if share <= 0.8 or not correct:
         return None
     finding = f"{share:.0%} of the groups have zero reward variance (more than 80 %)"
     if max(correct) < 0.05:
@@ -153,18 +167,22 @@ def no_variance(history, known, own_reward):
 def length_cap(history, known, own_reward):
     """A fifth of the responses are cut at --max-new-tokens.
 
-    If they were cut from the start, the model may learn to end in time: that is told only if the
-    share of correct responses has not risen by half, and by 0.1, within six steps.
+    If they were cut from the start, the model may learn to end in time. Then there is an alarm only
+    if within six steps the share of correct responses has not risen by half, and by 0.1, or half of
+    the way to 1.
     """
     cut, correct = history.means["clipped_ratio"], history.means["correct"]
-    if not cut or cut[-1] <= 0.2:
+    if not cut or not correct or cut[-1] <= 0.2:
         return None
     finding = f"{cut[-1]:.0%} of the responses are cut at --max-new-tokens (more than 20 %)"
     if cut[0] > 0.1:
-        learns = correct[-1] >= max(1.5 * correct[0], correct[0] + 0.1)
+        first = correct[0]
+        learns = correct[-1] >= min(max(1.5 * first, first + 0.1), (1 + first) / 2)
         if history.count < 2 * WINDOW or learns:
             return None
-        finding += f", and the share of correct responses has not risen: {correct[-1]:.2f}"
+        finding += (
+            f", and the share of correct responses went from {first:.2f} to {correct[-1]:.2f}"
+        )
         cause = "the cap is too small for this task; a cut response is rarely correct"
         return Alarm("cap", history.step, finding, cause, "a larger --max-new-tokens")
     if "collapse" in known:
@@ -178,10 +196,15 @@ def is_hacked(history, own_reward):
     """Return whether the reward is at its best while the share of correct responses is not.
 
     Either the share of correct responses has fallen by a fifth below its best, or the reward has
-    gained half of its value, and the share of correct responses less than a fifth of that gain.
+    gained half of its value, and the share of correct responses less than a fifth of that gain. A
+    reward that moves with the share of correct responses (say, 1 and -1) is not hacked.
     """
     rewards, correct = history.means["reward"], history.means["correct"]
     if not own_reward or len(rewards) < 2 or not correct or rewards == correct:
+        return False
+    if len(rewards) != len(correct) or is_constant(rewards):
+        return False
+    if not is_constant(correct) and statistics.correlation(rewards, correct) > 0.95:
         return False
     gain, spread = rewards[-1] - rewards[0], max(rewards) - min(rewards)
     if gain <= 0 or max(rewards) - rewards[-1] > 0.1 * spread:
@@ -190,6 +213,10 @@ def is_hacked(history, own_reward):
     gained = gain / max(abs(rewards[0]), abs(rewards[-1]))
     learned = (correct[-1] - correct[0]) / max(correct[0], correct[-1], 1e-9)
     return fallen or (gained >= 0.5 and learned < 0.2 * gained)
+
+
+def is_constant(values):
+    return max(values) == min(values)
 
 
 def reward_hacking(history, known, own_reward):
@@ -203,10 +230,8 @@ def reward_hacking(history, known, own_reward):
         "steps)"
     )
     remedy = "samples.jsonl: read what earns the reward; then pay correct responses alone"
-    longer = (
-        lengths and lengths[-1] > 1.5 * lengths[0] and (history.zero_variance_share() or 0) < 0.5
-    )
-    if longer:
+    same = history.zero_variance_share()  # if all earn the same, length no longer pays
+    if lengths and lengths[-1] > 1.5 * lengths[0] and same < 0.5:
         finding += f"; responses have grown from {lengths[0]:.0f} to {lengths[-1]:.0f} tokens"
         cause = "the reward pays length, or something that comes with it"
         return Alarm("length-reward", history.step, finding, cause, remedy)
@@ -247,9 +272,12 @@ def wrong_mean(history, known, own_reward):
 
 
 def zero_entropy(history, known, own_reward):
-    """Entropies are 0 or negative, so they are differences of rounded numbers."""
+    """Entropies are 0 or negative, so they are differences of rounded numbers.
+
+    At low temperatures true entropies become 0 in float32, too.
+    """
     share = history.of_step("zero_entropies")
-    if share is None or share <= 0.01:
+    if share is None or share <= 0.01 or (history.of_step("temperature") or 1) < 0.5:
         return None
     finding = f"{share:.0%} of the tokens have an entropy of 0 or below (more than 1 %)"
     cause = (

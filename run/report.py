@@ -254,7 +254,7 @@ def signal_metrics(batch, layer, run):
     floors, tokens, alike, kl, gap, zeros = run.dist.all_reduce_sum(
         floor.sum(), mask.sum(), same.sum(), kl.sum(), gap.sum(), zero.sum()
     )
-    metrics["zero_entropies"] = zeros / tokens  # the exact formula gives none
+    metrics["zero_entropies"] = zeros / tokens  # at T_base 1 the exact formula gives none
     x = hapo.log_entropy(run.dist.gather(batch.full.entropy[mask])).sort().values
     ranks = [round(k / 100 * (len(x) - 1)) for k in range(101)]  # as the pivot's: nearest rank
     quantiles = [seven_digits(value) for value in x[ranks].tolist()]

@@ -4,7 +4,6 @@ It reads metrics.jsonl and, if it is there, config.json of a run, which may have
 prints the alarms that they show, each with its line of docs/troubleshooting.md.
 """
 
-import json
 import pathlib
 import re
 import sys
@@ -17,7 +16,7 @@ from common import renamed  # noqa: E402
 from common.command import OneLineParser, run_main  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from run.alarms import Alarm, find_alarms, may_differ  # noqa: E402
-from scripts.page import rows_of  # noqa: E402
+from scripts.page import config_of, rows_of  # noqa: E402
 
 TABLE = ROOT / "docs" / "troubleshooting.md"
 SUMMARY = {  # metric: how it is called
@@ -32,8 +31,7 @@ SUMMARY = {  # metric: how it is called
 
 def options_of(folder):
     """Return the options of a run that the alarms depend on; None where they are not known."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = config_of(folder)
     names = ("reward_function", "overlong_buffer")
     return types.SimpleNamespace(**{name: config.get(name) for name in names})
 

@@ -30,7 +30,7 @@ STATISTICS = "pivot sigma h_max h_min layer".split()  # of a step, from metrics.
 SETTINGS = (
     "algo advantage clip_low clip_high dual_clip loss_mean max_new_tokens temperature tau rho "
     "temperature_form released adaptive_temperature token_group_average advantage_redistribution "
-    "adaptive_clip dynamic_sampling baseline"
+    "adaptive_clip dynamic_sampling baseline kl sampler_correction"
 ).split()  # options that the page's formulas depend on
 DEFAULTS = {"tau": 0.05, "rho": 0.8, "temperature": 1.0}  # of runs that do not have the option
 CURVES = ("reward entropy response_length grad_norm eval_accuracy eval_greedy eval_reward").split()
@@ -39,17 +39,33 @@ CURVES = ("reward entropy response_length grad_norm eval_accuracy eval_greedy ev
 def rows_of(path, names):
     """Return the objects of a run's JSONL file. names: {old name: new name} of their keys.
 
-    UserError if there is no such file or a line is not JSON.
+    UserError if there is no such file, or a line is not an object with a step.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; name the folder of a run of train.py")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    rows, text = [], path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            rows.append(renamed.with_new_names(json.loads(line), names))
+            row = json.loads(line)
         except ValueError:
             raise UserError(f"{path}, line {number}: not JSON; is the run still writing?") from None
+        if not isinstance(row, dict) or "step" not in row:
+            raise UserError(f"{path}, line {number}: not a line of a run; it has no step")
+        rows.append(renamed.with_new_names(row, names))
     return rows
+
+
+def config_of(folder):
+    """Return the options in a run's config.json, {} without one. UserError if it is damaged."""
+    path = pathlib.Path(folder) / "config.json"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "{}"
+    try:
+        config = json.loads(text)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not the options of a run; it is damaged")
+    return config
 
 
 def read_run(folder):
@@ -68,7 +84,9 @@ def read_run(folder):
             f"{folder / 'samples.jsonl'}: of an older version of this code, without a whole group "
             "a step; make the run again"
         )
-    options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    options = config_of(folder)
+    if not options:
+        raise UserError(f"{folder / 'config.json'}: no such file; the page needs a run's options")
     measured, steps = {row["step"]: row for row in metrics}, {}
     for row in samples:
         step = row["step"]
@@ -166,10 +184,11 @@ def write_page(folders, out=None):
     steps = len(runs[0]["steps"])
     if len(runs) > 1:
         keep_common(runs, folders)
+    common = len(runs[0]["steps"])
     name = "page.html" if len(runs) == 1 else f"page-beside-{runs[1]['name']}.html"
     out = pathlib.Path(out or pathlib.Path(folders[0]) / name)
     lessons = os.path.relpath(ROOT / "lessons", out.resolve().parent).replace(os.sep, "/")
-    data = {"runs": runs, "all": steps, "lessons": lessons}
+    data = {"runs": runs, "all": steps, "common": common, "lessons": lessons}
     page = fill("run.html", data)
     while len(page) > LARGEST and len(runs[0]["steps"]) > 2:
         for run in runs:  # every second step, the last one kept

@@ -1,6 +1,7 @@
 """Alarms: each check at its threshold, on hundreds of recorded runs, in a run, and long after."""
 
 import json
+import random
 import re
 
 import pytest
@@ -50,16 +51,44 @@ def test_a_healthy_run_has_no_alarm():
     assert found([0.2, 0.3, 0.4, 0.5, 0.6, 0.7]) == {}
 
 
+MANY = dict(groups=[1000] * 9)  # so many that chance explains no fall
+
+
 def test_collapse_is_half_of_the_best_mean_of_three_steps():
     # means of three: 0.4, 0.3, 0.203 and 0.4, 0.3, 0.197: half of the best is 0.2
-    assert found([0.4, 0.4, 0.4, 0.1, 0.11]) == {}
-    assert found([0.4, 0.4, 0.4, 0.1, 0.09]) == {"collapse": 5}
-    assert found([0.09, 0.09, 0.09, 0.0, 0.0, 0.0]) == {}  # never above 0.1
+    assert found([0.4, 0.4, 0.4, 0.1, 0.11], **MANY) == {}
+    assert found([0.4, 0.4, 0.4, 0.1, 0.09], **MANY) == {"collapse": 5}
+    assert found([0.09, 0.09, 0.09, 0.0, 0.0, 0.0], **MANY) == {}  # never above 0.1
     # the best need not be the first: means 0.2 to 0.6 to 0.25
-    assert found([0.2] * 3 + [0.6] * 3 + [0.25] * 3) == {"collapse": 9}
+    assert found([0.2] * 3 + [0.6] * 3 + [0.25] * 3, **MANY) == {"collapse": 9}
     # after a collapse responses may run to the cap: it is the collapse that is told
-    fallen = found([0.4, 0.4, 0.4, 0.0, 0.0, 0.0], clipped_ratio=[0, 0, 0, 0.5, 0.5, 0.5])
+    fallen = found([0.4, 0.4, 0.4, 0.0, 0.0, 0.0], clipped_ratio=[0, 0, 0, 0.5, 0.5, 0.5], **MANY)
     assert fallen == {"collapse": 5}
+
+
+def test_a_fall_that_chance_allows_is_no_collapse():
+    # 0.6 to 0.2: the largest variance between them is that of 0.5, 1/4. Five deviations are
+    # 5 (1/4 / n)^0.5 for n groups in three steps: 0.4 for n = 39.06
+    fall = [0.6, 0.6, 0.6, 0.2, 0.2, 0.2]
+    assert found(fall, groups=[13] * 6) == {}
+    assert found(fall, groups=[14] * 6) == {"collapse": 6}
+    # thirty groups of which more than nine tenths have no variance are no chance
+    assert found(fall, groups=[10] * 6, zero_std_groups=[1, 1, 1, 10, 9, 9]) == {"collapse": 6}
+    assert found(fall, groups=[10] * 6, zero_std_groups=[1, 1, 1, 9, 9, 9]) == {}
+
+
+@pytest.mark.parametrize("groups, correct", [(32, 0.15), (16, 0.3), (4, 0.3)])
+def test_a_long_run_that_stays_as_it_is_has_no_alarm(groups, correct):
+    """300 steps of prompts whose pass rates have a beta distribution: lows and highs by chance."""
+    rows, rng = [], random.Random(0)
+    for step in range(1, 301):
+        rates = [rng.betavariate(1.5 * correct, 1.5 * (1 - correct)) for _ in range(groups)]
+        right = [sum(rng.random() < rate for _ in range(8)) for rate in rates]
+        share = sum(right) / groups / 8
+        zero = sum(count in (0, 8) for count in right)
+        counts = {"groups": groups, "zero_std_groups": zero}
+        rows.append({"step": step, "reward": share, "correct": share, **counts})
+    assert find_alarms(rows) == []
 
 
 def test_a_long_phase_1_is_65_percent_of_the_best():
@@ -79,7 +108,7 @@ def test_groups_without_variance_are_too_hard_or_too_easy_a_task():
     assert found([0.5] * 6, zero_std_groups=dead) == {}  # neither
     # after a collapse no group has variance: it is the collapse that is told
     fallen = found([0.4, 0.4, 0.4, 0.0, 0.0, 0.0], zero_std_groups=[1, 1, 1, 10, 10, 10])
-    assert fallen == {"collapse": 5}
+    assert fallen == {"collapse": 6}
 
 
 def test_cut_responses_are_a_cap_or_grow():
@@ -91,6 +120,8 @@ def test_cut_responses_are_a_cap_or_grow():
     assert found([0.3, 0.3, 0.3, 0.46, 0.46, 0.46], **cut) == {}
     assert found([0.3, 0.3, 0.3, 0.44, 0.44, 0.44], **cut) == {"cap": 6}
     assert found([0.1, 0.1, 0.1, 0.19, 0.19, 0.19], **cut) == {"cap": 6}  # by less than 0.1
+    assert found([0.0, 0.0, 0.0, 0.2, 0.2, 0.2], **cut) == {}
+    assert found([0.6, 0.6, 0.6, 0.8, 0.8, 0.8], **cut) == {}  # half of the way to 1
     for correct in (STEADY, [0.2, 0.2, 0.2, 0.5, 0.5, 0.5]):
         assert found(correct, clipped_ratio=[0, 0, 0, 0.1, 0.3, 0.4]) == {"growing": 6}
 
@@ -105,6 +136,9 @@ def test_a_reward_that_rises_without_correct_responses():
     assert found(rising, [x + 1 for x in rising]) == {}  # both rise
     # the reward doubles, and the share of correct responses does not move
     assert found(STEADY, [0.1, 0.1, 0.1, 0.3, 0.3, 0.3]) == {"format-reward": 5}
+    # 1 for a correct response and -1 for a wrong one: near 0, gains are large, but it is correct
+    mixed = [0.45, 0.48, 0.47, 0.5, 0.52, 0.55]
+    assert found(mixed, [2 * x - 1 for x in mixed]) == {}
 
 
 @pytest.mark.parametrize(
@@ -121,9 +155,23 @@ def test_a_single_step_shows_what_is_computed_wrongly(column, name, below, above
     assert found(STEADY, **{column: [0, above, above, 0, 0, 0]}) == {name: 2}
 
 
+def test_at_a_low_temperature_true_entropies_are_0():
+    zero = dict(zero_entropies=[0.25] * 6)
+    assert found(STEADY, temperature=[0.1] * 6, **zero) == {}
+    assert found(STEADY, temperature=[1.0] * 6, **zero) == {"entropy-formula": 1}
+
+
 def test_runs_of_older_versions_and_bad_steps_are_read():
     rows = [{"step": n, "reward": 0.3} for n in range(1, 7)]
     assert find_alarms([{"step": 0, "pass_rate": 0.3}, *rows, {"step": 7, "skipped": "NaN"}]) == []
+    # whatever column is missing, and from whichever step on
+    whole = rows_of(STEADY, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], clipped_ratio=[0.5] * 6)
+    for name in set(whole[0]) - {"step", "reward"}:
+        for start in range(6):
+            cut = [{k: x for k, x in row.items() if k != name} for row in whole[start:]]
+            find_alarms(whole[:start] + cut)
+            find_alarms(cut + whole[:start])
+    find_alarms([row | {"groups": 0, "zero_std_groups": 0} for row in whole])
 
 
 # ---------------------------------------------------------------------------------- recorded runs
@@ -137,7 +185,13 @@ def recorded(run):
     steps = re.search(r"--bupo-steps (\d+)", run["options"])
     last = int(steps.group(1)) if steps else 0
     return [
-        {"step": step, "reward": reward, "phase": "internal" if step <= last else "full"}
+        {
+            "step": step,
+            "reward": reward,
+            "phase": "internal" if step <= last else "full",
+            "groups": 16,  # 8 with the real model; how many had no variance was not kept
+            "zero_std_groups": 0,
+        }
         for step, reward in run["reward"]
     ]
 
@@ -261,7 +315,7 @@ def write_run(folder, rows, **options):
 
 
 def test_diagnose_names_alarm_and_line_of_the_table(monkeypatch, tmp_path, capsys):
-    rows = rows_of([0.4, 0.4, 0.4, 0.0, 0.0, 0.0])
+    rows = rows_of([0.4, 0.4, 0.4, 0.0, 0.0, 0.0], **MANY)
     run = write_run(tmp_path / "run", [{"step": 0, "pass_rate": 0.4}, *rows])
     assert program(monkeypatch, diagnose.main, "diagnose.py", run) == 0
     said = capsys.readouterr().out

@@ -59,7 +59,9 @@ function average(responses, overTokens) {
 
 /** The advantages of a group's responses; all 0 where the rewards are equal. */
 function advantages(responses, {mean, deviation}) {
-  const rewards = responses.map(r => r.reward), differ = Math.max(...rewards) > Math.min(...rewards);
+  // if outcomes are equal and only a length penalty differs, the run gives no response an advantage
+  const rewards = responses.map(r => r.reward), taught = responses.some(r => !r.advantage || r.advantage.some(a => a));
+  const differ = taught && Math.max(...rewards) > Math.min(...rewards);
   return rewards.map(reward => (differ ? (reward - mean) / (deviation + 1e-6) : 0));
 }
 
@@ -77,12 +79,13 @@ function contextOf(group, run, changes = {}) {
     knowsA: known && (group.step === 1 || Boolean(statsOf(group.before, s, run)))};
 }
 
-/** The weight of a token of a response in the loss of its update: 1 / what the mean divides by. */
-function lossWeight(response, s) {
+/** The weight of token i of a response in the loss of its update: 1 / what the mean divides by. */
+function lossWeight(response, i, s) {
   if (!response.update_tokens) return null;
-  if (s.loss_mean === "token") return 1 / response.update_tokens;
   const length = s.loss_mean === "sequence" ? response.tokens.length : s.max_new_tokens;
-  return 1 / (length * response.update_responses);
+  const weight = s.loss_mean === "token" ? 1 / response.update_tokens : 1 / (length * response.update_responses);
+  if (!s.sampler_correction) return weight;
+  return response.sampler_logp ? weight * Math.min(2, Math.exp(response.old_logp[i] - response.sampler_logp[i])) : null;
 }
 
 /** All that becomes of token i of response k, {name: value}. was: the same under the run's own settings. */
@@ -100,6 +103,8 @@ function compute(k, i, c, was = null) {
   v.x = has(v.H) ? Math.log(Math.max(v.H, FLOOR)) : null;
   v.before = c.before;
   v.hBefore = has(v.x) && v.before ? modulation(v.x, v.before, s.released) : null;
+  v.factor = !has(v.hBefore) ? null : s.temperature_form === "zscore" ? (v.x - v.before.pivot) / v.before.sigma
+    : s.temperature_form === "two" ? Math.sign(v.x - v.before.pivot) : v.hBefore;
   v.drawnAt = at("temperature");
   const T = !s.A ? s.temperature : c.knowsA && has(v.x) ? temperature(v.x, v.before, s) : null;
   v.T = has(v.drawnAt) && DRAWS.every(name => s[name] === run.settings[name]) ? v.drawnAt : T;
@@ -129,7 +134,7 @@ function compute(k, i, c, was = null) {
   v.scaled = s.C && has(v.h) && has(v.moved) && (v.h > 0) === v.moved;
   v.redistributed = recorded("A", s.C && !(has(v.h) && has(v.moved)) ? null : v.scaled ? v.A * (1 + v.h) : v.A, "advantage");
   if (v.other.includes("A")) v.scaled = false;
-  v.weight = lossWeight(response, s);
+  v.weight = lossWeight(response, i, s);
   if (has(v.ratio) && has(v.low) && has(v.redistributed)) surrogate(v, s);
   return v;
 }
@@ -142,7 +147,8 @@ function surrogate(v, s) {
   v.clipped = v.bounded * A;
   v.objective = Math.min(v.unclipped, v.clipped);
   v.stopped = v.clipped < v.unclipped ? (A > 0 ? 1 : -1) : 0;  // at the upper or the lower bound
-  if (s.dual_clip && A < 0 && v.objective < s.dual_clip * A) [v.objective, v.stopped] = [s.dual_clip * A, 1];
+  v.dual = Boolean(s.dual_clip) && A < 0 && v.objective < s.dual_clip * A;
+  if (v.dual) [v.objective, v.stopped] = [s.dual_clip * A, 1];
   v.learns = A !== 0 && v.stopped === 0;
   v.loss = has(v.weight) ? -v.objective * v.weight : null;
 }

@@ -14,17 +14,19 @@ function panelLines(v, c) {
   const scaleName = above || s.released ? edge : `|${edge}|`, mean = {token: "1 / N", sequence: "1 / (n B)", fixed: "1 / (cap B)"};
   const own = (name, text) => (v.other.includes(name) ? "as recorded: this run has its own rule" : text);
   const bound = (name, on) => own(name, s.D ? on : "D is off"), above1 = v.clipped < v.unclipped ? "clipped" : "unclipped";
+  const without = s.baseline === "cispo" && !s.D ? "this run has no clip bounds" : MISSING;
   const lines = [], line = (stage, name, formula, numbers, value) => lines.push(
-    {stage, name, formula, numbers: has(value) ? numbers : MISSING, value: has(value) ? value : null});
+    {stage, name, formula, numbers: has(value) ? numbers : without, value: has(value) ? value : null});
   line(1, "policy that is trained", pi, layer ? `BuPO's phase 1: the policy of layer ${layer}` : "the full policy",
     layer ? `layer ${layer}` : "full");
   line(2, "entropy", "H = −Σ p log p", "of the full policy at this position, in nats", v.H);
   line(2, "log entropy", "x = log H", `log ${term(v.H)}`, v.x);
+  const below = s.released ? Q.h_min : Math.abs(Q.h_min), factor = {zscore: "z", two: "sign(x − x_{ρ}^{′})"}[s.temperature_form] || "h^{′}";
   line(2, "h by the previous batch's statistics", "h^{′} = (x − x_{ρ}^{′}) / |h^{′}|",
-    `(${num(v.x)} − ${term(Q.pivot)}) / ${term(v.x > Q.pivot ? Q.h_max : Math.abs(Q.h_min))}`, v.hBefore);
+    `(${num(v.x)} − ${term(Q.pivot)}) / ${term(v.x > Q.pivot ? Q.h_max : below)}`, v.hBefore);
   if (c.group.step === 1) lines[lines.length - 1].numbers = "the first step has no previous batch";
-  line(2, "temperature (A, Eq. 8)", !s.A ? "T = T_{base}" : `T = T_{base} (1 + τ ${s.temperature_form === "zscore" ? "z" : "h^{′}"})`,
-    !s.A ? "A is off" : has(v.hBefore) ? `${num(s.temperature)} (1 + ${num(s.tau)} · ${term(v.hBefore)})`
+  line(2, "temperature (A, Eq. 8)", !s.A ? "T = T_{base}" : `T = T_{base} (1 + τ ${factor})`,
+    !s.A ? "A is off" : has(v.hBefore) ? `${num(s.temperature)} (1 + ${num(s.tau)} · ${term(v.factor)})`
       : "no statistics of a previous batch", v.T);
   line(2, "probability when it was drawn", "p = softmax(z / T)", `in the run, at T = ${num(v.drawnAt)}`, v.p);
   line(2, "reward", "R", "of its response", v.reward);
@@ -58,14 +60,15 @@ function panelLines(v, c) {
     bound("high", `1 + ${num(s.clip_high)} (1 + ${term(Math.max(v.h, 0))})`), has(v.high) ? 1 + v.high : null);
   line(6, "unclipped branch", "r A", `${num(v.ratio)} · ${term(v.redistributed)}`, v.unclipped);
   line(6, "clipped branch", "clip(r) A", `${num(v.bounded)} · ${term(v.redistributed)}`, v.clipped);
-  line(6, "objective", "min(r A, clip(r) A)", `min(${num(v.unclipped)}, ${num(v.clipped)}): ${above1} wins`, v.objective);
+  line(6, "objective", "min(r A, clip(r) A)", v.dual ? `dual clip: ${num(s.dual_clip)} · ${term(v.redistributed)}`
+    : `min(${num(v.unclipped)}, ${num(v.clipped)}): ${above1} wins`, v.objective);
   line(6, "gradient", "∂ objective / ∂ log π", v.redistributed === 0 ? "none: the advantage is 0"
-    : v.stopped ? "none: the clipped branch is constant" : "r A", has(v.learns) ? (v.learns ? "learns" : "stopped") : null);
+    : v.dual ? "none: the dual clip is constant" : v.stopped ? "none: the clipped branch is constant" : "r A", has(v.learns) ? (v.learns ? "learns" : "stopped") : null);
   const r = c.group.responses[v.k], B = r.update_responses, N = r.tokens.length;
   line(6, "weight in the loss", mean[s.loss_mean] || "", s.loss_mean === "token" ? `1 / ${r.update_tokens} tokens of its update`
     : `1 / (${s.loss_mean === "sequence" ? `${N} tokens` : `cap ${s.max_new_tokens}`} · ${B} responses of its update)`, v.weight);
   line(6, "what it adds to the loss", "−objective · weight",
-    `${num(-v.objective)} · ${num(v.weight)}, at the ratio after the last update`, v.loss);
+    `${num(-v.objective)} · ${num(v.weight)}, at the ratio after the last update` + (s.kl ? "; without the KL term" : ""), v.loss);
   return lines;
 }
 
@@ -78,6 +81,7 @@ function aboutTemperature(v, c) {
     return `It was drawn at T = ${num(v.T)}: ` + (c.group.step === 1 ? "the first step has no previous batch, whose statistics "
       + "mechanism A needs." : "the file does not hold the previous batch's statistics.");
   }
+  if (v.T === s.temperature) return `It is drawn at the base temperature ${num(v.T)}: mechanism A changes nothing here.`;
   const side = v.T < s.temperature ? "cooler" : "hotter", where = v.x > v.before.pivot ? "above" : "below";
   const note = s.released ? " (In the released code h has the opposite sign.)" : "";
   return `Mechanism A ${changed ? "would draw" : "drew"} it at T = ${num(v.T)}, ${side} than the base ${num(s.temperature)}: its log `
@@ -88,7 +92,7 @@ function aboutTemperature(v, c) {
 function aboutAdvantage(v, c) {
   const {s} = c, average = s.B ? c.byToken : c.byResponse, what = s.B ? "tokens (mechanism B)" : "responses";
   if (v.other.includes("A")) return ["Its advantage follows a rule of this run that is not one of HAPO's formulas."];
-  if (v.A === 0) return ["All rewards of its group are equal, so its advantage is 0."];
+  if (v.A === 0) return ["All outcomes of its group are equal, so its advantage is 0."];
   const told = [`Its response has reward ${num(v.reward, 2)}; the group's mean over ${what} is ${num(average.mean, 2)}, so `
     + `A = ${num(v.A, 3)}, the same for every token of the response.`];
   if (!s.C || !has(v.h) || !has(v.moved)) return told;
@@ -100,7 +104,9 @@ function aboutAdvantage(v, c) {
 /** Whether a token still has a gradient after the step, and why. */
 function aboutGradient(v) {
   if (!has(v.learns)) return "whether it still learns is not known";
-  if (v.redistributed === 0) return "it learns nothing, since its advantage is 0";
+  if (v.redistributed === 0) return v.s.kl ? "its advantage is 0; the KL term of this run still has a gradient"
+    : "it learns nothing, since its advantage is 0";
+  if (v.dual) return `it has stopped learning: its ratio ${num(v.ratio, 3)} is above the dual clip ${num(v.s.dual_clip)}`;
   const ratio = `its ratio ${num(v.ratio, 3)} is`;
   if (v.learns) return `it still learns: ${ratio} not ` + (v.redistributed > 0 ? `above its upper bound ${num(1 + v.high, 3)}`
     : `below its lower bound ${num(1 - v.low, 3)}`);
