@@ -337,7 +337,7 @@ def prepare_folder(run, step):
     checkpoint.write_file(out / "config.json", config)
     for name in ("metrics.jsonl", "samples.jsonl"):
         checkpoint.keep_lines(out / name, step)
-    if (out / "metrics.jsonl").exists():  # alarms that were printed before the resume are not printed again
+    if (out / "metrics.jsonl").exists():  # a resumed run does not print its alarms again
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [renamed.with_new_names(json.loads(line), renamed.METRICS) for line in lines]
         run.history = History(rows)
