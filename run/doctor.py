@@ -33,6 +33,8 @@ def examine(options, dist, guarded_step):
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, on {where}, {torch.get_num_threads()} threads"
     )
+    if (pathlib.Path(options.out) / "config.json").exists() and not options.overwrite:
+        say(f"note: {options.out} already holds a run; start with --overwrite or another --out")
     with tempfile.TemporaryDirectory() as folder:
         options = dataclasses.replace(
             options,

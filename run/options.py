@@ -226,7 +226,7 @@ def read_command_line(argv, description):
         raise UserError(f"--out {options.out}: leads through a file; name another folder")
     if options.resume and not held.exists() and not given.keys() - {"resume", "out"}:
         raise UserError(f"--out {options.out}: holds no run that --resume could go on with")
-    taken = held.exists() and not options.estimate
+    taken = held.exists() and not options.estimate and not options.doctor
     if taken and "prompts_per_step" not in held.read_text(errors="replace", encoding="utf-8"):
         raise UserError(
             f"--out {options.out}: holds something that is not a run (its config.json is another "

@@ -294,7 +294,14 @@ def test_doctor_takes_a_step_and_keeps_nothing(monkeypatch, tmp_path, capsys):
     for part in ("torch ", "self-check passed", "expected: with --num-generations 4", "one step"):
         assert part in said, part
     assert "chat template" in said and "nothing is wrong" in said
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and "already holds a run" not in said
+    write_run(tmp_path / "taken", [])
+    arguments += ["--out", tmp_path / "taken"]
+    assert program(monkeypatch, train.main, "train.py", *arguments) == 0
+    assert f"note: {tmp_path / 'taken'} already holds a run" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "taken").iterdir()) == [
+        "config.json", "metrics.jsonl",
+    ]  # fmt: skip
 
 
 def test_doctor_ends_with_2_where_something_is_wrong(monkeypatch, tmp_path, capsys):
