@@ -427,7 +427,10 @@ def look_at_run(run, folder):
         names = ("entropy", "temperature", "h ", "advantage", "ratio", "clipped")
         check(f"{size}: the detail names all", all(name in told["detail"] for name in names))
         # nothing is clipped in the first step and nothing heated: those two may look alike
-        check(f"{size}: quantities shade anew", told["quantities"] == 7 and told["shadings"] >= 6)
+        check(
+            f"{size}: each quantity has its own shades",
+            told["quantities"] == 7 and told["shadings"] >= 6,
+        )
         held = told["compared"] > 4 * len(tokens) and told["off"] < 2e-6 and not told["other"]
         check(f"{size}: the panel computes what was recorded (off by {told['off']:.1e})", held)
         # the sampler's own entropies, which T was computed from, are not in the file
@@ -495,7 +498,7 @@ def look_at_model(model, folder):
         told = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom).group(1)))
         check(f"model {size}: arrows walk", (told["column"], told["below"]) == ("1", layers - 1))
         check(f"model {size}: the detail names all", "KL" in told["detail"])
-        check(f"model {size}: policies and measures shade anew", told["shadings"] >= 6)
+        check(f"model {size}: each policy and measure has its own shades", told["shadings"] >= 6)
         check(f"model {size}: nothing sticks out sideways", told["wide"])
 
 

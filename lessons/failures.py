@@ -1,10 +1,10 @@
 # %% [markdown]
 # # When it does not learn: eleven failures, made on purpose
 #
-# Reinforcement learning fails quietly. The program runs, lines are printed, and the model does not
-# learn, or learns something else. On this page eleven failures are made on purpose, each by one
-# changed option or a few changed lines, beside a healthy run of the same seed. For each there is
-# the metric that tells it apart, the alarm that the program prints, and what to change.
+# Reinforcement learning often fails without an error. The program prints its lines, and the model
+# does not learn, or learns something else. On this page eleven failures are made on purpose, each
+# by one changed option or a few changed lines, next to a healthy run of the same seed. For each
+# there is the metric that tells it apart, the alarm that the program prints, and what to change.
 # [Troubleshooting](../docs/troubleshooting.md) is the table to look things up in.
 #
 # [One step of HAPO](hapo_step.ipynb) comes first: it explains rewards, advantages, ratios and
@@ -90,7 +90,7 @@ HERE = str(PROJECT) + os.sep  # not printed
 # Sixteen questions with eight responses each, twice updated: 128 responses per step, for twelve
 # steps. `run` starts the trainer with some options and returns what it has written to
 # metrics.jsonl and the alarms that it has printed. `patch` changes lines of the program while the
-# run lasts. `show` prints and draws one metric of some runs.
+# run lasts. `show` prints one metric of some runs, and `draw` draws it.
 
 # %%
 BASE = f"""--model {MODEL} --prompts-per-step 16 --num-generations 8 --updates-per-rollout 2
@@ -100,7 +100,7 @@ ALARMS = {}  # {name of a failure: names of the alarms of its run}
 
 
 def run(name, *options, steps=12, patch=contextlib.nullcontext):
-    """(lines of metrics.jsonl, alarms) of a run of train.py with these options."""
+    """Return (lines of metrics.jsonl, alarms) of a run of train.py with these options."""
     folder = pathlib.Path(FOLDER.name) / name
     command = [*BASE, "--steps", str(steps), "--out", str(folder), *options]
     quiet = contextlib.redirect_stderr(io.StringIO())
@@ -114,14 +114,14 @@ def run(name, *options, steps=12, patch=contextlib.nullcontext):
 
 
 def wanted(name):
-    """Whether to make a failure: all, or those named on the command line."""
+    """Return whether to make a failure: all, or those named on the command line."""
     fast = os.environ.get("LESSON_FAST") and name in SLOW
     return name in CHOSEN if CHOSEN else not fast
 
 
 # %%
 def show(failure, metric, **runs):
-    """Print and draw a metric of some runs; print the alarms of the run called failing."""
+    """Print a metric of some runs, and the alarms of the run called failing."""
     for name, (metrics, _) in runs.items():
         some = [m for m in metrics if m["step"] in (1, 2, 3, 6, 9, 12, 16, 18, 24)]
         values = "  ".join(f"{m[metric]:.3g}" for m in some)
@@ -137,7 +137,7 @@ def show(failure, metric, **runs):
 
 
 def draw(title, metric, **runs):
-    """A metric and the share of correct responses of some runs, over the steps."""
+    """Draw a metric and the share of correct responses of some runs, over the steps."""
     if not plt:
         return
     fig, pair = plt.subplots(1, 2, figsize=(6.6, 2.0), layout="constrained")
@@ -259,11 +259,11 @@ REWARDS.write_text(
 if wanted("length-reward"):
     longer = run("length", "--reward-function", f"{REWARDS}:length", steps=16)
     show("length-reward", "reward", healthy=healthy, failing=longer)
-    draw("A reward that pays length: reward and correctness part", "reward",
+    draw("A reward that pays length: it rises while fewer responses are correct", "reward",
          healthy=healthy, failing=longer)  # fmt: skip
 
 # %% [markdown]
-# Longer responses are first the worked ones, so that even the share of correct responses rises for
+# Longer responses are the worked ones at first, so even the share of correct responses rises for
 # some steps. Then the model finds out that length alone is enough. `correct` in metrics.jsonl is
 # graded whatever the reward is: compare the two. The remedy is to pay correct answers.
 #
@@ -280,7 +280,7 @@ if wanted("format-reward"):
 
 # %% [markdown]
 # They disappear, since they do not have the format. The reward reaches nearly 1 within some steps,
-# sooner than the answers can. A term for the format belongs beside one for the answer.
+# sooner than the answers can. Add a reward for the format to one for the answer, and keep it small.
 #
 # ## 7. BuPO's first phase three times too long: long-phase-1
 #
@@ -335,7 +335,7 @@ if wanted("sampler"):
 
 # %% [markdown]
 # Still exactly 1, since the old log-probabilities are not the sampler's: the trainer computes them
-# again. So no ratio shows it. Two things do: the self-check, which refuses to start, and
+# again. So no ratio shows it. Two things do: the self-check, which ends the program, and
 # `sampler_gap`, the mean difference of the sampler's log-probability and the trainer's. (With
 # mechanism A it is there at step 1 only, since later no token is drawn at exactly the base
 # temperature.) Rounding moves log-probabilities up and down, a cut distribution only up.
@@ -394,14 +394,14 @@ if wanted("entropy-formula"):
     noisy = run("noisy", steps=3, patch=usual_entropy)
     show("entropy-formula", "zero_entropies", healthy=healthy, failing=noisy)
     print("h_min at step 1:", *(f"{x[0][0]['h_min']:.1f}" for x in (healthy, noisy)))
-    draw("Half of the entropies are 0, and the curves look as ever", "zero_entropies",
+    draw("Half of the entropies are 0, and no other curve shows it", "zero_entropies",
          healthy=healthy, failing=noisy)  # fmt: skip
     print("entropies at the floor:", *(f"{x[0][0]['at_floor']:.0%}" for x in (healthy, noisy)))
 
 # %% [markdown]
 # Only if one token has all the probability, which no softmax gives. A rounded difference can, and
 # here half of them are. Their logarithm means nothing, and the smallest sets the scale of all h
-# below 0. So HAPO's mechanisms A, C and D work on noise, while rewards look as ever. The remedy is
+# below 0. So HAPO's mechanisms A, C and D work on noise, while rewards hardly change. The remedy is
 # the exact formula, in float32.
 #
 # ## 11. Dropout left on: scoring
@@ -435,7 +435,7 @@ if wanted("scoring"):
 # %% [markdown]
 # Any size. Each pass through the model drops other weights, so old and new log-probabilities are
 # those of two different models. In the healthy run the difference from 1 is exactly 0. The program
-# switches dropout off, and the self-check refuses to start if something has left it on.
+# switches dropout off, and the self-check ends the program if something has left it on.
 #
 # ## What tells them apart
 

@@ -128,8 +128,8 @@ def collapse(history, known, own_reward):
     part, (groups, _) = 0.65 if internal else 0.5, history.groups()
     middle = min(max(0.5, now), best)  # the share between the two whose variance is largest
     chance = 5 * (middle * (1 - middle) / max(groups, 1)) ** 0.5
-    dead = groups >= 30 and history.zero_variance_share() > 0.9
-    if now >= part * best or not (internal or dead or best - now > chance):
+    no_signal = groups >= 30 and history.zero_variance_share() > 0.9
+    if now >= part * best or not (internal or no_signal or best - now > chance):
         return None
     if is_hacked(history, own_reward):
         return None
@@ -293,8 +293,10 @@ def another_scorer(history, known, own_reward):
     if off is None or off <= 1e-3:
         return None
     finding = f"before the first update a ratio differs from 1 by {off:.2g} (more than 0.001)"
-    cause = "old and new log-probabilities are computed differently: dropout, other micro-batches, "
-    cause += "or another precision"
+    cause = (
+        "old and new log-probabilities are computed differently: dropout, other micro-batches, or "
+        "another precision"
+    )
     remedy = "no dropout; score each mini-batch in the micro-batches of its update"
     return Alarm("scoring", history.step, finding, cause, remedy)
 

@@ -301,7 +301,7 @@ NOT_SHOWN = (
 
 
 def sections_of(key, options):
-    """Return rows (card, id, label, formula, binding beside the label, card that a click opens)."""
+    """Return rows (card, id, label, formula, binding after the label, card that a click opens)."""
     new, old = POLICIES[key]
     ratio, mean = RATIO.replace("NEW", new).replace("OLD", old), MEANS[options.loss_mean]
     hapo = options.algo == "hapo"

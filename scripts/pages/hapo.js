@@ -73,10 +73,9 @@ function contextOf(group, run, changes = {}) {
   let tokens = advantages(responses, byToken);
   if (s.released && tokens.some(a => Math.abs(a) >= 5)) tokens = grpo;  // the release's fallback
   // A's statistics are of the tokens drawn in the step before; the file has them in the usual case
-  const known = s.temperature === 1 && !s.dynamic_sampling;
+  const known = s.temperature === 1 && !s.dynamic_sampling, before = known ? statsOf(group.before, s, run) : null;
   return {group, run, s, changed: Object.keys(changes).length > 0, byToken, byResponse, tokens, grpo,
-    stats: statsOf(group.stats, s, run), before: known ? statsOf(group.before, s, run) : null,
-    knowsA: known && (group.step === 1 || Boolean(statsOf(group.before, s, run)))};
+    stats: statsOf(group.stats, s, run), before, knowsA: known && (group.step === 1 || Boolean(before))};
 }
 
 /** The weight of token i of a response in the loss of its update: 1 / what the mean divides by. */
@@ -90,7 +89,7 @@ function lossWeight(response, i, s) {
 
 /** All that becomes of token i of response k, {name: value}. was: the same under the run's own settings. */
 function compute(k, i, c, was = null) {
-  const {s, run} = c, response = c.group.responses[k], v = {k, i, s, was, other: []};
+  const {s, run} = c, response = c.group.responses[k], v = {k, i, s, other: []};
   const at = name => (response[name] && has(response[name][i]) ? response[name][i] : null);
   // a run's own rule (a baseline, a penalty, ...) may give another value: then the recorded one counts
   const recorded = (name, value, column) => {

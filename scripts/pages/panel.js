@@ -13,7 +13,7 @@ function panelLines(v, c) {
   const edge = above ? "h_{max}" : "h_{min}", scale = above || s.released ? P[above ? "h_max" : "h_min"] : -P.h_min;
   const scaleName = above || s.released ? edge : `|${edge}|`, mean = {token: "1 / N", sequence: "1 / (n B)", fixed: "1 / (cap B)"};
   const own = (name, text) => (v.other.includes(name) ? "as recorded: this run has its own rule" : text);
-  const bound = (name, on) => own(name, s.D ? on : "D is off"), above1 = v.clipped < v.unclipped ? "clipped" : "unclipped";
+  const bound = (name, on) => own(name, s.D ? on : "D is off"), winner = v.clipped < v.unclipped ? "clipped" : "unclipped";
   const without = s.baseline === "cispo" && !s.D ? "this run has no clip bounds" : MISSING;
   const lines = [], line = (stage, name, formula, numbers, value) => lines.push(
     {stage, name, formula, numbers: has(value) ? numbers : without, value: has(value) ? value : null});
@@ -61,7 +61,7 @@ function panelLines(v, c) {
   line(6, "unclipped branch", "r A", `${num(v.ratio)} · ${term(v.redistributed)}`, v.unclipped);
   line(6, "clipped branch", "clip(r) A", `${num(v.bounded)} · ${term(v.redistributed)}`, v.clipped);
   line(6, "objective", "min(r A, clip(r) A)", v.dual ? `dual clip: ${num(s.dual_clip)} · ${term(v.redistributed)}`
-    : `min(${num(v.unclipped)}, ${num(v.clipped)}): ${above1} wins`, v.objective);
+    : `min(${num(v.unclipped)}, ${num(v.clipped)}): ${winner} wins`, v.objective);
   line(6, "gradient", "∂ objective / ∂ log π", v.redistributed === 0 ? "none: the advantage is 0"
     : v.dual ? "none: the dual clip is constant" : v.stopped ? "none: the clipped branch is constant" : "r A", has(v.learns) ? (v.learns ? "learns" : "stopped") : null);
   const r = c.group.responses[v.k], B = r.update_responses, N = r.tokens.length;
